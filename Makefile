@@ -1,0 +1,46 @@
+# `make quickstart` and `make test` each do their own set-up in $(VENV); a second run starts at once.
+#
+#   PYTHON           interpreter of the virtual environment, 3.11 or newer
+#   TORCH            what pip installs first on a machine without an NVIDIA GPU; where your package index offers a
+#                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
+#   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
+#   PYTEST_ARGS      arguments of pytest, as "-k router -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+QUICKSTART_ARGS ?=
+PYTEST_ARGS ?=
+
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv quickstart test clean
+
+help:
+	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
+	@echo "make test        run the tests"
+	@echo "make venv        only install, into $(VENV)"
+	@echo "make clean       remove $(VENV) and everything built; keeps runs/"
+
+quickstart: $(STAMP)
+	$(VENV)/bin/python examples/quickstart/run.py $(QUICKSTART_ARGS)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest -q tests $(PYTEST_ARGS)
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "megatron-lpr needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	    { echo "megatron-lpr needs a C++17 compiler; install one (as g++), or name it in CXX" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(VENV)/bin/python -m pip install "$(TORCH)"
+	$(VENV)/bin/python -m pip install -e ".[quickstart,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
+	find megatron_lpr tests tools examples -name __pycache__ -prune -exec rm -rf {} +

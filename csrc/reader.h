@@ -1,0 +1,168 @@
+// Reads Megatron's indexed corpora (`prefix.idx`, `prefix.bin`; index format MMIDIDX, version 1) by mmap.
+//
+// Index layout, little-endian: magic (9 bytes), version u64, dtype code u8, sequence count u64, length of the
+// document index u64, then sequence lengths i32[sequences], byte offsets i64[sequences], document index i64[].
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace megatron_lpr {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Megatron corpora are little-endian");
+
+// A corpus on disk that cannot be read; the message names the file.
+class CorpusError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path) {
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) throw CorpusError("cannot open " + path + ": " + std::strerror(errno));
+    struct stat status {};
+    const bool regular = ::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
+    if (regular && status.st_size > 0) {
+      size_ = static_cast<std::uint64_t>(status.st_size);
+      data_ = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+    }
+    const int error = errno;
+    ::close(descriptor);
+    if (!regular) throw CorpusError(path + " is not a regular file");
+    if (size_ == 0) throw CorpusError(path + " is empty");
+    if (data_ == MAP_FAILED) throw CorpusError("cannot map " + path + ": " + std::strerror(error));
+  }
+  MappedFile(MappedFile&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  MappedFile& operator=(MappedFile&&) = delete;
+  ~MappedFile() {
+    if (size_ != 0) ::munmap(data_, size_);
+  }
+
+  const unsigned char* data() const { return static_cast<const unsigned char*>(data_); }
+  std::uint64_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  std::uint64_t size_ = 0;
+};
+
+// Sizes of a corpus, checked against the sizes of its two files without reading its body.
+struct CorpusHeader {
+  static constexpr std::uint64_t kBytes = 34;
+
+  std::uint8_t dtype_code = 0;
+  std::uint64_t token_bytes = 0;
+  std::uint64_t sequences = 0;
+  std::uint64_t documents = 0;
+  std::uint64_t tokens = 0;
+};
+
+namespace detail {
+
+template <typename T>
+T load(const unsigned char* data, std::uint64_t offset) {
+  T value;
+  std::memcpy(&value, data + offset, sizeof(T));
+  return value;
+}
+
+// Bytes per token by Megatron's dtype code; 0 where tokens cannot have that type (int8 and floats).
+inline std::uint64_t token_bytes(std::uint8_t dtype_code) {
+  constexpr std::array<std::uint64_t, 9> kBytes{0, 1, 0, 2, 4, 8, 0, 0, 2};
+  return dtype_code < kBytes.size() ? kBytes[dtype_code] : 0;
+}
+
+inline CorpusHeader check_index(const std::string& path, const MappedFile& index) {
+  constexpr char kMagic[] = "MMIDIDX\0";  // nine bytes with the terminator
+  const unsigned char* data = index.data();
+  if (index.size() < CorpusHeader::kBytes) throw CorpusError(path + " is truncated: shorter than an index header");
+  if (std::memcmp(data, kMagic, sizeof(kMagic)) != 0) throw CorpusError(path + " is not a Megatron index (bad magic)");
+  if (load<std::uint64_t>(data, 9) != 1) throw CorpusError(path + " has an unsupported index version; expected 1");
+
+  CorpusHeader header;
+  header.dtype_code = data[17];
+  header.token_bytes = token_bytes(header.dtype_code);
+  if (header.token_bytes == 0)
+    throw CorpusError(path + " holds no integer tokens (dtype code " + std::to_string(header.dtype_code) + ")");
+  header.sequences = load<std::uint64_t>(data, 18);
+  const auto boundaries = load<std::uint64_t>(data, 26);
+  if (header.sequences == 0 || boundaries < 2) throw CorpusError(path + " describes an empty corpus");
+
+  // A multimodal index has one more byte per sequence. Counts are bounded first so that the sum cannot overflow.
+  const std::uint64_t body = index.size() - CorpusHeader::kBytes;
+  const bool fits = header.sequences <= body / 12 && boundaries <= body / 8;
+  const std::uint64_t expected = fits ? header.sequences * 12 + boundaries * 8 : 0;
+  if (!fits || (body != expected && body != expected + header.sequences))
+    throw CorpusError(path + " has the wrong size for " + std::to_string(header.sequences) +
+                      " sequences: it is truncated or corrupt");
+  header.documents = boundaries - 1;
+
+  const std::uint64_t document_index = CorpusHeader::kBytes + header.sequences * 12;
+  if (load<std::int64_t>(data, document_index) != 0 ||
+      load<std::uint64_t>(data, document_index + header.documents * 8) != header.sequences)
+    throw CorpusError(path + " is corrupt: its documents do not cover its sequences");
+  return header;
+}
+
+}  // namespace detail
+
+class CorpusReader {
+ public:
+  explicit CorpusReader(const std::string& prefix) : CorpusReader(prefix, MappedFile(prefix + ".idx")) {}
+
+  const CorpusHeader& header() const { return header_; }
+
+  // Copies tokens [first, first + count) of the concatenated documents, widened to 64 bits.
+  void read(std::uint64_t first, std::uint64_t count, std::int64_t* out) const {
+    if (first > header_.tokens || count > header_.tokens - first)
+      throw std::out_of_range("tokens past the end of the corpus");
+    const unsigned char* source = bin_.data() + first * header_.token_bytes;
+    switch (header_.dtype_code) {
+      case 1: return widen<std::uint8_t>(source, count, out);
+      case 3: return widen<std::int16_t>(source, count, out);
+      case 4: return widen<std::int32_t>(source, count, out);
+      case 5: return widen<std::int64_t>(source, count, out);
+      default: return widen<std::uint16_t>(source, count, out);
+    }
+  }
+
+ private:
+  CorpusReader(const std::string& prefix, const MappedFile& index)
+      : header_(detail::check_index(prefix + ".idx", index)), bin_(prefix + ".bin") {
+    if (bin_.size() % header_.token_bytes != 0)
+      throw CorpusError(prefix + ".bin is truncated: its size is no multiple of the token size");
+    header_.tokens = bin_.size() / header_.token_bytes;
+    const std::uint64_t last = header_.sequences - 1;
+    const auto length = detail::load<std::int32_t>(index.data(), CorpusHeader::kBytes + last * 4);
+    const auto offset =
+        detail::load<std::int64_t>(index.data(), CorpusHeader::kBytes + header_.sequences * 4 + last * 8);
+    if (length < 0 || offset < 0 || static_cast<std::uint64_t>(offset) > bin_.size() ||
+        static_cast<std::uint64_t>(length) * header_.token_bytes != bin_.size() - static_cast<std::uint64_t>(offset))
+      throw CorpusError(prefix + ".bin does not end where " + prefix + ".idx says: one of the two is truncated");
+  }
+
+  template <typename T>
+  static void widen(const unsigned char* source, std::uint64_t count, std::int64_t* out) {
+    for (std::uint64_t i = 0; i < count; ++i) out[i] = detail::load<T>(source, i * sizeof(T));
+  }
+
+  CorpusHeader header_;
+  MappedFile bin_;
+};
+
+}  // namespace megatron_lpr

@@ -1,0 +1,193 @@
+"""The recipe: every setting of every command, one frozen dataclass per concern.
+
+A recipe is a YAML file with the sections of `Recipe`; `include: other.yaml` (relative to the including file) puts
+another file underneath it. Dotted overrides (`optimizer.lr=1e-4`) come last. Paths inside a recipe are relative to
+the working directory.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def opt(default: Any, doc: str) -> Any:
+    """A field with a default and the sentence that `--help` shows for it."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
+
+
+def required(doc: str) -> Any:
+    """A field that the recipe must set."""
+    return field(metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense base model and its upcycling."""
+
+    base: str = required("folder of the dense Hugging Face model (safetensors, config.json, tokenizer)")
+    load: str | None = opt(None, "checkpoint folder to start from; without it the weights come from `base`")
+    num_experts: int = opt(0, "experts of each MoE layer, frozen ones included; 0 keeps the model dense")
+    num_frozen_experts: int = opt(1, "experts 0..n-1 that are never trained: the original FFN first")
+    topk: int = opt(2, "experts that each token goes to")
+    router_init_std: float = opt(0.02, "standard deviation of the new routers' weights")
+    dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
+    spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the parallel dimensions; data parallelism is what remains of the world size."""
+
+    tensor: int = opt(1, "tensor-parallel size (sequence parallelism is on above 1)")
+    pipeline: int = opt(1, "pipeline-parallel size")
+    virtual_pipeline: int = opt(1, "model chunks on each pipeline rank (interleaved schedule above 1)")
+    context: int = opt(1, "context-parallel size")
+    expert: int = opt(1, "expert-parallel size; divides the number of new experts")
+    expert_tensor: int = opt(1, "tensor-parallel size inside each new expert")
+    dispatcher: Literal["alltoall", "allgather", "flex"] = opt("alltoall", "Megatron token dispatcher")
+    distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = opt(False, "gather updated parameters while the next forward pass runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    manifest: str = required("manifest of the preprocessed corpora")
+    seq_length: int = opt(1024, "tokens of a sample")
+    mixture: dict[str, float] = opt(
+        {"expanded": 1.0}, "share of the samples from corpora of each role (expanded, original)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How much is trained, and what."""
+
+    trainable: Literal["new_experts_and_routers", "routers", "all"] = required("the parameters that learn")
+    steps: int = required("optimizer steps of the whole run")
+    global_batch_size: int = opt(512, "samples of one optimizer step")
+    micro_batch_size: int = opt(1, "samples of one forward pass on one rank")
+    recompute: Literal["none", "selective", "full"] = opt("none", "activations recomputed in the backward pass")
+    seed: int = opt(1234, "seed of the data order and of the new routers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Load balancing (stage 1): L += coeff * mean over layers of E * sum_i f_i P_i, arXiv 2408.11396."""
+
+    coeff: float = opt(0.0, "alpha, in the paper's formula: f_i sums to one over the experts, floor 1")
+    group: Literal["sequence", "micro_batch"] = opt(
+        "sequence", "tokens over which f_i and P_i are taken; `sequence` does not depend on any batch split"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LPRConfig:
+    """Language Priors Routing (stage 2): L += coeff * mean over layers and original tokens of -log p_0."""
+
+    coeff: float = opt(0.0, "gamma of the paper")
+    loss: Literal["log_softmax", "double_softmax"] = opt(
+        "log_softmax", "`double_softmax` is the published code's loss, for reproducing its numbers only"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a warmed-up decay."""
+
+    lr: float = opt(5e-5, "peak learning rate")
+    min_lr: float = opt(0.0, "learning rate at the last step")
+    schedule: Literal["cosine", "linear", "constant"] = opt("cosine", "shape of the decay")
+    warmup_steps: int = opt(0, "steps of linear warm-up")
+    beta1: float = opt(0.9, "Adam beta1")
+    beta2: float = opt(0.95, "Adam beta2")
+    eps: float = opt(1e-8, "Adam epsilon")
+    weight_decay: float = opt(0.1, "decoupled weight decay of matrices")
+    clip_grad: float = opt(1.0, "gradient norm limit; 0 does not clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Distributed checkpoints under `output`/checkpoints."""
+
+    every: int = opt(0, "steps between checkpoints; 0 saves at the end only")
+    keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all")
+    final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics: a progress line, JSONL and TensorBoard always."""
+
+    router_every: int = opt(1, "steps between records of the per-language router statistics")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationCorpus:
+    """Held-out text."""
+
+    name: str = required("row of the table")
+    files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
+    language: str = required("language code")
+    role: Literal["original", "expanded"] = required("whether the base model is meant to know the language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Bits per byte on held-out text."""
+
+    corpora: tuple[EvaluationCorpus, ...] = opt((), "held-out corpora")
+    window: int = opt(1024, "tokens of context window")
+    batch: int = opt(8, "windows of one forward pass")
+    max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The Hugging Face folder that `export` writes."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "`auto` is the dtype that was trained")
+    max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Raw text of one corpus."""
+
+    name: str = required("name of the corpus")
+    files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
+    language: str = required("language code")
+    role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it shall learn it")
+    weight: float = opt(1.0, "share inside its role")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """Raw text to Megatron .bin/.idx and a manifest."""
+
+    tokenizer: str | None = opt(None, "tokenizer folder or SentencePiece file; without it the base model's")
+    corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
+    on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = required("name of the run, shown in logs and tables")
+    output: str = required("folder of everything that the run writes")
+    model: ModelConfig = required("base model and upcycling")
+    data: DataConfig | None = opt(None, "training data")
+    train: TrainConfig | None = opt(None, "training")
+    parallel: ParallelConfig = opt(ParallelConfig(), "parallel sizes")
+    balance: BalanceConfig = opt(BalanceConfig(), "load-balancing loss")
+    lpr: LPRConfig = opt(LPRConfig(), "Language Priors Routing loss")
+    optimizer: OptimizerConfig = opt(OptimizerConfig(), "optimizer and learning-rate schedule")
+    checkpoint: CheckpointConfig = opt(CheckpointConfig(), "checkpoints")
+    logging: LoggingConfig = opt(LoggingConfig(), "metrics")
+    evaluation: EvaluationConfig = opt(EvaluationConfig(), "held-out evaluation")
+    export: ExportConfig = opt(ExportConfig(), "Hugging Face export")
+    preprocess: PreprocessConfig = opt(PreprocessConfig(), "tokenisation")

@@ -1,0 +1,194 @@
+"""Hugging Face checkpoints as streams: a lazy safetensors reader and a writer that never holds more than one tensor.
+
+The writer is told every name and shape before the first byte, as the family tables give them. So shards are
+laid out once, tensors may come in any order, and a checkpoint that lacks a tensor cannot be closed.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_lpr.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a configuration value; UserError for one that checkpoints are not written in."""
+    if name not in DTYPES:
+        raise UserError(f"dtype '{name}' is not supported for a checkpoint; valid: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+class SafetensorsReader:
+    """The tensors of a HF folder by name, from `model.safetensors` or from the shards of its index.
+
+    Opens and reads nothing but what is asked for. UserError for a folder without safetensors, a shard that is
+    missing or truncated, and a tensor that is not there or not in a floating-point format that training
+    starts from.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._open: dict[str, Any] = {}
+        self._file_of = self._locate()
+
+    def _locate(self) -> dict[str, str]:
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            if not (self.folder / SINGLE_FILE).is_file():
+                raise UserError(
+                    f"'{self.folder}' holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the model in safetensors format"
+                )
+            return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+        try:
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{index}' is not a safetensors index: download the model again") from error
+        for shard in sorted(set(file_of.values())):
+            if not (self.folder / shard).is_file():
+                raise UserError(
+                    f"'{self.folder}' lacks the shard {shard} that its index names: download it again"
+                )
+        return file_of
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self.folder / name), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"'{self.folder / name}' is damaged or truncated ({error}): download it again"
+                ) from error
+        return self._open[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def keys(self) -> list[str]:
+        return list(self._file_of)
+
+    def slice(self, name: str) -> Any:
+        """A tensor still on disk: `[a:b]` and `[:, a:b]` read that part and nothing else."""
+        if name not in self._file_of:
+            raise UserError(f"'{self.folder}' holds no tensor '{name}'")
+        try:
+            return self._file(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(
+                f"'{self.folder / self._file_of[name]}' lacks the tensor '{name}' that the index says it holds: "
+                "download it again"
+            ) from error
+
+    def get(self, name: str) -> torch.Tensor:
+        return self.slice(name)[:]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        code = self.slice(name).get_dtype()
+        if code not in _CODES:
+            raise UserError(f"tensor '{name}' of '{self.folder}' is {code}; supported: {', '.join(_CODES)}")
+        return _CODES[code]
+
+
+class ShardedWriter:
+    """Writes a safetensors checkpoint of one dtype, tensor by tensor, straight to its place in its shard.
+
+    shapes: every tensor of the checkpoint, in file order. A shard holds at most `max_shard_bytes` of tensors
+    (a larger tensor gets a shard of its own). UserError when the disk is full, and on `close()` when a tensor
+    was never written.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int
+    ):
+        assert max_shard_bytes > 0 and shapes
+        self._folder, self._dtype = folder, dtype
+        self._shapes = dict(shapes)
+        self._bytes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+        self._missing = set(shapes)
+        self._place: dict[str, tuple[str, int]] = {}
+        total, free = sum(self._bytes.values()), shutil.disk_usage(folder).free
+        if total > free:
+            raise UserError(
+                f"'{folder.parent}' has {free / 1e9:.1f} GB free, the checkpoint needs {total / 1e9:.1f} GB"
+            )
+        shards = list(self._plan(max_shard_bytes))
+        for number, names in enumerate(shards, 1):
+            single = len(shards) == 1
+            self._start_shard(
+                SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors", names
+            )
+
+    def _plan(self, max_shard_bytes: int) -> Iterator[list[str]]:
+        names: list[str] = []
+        used = 0
+        for name, size in self._bytes.items():
+            if names and used + size > max_shard_bytes:
+                yield names
+                names, used = [], 0
+            names.append(name)
+            used += size
+        yield names
+
+    def _start_shard(self, file: str, names: list[str]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            end = offset + self._bytes[name]
+            header[name] = {
+                "dtype": _CODE_OF[self._dtype],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(self._folder / file, "wb") as shard:
+            shard.write(struct.pack("<Q", len(encoded)) + encoded)
+            start = shard.tell()
+            shard.truncate(start + offset)
+        for name in names:
+            self._place[name] = (file, start + header[name]["data_offsets"][0])
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Casts a tensor to the checkpoint's dtype and writes it. Each name is written once."""
+        assert name in self._missing, f"'{name}' is not a tensor of this checkpoint or was written before"
+        assert tuple(tensor.shape) == tuple(self._shapes[name]), (name, tensor.shape, self._shapes[name])
+        file, offset = self._place[name]
+        try:
+            with open(self._folder / file, "r+b") as shard:
+                shard.seek(offset)
+                shard.write(tensor_bytes(tensor.to(self._dtype)))
+        except OSError as error:
+            raise UserError(f"cannot write '{self._folder / file}': {error.strerror}") from error
+        self._missing.remove(name)
+
+    def close(self) -> None:
+        """Checks that every tensor was written, and writes the index where there is more than one shard."""
+        if self._missing:
+            raise UserError(
+                f"the checkpoint is incomplete: {len(self._missing)} of {len(self._shapes)} tensors were never written, "
+                f"the first is '{min(self._missing)}'"
+            )
+        files = {name: file for name, (file, _) in self._place.items()}
+        if len(set(files.values())) > 1:
+            index = {"metadata": {"total_size": sum(self._bytes.values())}, "weight_map": files}
+            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

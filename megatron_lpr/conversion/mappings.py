@@ -1,0 +1,150 @@
+"""How one Megatron parameter is made of Hugging Face tensors: pure functions, no model, no process group.
+
+A Megatron parameter is a sequence of *segments* along one axis, each a range of rows (or columns) of one HF
+tensor. The segments of a rank's slice say what to read on import; those of the whole parameter, read
+backwards, say what to write on export. So each kind of mapping is written once and is its own inverse.
+
+Sizes in the names of dimensions:
+V vocabulary, H hidden, F FFN width, Q heads * head_dim, K query groups * head_dim, D head_dim, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Segment(NamedTuple):
+    """Rows (or columns) `start` to `stop` of HF tensor number `source` of a mapping."""
+
+    source: int
+    start: int
+    stop: int
+
+
+class Sliceable(Protocol):
+    """A tensor, or a tensor still on disk: `t[a:b]` and `t[:, a:b]` read just that part."""
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor: ...
+
+
+def window(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
+    """The part of a sequence of segments between its rows `start` and `stop`."""
+    cut, row = [], 0
+    for source, first, last in segments:
+        low, high = max(start, row), min(stop, row + last - first)
+        if low < high:
+            cut.append(Segment(source, first + low - row, first + high - row))
+        row += last - first
+    return cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """One HF tensor as it is: whole on every rank, or partitioned along `split`; `padded` with zero rows at the end."""
+
+    split: int | None = None
+    padded: bool = False
+
+    @property
+    def axis(self) -> int:
+        return self.split or 0
+
+    def segments(
+        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
+    ) -> list[Segment]:
+        (length,) = lengths
+        return window([Segment(0, 0, length)], rank * rows, (rank + 1) * rows)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """q, k and v projections, per query group `[q heads of the group | k | v]`, partitioned by rows.
+
+    With at least as many groups as ranks a rank holds whole groups, otherwise a range of rows within one.
+    """
+
+    split = 0
+    axis = 0
+    padded = False
+
+    def segments(
+        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
+    ) -> list[Segment]:
+        per_group = [length // groups for length in lengths]
+        interleaved = [
+            Segment(source, group * n, (group + 1) * n)
+            for group in range(groups)
+            for source, n in enumerate(per_group)
+        ]
+        return window(interleaved, rank * rows, (rank + 1) * rows)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """The two input projections of SwiGLU: each rank holds `[its rows of gate | its rows of up]`."""
+
+    split = 0
+    axis = 0
+    padded = False
+
+    def segments(
+        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
+    ) -> list[Segment]:
+        half = rows // 2
+        return [Segment(source, rank * half, (rank + 1) * half) for source in (0, 1)]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A Megatron parameter and the HF tensors it is made of (`hf`: name -> dimensions, a letter each)."""
+
+    megatron: str
+    kind: Copy | QKV | GateUp
+    hf: dict[str, str]
+
+
+def fill(
+    target: torch.Tensor,
+    sources: Sequence[Sliceable],
+    kind: Copy | QKV | GateUp,
+    lengths: Sequence[int],
+    *,
+    groups: int,
+    rank: int = 0,
+    size: int = 1,
+) -> None:
+    """Writes rank `rank` of `size`'s slice of a parameter into `target`, in place, casting to its dtype.
+
+    `lengths`: the length of each source along `kind.axis`. Reads nothing but the slice.
+    """
+    if kind.split is None:
+        rank, size = 0, 1
+    axis, rows, total = kind.axis, target.shape[kind.axis], sum(lengths)
+    assert rows * size >= total if kind.padded else rows * size == total, (
+        f"{size} slices of {rows} rows do not make up {total}"
+    )
+    filled = 0
+    for source, start, stop in kind.segments(lengths, groups=groups, rows=rows, rank=rank, size=size):
+        part = sources[source][start:stop] if axis == 0 else sources[source][:, start:stop]
+        target.narrow(axis, filled, stop - start).copy_(part)
+        filled += stop - start
+    assert kind.padded or filled == rows
+    target.narrow(axis, filled, rows - filled).zero_()
+
+
+def take_apart(
+    tensor: torch.Tensor, kind: Copy | QKV | GateUp, lengths: Sequence[int], *, groups: int
+) -> list[torch.Tensor]:
+    """The HF tensors a whole (unpartitioned) Megatron parameter is made of; padding is cut off."""
+    axis, rows = kind.axis, tensor.shape[kind.axis]
+    assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), (
+        f"a parameter of {rows} rows is not made of {lengths}"
+    )
+    pieces: list[list[torch.Tensor]] = [[] for _ in lengths]
+    row = 0
+    for source, start, stop in kind.segments(lengths, groups=groups, rows=rows, rank=0, size=1):
+        pieces[source].append(tensor.narrow(axis, row, stop - start))
+        row += stop - start
+    return [part[0] if len(part) == 1 else torch.cat(part, dim=axis) for part in pieces]

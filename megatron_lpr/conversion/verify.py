@@ -1,0 +1,244 @@
+"""Is an export what it claims to be? A census against the stock class, and every tensor against the base model."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_lpr.conversion.families import Architecture, Family, export_config, family_of, read_architecture
+from megatron_lpr.conversion.folders import COMPANION_FILES
+from megatron_lpr.conversion.hf_config import read_config
+from megatron_lpr.conversion.hf_io import SafetensorsReader, tensor_bytes, torch_dtype
+from megatron_lpr.conversion.stock_class import stock_shapes
+from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts
+from megatron_lpr.errors import UserError
+
+_NAMED_IN_REPORT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at: its name, whether it holds, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """All checks of one export. `str(report)` is one line per check; `ok` is the exit status.
+
+    frozen_sha256: `frozen_digest` of the frozen tensors as they are in the export; empty for a dense export.
+    """
+
+    checks: tuple[Check, ...]
+    frozen_sha256: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{'ok  ' if check.ok else 'FAIL'}  {check.name:14} {check.detail}" for check in self.checks
+        )
+
+
+def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 (hex) over names, dtypes and bytes of named tensors, in whatever order they come."""
+    return _digest_of_digests((name, _sha256(tensor)) for name, tensor in tensors)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(str(tensor.dtype).encode() + bytes(tensor_bytes(tensor))).hexdigest()
+
+
+def _digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256(
+        "\n".join(f"{name} {digest}" for name, digest in sorted(digests)).encode()
+    ).hexdigest()
+
+
+def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: int = 1) -> VerifyReport:
+    """Checks an export, MoE or dense, against the dense HF model it was made from.
+
+    Frozen tensors (attention, norms, embeddings, experts 0..num_frozen-1) are compared by SHA-256 after
+    casting the base's to the export's dtype, which is exact whenever that is at least as wide. A dense export
+    has no frozen tensors: there the ones that differ from the base are counted. UserError when either folder
+    cannot be read at all.
+    """
+    arch = read_architecture(base_dir)
+    base, export = SafetensorsReader(base_dir), SafetensorsReader(export_dir)
+    check_checkpoint(base, arch)
+    config = read_config(export_dir)
+    num_experts = _num_experts(config, family_of(arch), export_dir)
+    if num_experts:
+        check_experts(num_experts=num_experts, num_frozen=num_frozen)
+    shapes = family_of(arch).shapes(arch, num_experts)
+    sound = [name for name, shape in shapes.items() if name in export and export.shape(name) == shape]
+    scan = _scan(export, base, _origins(arch, num_experts, num_frozen), sound)
+    return VerifyReport(
+        checks=(
+            _check_config(config, arch, read_config(base_dir), num_experts),
+            _check_census("tensors", export, shapes, torch_dtype(config.get("dtype", "float32"))),
+            _check_census("stock class", export, stock_shapes(export_dir), None),
+            *_check_values(scan, num_experts),
+            _check_companions(Path(export_dir), Path(base_dir)),
+        ),
+        frozen_sha256=_digest_of_digests(scan.frozen.items()) if num_experts else "",
+    )
+
+
+def _num_experts(config: dict[str, Any], family: Family, export_dir: str | Path) -> int:
+    name = (config.get("architectures") or ["none"])[0]
+    if name == family.architecture:
+        return 0
+    num_experts = config.get(family.moe.num_experts_fields[0])
+    if name != family.moe.architecture or not isinstance(num_experts, int):
+        raise UserError(
+            f"'{export_dir}' is a {name} with {num_experts} experts; an export of a {family.architecture} is a "
+            f"{family.moe.architecture}, or dense again"
+        )
+    return num_experts
+
+
+class _Origin(NamedTuple):
+    """Where a tensor of the export comes from: the base's tensor (None for a router), and whether it was frozen."""
+
+    base: str | None
+    frozen: bool
+
+
+def _origins(arch: Architecture, num_experts: int, num_frozen: int) -> dict[str, _Origin]:
+    family = family_of(arch)
+    origins = {name: _Origin(name, num_experts > 0) for name in family.shapes(arch)}
+    for layer in range(arch.num_layers if num_experts else 0):
+        origins[family.router_name(layer)] = _Origin(None, False)
+        for weight in (source for mapping in family.ffn for source in mapping.hf):
+            dense = family.ffn_name(layer, weight, expert=None)
+            del origins[dense]
+            for expert in range(num_experts):
+                origins[family.ffn_name(layer, weight, expert)] = _Origin(dense, expert < num_frozen)
+    return origins
+
+
+class _Scan(NamedTuple):
+    """What one pass over the tensors of an export found."""
+
+    frozen: dict[str, str]  # SHA-256 by name
+    changed: list[str]  # frozen, and not the base's
+    trained: dict[str, bool]  # trained on from the base's: name -> differs from it
+    not_finite: list[str]
+    zeroed: list[str]  # zero everywhere, where the base is not
+
+
+def _scan(
+    export: SafetensorsReader, base: SafetensorsReader, origins: dict[str, _Origin], names: list[str]
+) -> _Scan:
+    found = _Scan({}, [], {}, [], [])
+    for name in names:
+        tensor, origin = export.get(name), origins[name]
+        if not tensor.isfinite().all():
+            found.not_finite.append(name)
+        if origin.base is None:
+            continue
+        expected = base.get(origin.base).to(tensor.dtype)
+        digest = _sha256(tensor)
+        differs = digest != _sha256(expected)
+        if origin.frozen:
+            found.frozen[name] = digest
+            if differs:
+                found.changed.append(name)
+        else:
+            found.trained[name] = differs
+        if expected.any() and not tensor.any():
+            found.zeroed.append(name)
+    return found
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED_IN_REPORT} more" if len(names) > _NAMED_IN_REPORT else ""
+    return ", ".join(names[:_NAMED_IN_REPORT]) + more
+
+
+def _check_config(
+    config: dict[str, Any], arch: Architecture, base_config: dict[str, Any], num_experts: int
+) -> Check:
+    topk = config.get("num_experts_per_tok", 0)
+    expected = export_config(
+        arch, base_config, num_experts=num_experts, topk=topk, dtype=config.get("dtype", "float32")
+    )
+    wrong = [
+        f"{key} = {config.get(key)!r} (not {value!r})"
+        for key, value in expected.items()
+        if config.get(key) != value
+    ]
+    if num_experts and not 1 <= topk <= num_experts:
+        wrong.append(f"num_experts_per_tok = {topk}")
+    return Check(
+        name="config",
+        ok=not wrong,
+        detail=_listed(wrong) or f"{len(expected)} fields follow from the base model",
+    )
+
+
+def _check_census(
+    name: str, export: SafetensorsReader, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> Check:
+    """Names and shapes, and with `dtype` dtypes as well."""
+    keys = set(export.keys())
+    problems = []
+    if missing := [key for key in shapes if key not in keys]:
+        problems.append(f"{len(missing)} missing: {_listed(missing)}")
+    if unexpected := sorted(keys - shapes.keys()):
+        problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
+    present = [key for key in shapes if key in keys]
+    if misshapen := [f"{key} {export.shape(key)}" for key in present if export.shape(key) != shapes[key]]:
+        problems.append(f"{len(misshapen)} of another shape: {_listed(misshapen)}")
+    if dtype and (cast := [f"{key} {export.dtype(key)}" for key in present if export.dtype(key) != dtype]):
+        problems.append(f"{len(cast)} of another dtype than the config says: {_listed(cast)}")
+    return Check(
+        name=name, ok=not problems, detail="; ".join(problems) or f"{len(shapes)} names and shapes agree"
+    )
+
+
+def _check_values(scan: _Scan, num_experts: int) -> list[Check]:
+    bad = [f"{name} is not finite" for name in scan.not_finite] + [
+        f"{name} is all zero" for name in scan.zeroed
+    ]
+    changed = sum(scan.trained.values())
+    what = "new experts" if num_experts else "trained"
+    checks = [
+        Check(name="values", ok=not bad, detail=_listed(bad) or "all finite, none zeroed"),
+        Check(
+            name=what, ok=True, detail=f"{changed} of {len(scan.trained)} tensors differ from the base model"
+        ),
+    ]
+    if num_experts:
+        same = len(scan.frozen) - len(scan.changed)
+        detail = f"{same} of {len(scan.frozen)} equal the base model's SHA-256"
+        if scan.changed:
+            detail += f"; changed: {_listed(scan.changed)}"
+        checks.append(Check(name="frozen tensors", ok=not scan.changed, detail=detail))
+    return checks
+
+
+def _check_companions(export_dir: Path, base_dir: Path) -> Check:
+    there = [name for name in COMPANION_FILES if (base_dir / name).is_file()]
+    differ = [
+        name
+        for name in there
+        if not (export_dir / name).is_file()
+        or (export_dir / name).read_bytes() != (base_dir / name).read_bytes()
+    ]
+    detail = (
+        f"missing or different: {_listed(differ)}"
+        if differ
+        else f"{len(there)} tokenizer and generation files equal"
+    )
+    return Check(name="files", ok=not differ, detail=detail)

@@ -1,0 +1,25 @@
+"""The micro-batches of one optimizer step on one data-parallel rank."""
+
+from collections.abc import Iterator
+
+from megatron_lpr.data.replay_sampler import Batch, ReplaySampler
+
+
+def micro_batches(
+    sampler: ReplaySampler,
+    *,
+    consumed_samples: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[Batch]:
+    """Samples [consumed, consumed + global batch) in turns over the data-parallel ranks.
+
+    Every rank of a model-parallel group computes the same batches by itself: the sampler is a pure function, so that
+    nothing is broadcast and later pipeline stages know the language tags too.
+    """
+    stride = micro_batch_size * data_parallel_size
+    first = consumed_samples + data_parallel_rank * micro_batch_size
+    for offset in range(0, global_batch_size, stride):
+        yield sampler.fill(first + offset, micro_batch_size)

@@ -1,0 +1,156 @@
+"""Megatron's indexed corpora: `<prefix>.bin` holds the tokens, `<prefix>.idx` the documents' boundaries.
+
+Index layout (MMIDIDX version 1, little-endian): magic, version u64, dtype code u8, number of sequences u64,
+length of the document index u64, sequence lengths i32, byte offsets i64, document index i64. Every document
+we write is one sequence.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+
+import numpy as np
+
+from megatron_lpr._replay_sampler import inspect
+from megatron_lpr.errors import UserError
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_OF_CODE = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+_CHUNK = 1 << 16
+
+
+class IndexedWriter:
+    """Writes a corpus document by document in constant memory.
+
+    Tokens are stored as uint16 where `vocab_size` is below 65,500 and as int32 otherwise (Megatron's rule).
+    Both files get their final names in `close`; leaving a `with` block by an exception discards them.
+
+    Attributes:
+        documents, tokens: how many were added so far.
+        digest: SHA-256 of the .bin file, hexadecimal; known after `close`.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int):
+        self.prefix = prefix
+        self.documents = 0
+        self.tokens = 0
+        self.digest: str | None = None
+        self._vocab_size = vocab_size
+        self._dtype = np.uint16 if vocab_size < 65500 else np.int32
+        self._hash = hashlib.sha256()
+        self._bin = open(f"{prefix}.bin.partial", "wb")
+        self._idx = open(f"{prefix}.idx.partial", "w+b")
+        self._write_header()
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Appends one document: integer ids [n], n >= 1, each in [0, vocab_size)."""
+        assert tokens.ndim == 1 and 0 < len(tokens) < 1 << 31, f"a document of shape {tokens.shape}"
+        assert 0 <= tokens.min() and tokens.max() < self._vocab_size, "a token outside the vocabulary"
+        data = tokens.astype(self._dtype).tobytes()
+        self._bin.write(data)
+        self._hash.update(data)
+        self._idx.write(struct.pack("<i", len(tokens)))
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def close(self) -> None:
+        """Completes the index and renames both files into place.
+
+        Raises:
+            UserError: no document was added.
+        """
+        if self.documents == 0:
+            self.discard()
+            raise UserError(f"no document was written to {self.prefix}: the corpus is empty")
+        self._append_offsets()
+        for first in range(0, self.documents + 1, _CHUNK):
+            boundaries = np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64)
+            self._idx.write(boundaries.tobytes())
+        self._idx.seek(0)
+        self._write_header()
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        # An old index never stands beside new tokens: a crash in between leaves a corpus that is missing, not wrong.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{self.prefix}.idx")
+        os.replace(self._bin.name, f"{self.prefix}.bin")
+        os.replace(self._idx.name, f"{self.prefix}.idx")
+        self.digest = self._hash.hexdigest()
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        for file in (self._bin, self._idx):
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(file.name)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _write_header(self) -> None:
+        code = _CODE_OF_DTYPE[self._dtype]
+        self._idx.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+
+    def _append_offsets(self) -> None:
+        """Reads the lengths back in chunks and appends their running sum in bytes."""
+        offset = 0
+        for first in range(0, self.documents, _CHUNK):
+            count = min(_CHUNK, self.documents - first)
+            self._idx.seek(_HEADER.size + 4 * first)
+            lengths = np.frombuffer(self._idx.read(4 * count), dtype=np.int32).astype(np.int64)
+            ends = offset + np.cumsum(lengths * self._dtype().itemsize)
+            self._idx.seek(0, os.SEEK_END)
+            self._idx.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
+            offset = int(ends[-1])
+
+
+class IndexedCorpus:
+    """Reads a corpus that we or Megatron wrote, memory-mapped.
+
+    Attributes:
+        num_documents, num_tokens: sizes of the corpus.
+        tokens: all tokens [num_tokens], documents concatenated; dtype as stored.
+
+    Raises:
+        UserError: a file is missing, truncated or corrupt; the message names it.
+    """
+
+    def __init__(self, prefix: str):
+        header = inspect(prefix)
+        self.prefix = prefix
+        self.num_documents: int = header["documents"]
+        self.num_tokens: int = header["tokens"]
+        sequences = header["sequences"]
+        self.tokens = np.memmap(f"{prefix}.bin", dtype=_DTYPE_OF_CODE[header["dtype_code"]], mode="r")
+        index = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
+        first_offset = _HEADER.size + 4 * sequences
+        first_boundary = first_offset + 8 * sequences
+        self._offsets = index[first_offset:first_boundary].view(np.int64)
+        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(np.int64)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens [n] of one document, a view of the file."""
+        assert 0 <= index < self.num_documents, f"document {index} of {self.num_documents}"
+        start, end = (self._token_position(int(self._boundaries[index + i])) for i in (0, 1))
+        if not 0 <= start <= end <= self.num_tokens:
+            raise UserError(f"{self.prefix}.idx is corrupt: document {index} lies outside {self.prefix}.bin")
+        return self.tokens[start:end]
+
+    def _token_position(self, sequence: int) -> int:
+        if not 0 <= sequence < len(self._offsets):
+            return self.num_tokens if sequence == len(self._offsets) else -1
+        return int(self._offsets[sequence]) // self.tokens.itemsize

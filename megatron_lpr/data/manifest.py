@@ -1,0 +1,240 @@
+"""The manifest: a YAML file that says which corpora there are, in which language and role, with which weight.
+
+    tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
+    corpora:
+    - name: hu
+      prefix: hu            # hu.bin and hu.idx, relative to the manifest
+      language: hu
+      role: expanded        # or original
+      weight: 1.0           # share among the corpora of the same role
+      documents: 1042
+      tokens: 861213
+      digest: 5f1d...       # SHA-256 of hu.bin
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from megatron_lpr.data.indexed import IndexedCorpus
+from megatron_lpr.errors import UserError, nearest
+
+ROLES = ("expanded", "original")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
+    """The tokenizer that wrote the corpora; `sha256` is that of its tokenizer.json or .model file."""
+
+    name: str
+    vocab_size: int
+    sha256: str
+    eod_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a corpus was made from: SHA-256 of the text files, seed of the shuffle, bad lines left out."""
+
+    sha256: str
+    seed: int
+    skipped_lines: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One corpus of one language; `prefix` is a path without .bin / .idx, `weight` its share within its role."""
+
+    name: str
+    prefix: str
+    language: str
+    role: str
+    weight: float = 1.0
+    documents: int
+    tokens: int
+    digest: str
+    source: Source | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Corpora and the tokenizer that wrote them.
+
+    Raises:
+        UserError: two corpora of one name, or a language that is original in one corpus and expanded in another.
+    """
+
+    path: str
+    tokenizer: TokenizerRecord
+    corpora: tuple[Corpus, ...]
+
+    def __post_init__(self):
+        names = set()
+        for corpus in self.corpora:
+            if corpus.name in names:
+                raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
+            names.add(corpus.name)
+        check_language_roles(self.path, ((c.name, c.language, c.role) for c in self.corpora))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages in order of first appearance; a language tag is an index into these, plus one."""
+        return tuple(dict.fromkeys(corpus.language for corpus in self.corpora))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides what a run reads; independent of where the files lie."""
+        tokenizer = (self.tokenizer.vocab_size, self.tokenizer.sha256, self.tokenizer.eod_id)
+        corpora = [(c.name, c.language, c.role, c.weight, c.tokens, c.digest) for c in self.corpora]
+        return hashlib.sha256(json.dumps([tokenizer, corpora]).encode()).hexdigest()
+
+    @staticmethod
+    def load(path: str, *, check_files: bool = True) -> "Manifest":
+        """Reads a manifest and, unless told not to, checks every entry against its files' sizes.
+
+        Raises:
+            UserError: no such file, not YAML, an unknown or missing key, a bad value, no corpora, or a corpus whose
+                files are missing, corrupt or of another size than the manifest says.
+        """
+        content = _read_yaml(path)
+        _check_keys(content, {"tokenizer", "corpora"}, {"tokenizer", "corpora"}, path)
+        tokenizer = _record(TokenizerRecord, content["tokenizer"], f"{path}: tokenizer")
+        entries = content["corpora"]
+        if not isinstance(entries, list) or not entries:
+            raise UserError(f"{path} lists no corpora; add one with 'megatron-lpr preprocess'")
+        corpora = tuple(_corpus(entry, path, number) for number, entry in enumerate(entries, start=1))
+        manifest = Manifest(path=path, tokenizer=tokenizer, corpora=corpora)
+        if check_files:
+            for corpus in manifest.corpora:
+                manifest.check_files(corpus)
+        return manifest
+
+    def check_files(self, corpus: Corpus) -> None:
+        """Raises UserError where a corpus' files are missing, corrupt, or not as large as its entry says."""
+        files = IndexedCorpus(corpus.prefix)
+        for count, actual in (("documents", files.num_documents), ("tokens", files.num_tokens)):
+            stated = getattr(corpus, count)
+            if stated != actual:
+                raise UserError(
+                    f"{self.path}: corpus '{corpus.name}' has {stated} {count} in the manifest but {actual} in "
+                    f"{corpus.prefix}.bin; preprocess it again"
+                )
+
+    def with_corpus(self, corpus: Corpus) -> "Manifest":
+        """The same manifest with one entry replaced (found by name) or appended."""
+        if any(old.name == corpus.name for old in self.corpora):
+            corpora = tuple(corpus if old.name == corpus.name else old for old in self.corpora)
+        else:
+            corpora = (*self.corpora, corpus)
+        return dataclasses.replace(self, corpora=corpora)
+
+    def save(self) -> None:
+        """Writes the manifest to `path`; readers see the old file or the new one, never half of one."""
+        entries = []
+        for corpus in self.corpora:
+            entry = dataclasses.asdict(corpus)
+            entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
+            if corpus.source is None:
+                del entry["source"]
+            entries.append(entry)
+        content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
+        partial = f"{self.path}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+
+def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) -> None:
+    """Checks (name, language, role) triples: known roles, and one role per language.
+
+    Raises:
+        UserError: naming the corpus at fault.
+    """
+    role_of: dict[str, tuple[str, str]] = {}
+    for name, language, role in corpora:
+        if role not in ROLES:
+            raise UserError(f"{where}: corpus '{name}' has the unknown role '{role}'{nearest(role, ROLES)}")
+        first_name, first_role = role_of.setdefault(language, (name, role))
+        if role != first_role:
+            raise UserError(
+                f"{where}: language '{language}' is {first_role} in corpus '{first_name}' and {role} in '{name}'; "
+                "a language has one role"
+            )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise UserError(f"no manifest at {path}; make one with 'megatron-lpr preprocess'") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a manifest: expected the keys 'tokenizer' and 'corpora'")
+    return content
+
+
+def _corpus(entry: Any, path: str, number: int) -> Corpus:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    where = f"{path}: corpus '{name}'" if name else f"{path}: corpus {number}"
+    corpus = _record(Corpus, entry, where)
+    if corpus.role not in ROLES:
+        raise UserError(f"{where} has the unknown role '{corpus.role}'{nearest(corpus.role, ROLES)}")
+    if not (math.isfinite(corpus.weight) and corpus.weight > 0):
+        raise UserError(f"{where}: weight must be a positive number, not {corpus.weight}")
+    if len(corpus.digest) != 64 or set(corpus.digest) - set("0123456789abcdef"):
+        raise UserError(f"{where}: digest must be the SHA-256 of its .bin file, 64 hexadecimal digits")
+    return dataclasses.replace(corpus, prefix=os.path.join(os.path.dirname(path), corpus.prefix))
+
+
+def _record(record: type, entry: Any, where: str) -> Any:
+    """Builds a dataclass from a YAML mapping, field types checked."""
+    fields = {field.name: field for field in dataclasses.fields(record)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    _check_keys(entry, fields.keys(), required, where)
+    values = {}
+    for name, value in entry.items():
+        kind = fields[name].type
+        if kind == (Source | None):
+            value = _record(Source, value, f"{where}: {name}")
+        elif kind is float:
+            value = _number(value, f"{where}: {name}")
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {value!r}")
+        values[name] = value
+    return record(**values)
+
+
+_KINDS = {int: "an integer", str: "a string"}
+
+
+def _number(value: Any, where: str) -> float:
+    # YAML 1.1 reads 1e-3 (no point) as a string.
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise UserError(f"{where} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except ValueError:
+        raise UserError(f"{where} must be a number, not {value!r}") from None
+
+
+def _check_keys(entry: Any, known: Iterable[str], required: Iterable[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be a mapping, not {entry!r}")
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{where} has the unknown key '{key}'{nearest(str(key), known)}")
+    for key in sorted(required):
+        if key not in entry:
+            raise UserError(f"{where} has no '{key}'")

@@ -1,0 +1,19 @@
+"""Errors for users: what is wrong, where, and how to fix it, in one sentence.
+
+A `UserError` ends a command with its message and exit status 2, without a traceback. Mistakes of the
+programmer are `assert`s and keep theirs.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right: a path, a configuration value, a corpus, a checkpoint."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint to append to a message about an unknown `name`: the closest valid name, or all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"

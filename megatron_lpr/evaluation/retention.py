@@ -1,0 +1,124 @@
+"""What was learned and what was kept: results of several models on the same text, side by side.
+
+Retention of an original language is 100 * bits_base / bits_model, in percent, over all bytes of its corpora.
+Bits per byte are a cost, so the base stands on top: 100 is a language as good as before, below 100 one that
+was partly forgotten. It reads like the "share of original kept" of arXiv 2408.11396, whose scores grow with
+quality.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.perplexity import CorpusScore
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """All scores of one model; `window` is the context it was given, in tokens."""
+
+    model: str
+    window: int
+    corpora: tuple[CorpusScore, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as JSON."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "EvaluationResult":
+        """Read a result that `save` wrote.
+
+        Raises:
+            UserError: no such file, or another kind of file.
+        """
+        try:
+            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            corpora = tuple(CorpusScore(**corpus) for corpus in tree["corpora"])
+            return cls(model=tree["model"], window=tree["window"], corpora=corpora)
+        except OSError as error:
+            raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
+
+
+def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, float]:
+    """Percent kept of each original language, `100 * bits_base / bits_model`, in the order of the corpora.
+
+    Raises:
+        UserError: the two results are not from the same text and window.
+    """
+    _check_comparable([base, model])
+    before, after = _bits_per_language(base), _bits_per_language(model)
+    return {language: 100 * before[language] / after[language] for language in before}
+
+
+def retention_table(results: Sequence[EvaluationResult]) -> str:
+    """A Markdown table, aligned to be read as plain text too.
+
+    The first result is the base. Every corpus has its bits per byte under each model, then, per later model,
+    what came of it: for an original language the retention, for an expanded one the change in bits per byte.
+
+    Raises:
+        UserError: results that are not from the same text and window.
+    """
+    _check_comparable(results)
+    base, *later = results
+    header = ["held-out text", "language", "role", *(result.model for result in results)]
+    rows = [header + [f"{result.model} vs {base.model}" for result in later]]
+    for index, corpus in enumerate(base.corpora):
+        bits = [result.corpora[index].bits_per_byte for result in results]
+        row = [corpus.name, corpus.language, corpus.role, *(f"{value:.3f}" for value in bits)]
+        rows.append(row + [_verdict(corpus.role, bits[0], value) for value in bits[1:]])
+    table = _markdown(rows, left_columns=3)
+    kept = [f"{result.model}: {_percentages(retention(base, result))}" for result in later]
+    footer = "\n\nBits per UTF-8 byte, lower is better."
+    if kept and retention(base, base):
+        footer += " Original languages kept (base bits / model bits): " + "; ".join(kept) + "."
+    return table + footer
+
+
+def _verdict(role: str, base: float, model: float) -> str:
+    return f"{100 * base / model:.1f}% kept" if role == "original" else f"{model - base:+.3f}"
+
+
+def _percentages(kept: Mapping[str, float]) -> str:
+    return ", ".join(f"{language} {percent:.1f}%" for language, percent in kept.items())
+
+
+def _bits_per_language(result: EvaluationResult) -> dict[str, float]:
+    bits: dict[str, float] = {}
+    for corpus in result.corpora:
+        if corpus.role == "original":
+            bits[corpus.language] = bits.get(corpus.language, 0.0) + corpus.bits_per_byte * corpus.bytes
+    return bits
+
+
+def _check_comparable(results: Sequence[EvaluationResult]) -> None:
+    if not results:
+        raise UserError("no evaluation results to compare: run `megatron-lpr evaluate` on each model first")
+
+    def measured(result: EvaluationResult) -> tuple:
+        return result.window, [(c.name, c.language, c.role, c.bytes) for c in result.corpora]
+
+    for result in results[1:]:
+        if measured(result) != measured(results[0]):
+            raise UserError(
+                f"results of {results[0].model} and {result.model} are not from the same text and window: "
+                "evaluate both with the same evaluation section"
+            )
+
+
+def _markdown(rows: Sequence[Sequence[str]], left_columns: int) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        left = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        right = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "| " + " | ".join(left[:left_columns] + right[left_columns:]) + " |"
+
+    rule = ["-" * width for width in widths[:left_columns]]
+    rule += ["-" * (width - 1) + ":" for width in widths[left_columns:]]
+    return "\n".join(map(line, [rows[0], rule, *rows[1:]]))

@@ -1,0 +1,77 @@
+"""This rank's model chunks: Megatron GPTModels, dense or upcycled."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_lpr.config import ParallelConfig, Recipe
+from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.losses import GlobalCounts
+from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
+from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.model.transformer_config import transformer_config
+
+VOCAB_DIVISOR = 128
+
+
+def init_model_parallel(sizes: ParallelConfig, seed: int = 0) -> None:
+    """Megatron's process groups (needs the default group) and its CUDA generator states."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def padded_vocab_size(arch: Architecture, tensor_parallel: int) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank holds whole, aligned rows."""
+    multiple = VOCAB_DIVISOR * tensor_parallel
+    return -(-arch.vocab_size // multiple) * multiple
+
+
+def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
+    """Build the chunks of this pipeline rank with uninitialised weights: load_dense or a checkpoint fills them.
+
+    Llama-3 RoPE scaling is Megatron's (low_freq_factor 1, high_freq_factor 4, 8192 original positions).
+    """
+    config = transformer_config(recipe, arch)
+    te = use_transformer_engine(recipe.model.spec)
+    virtual = recipe.parallel.virtual_pipeline
+    counts = GlobalCounts()
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if virtual > 1 else None
+        chunk = GPTModel(
+            config,
+            block_spec(config, te, vp_stage),
+            vocab_size=padded_vocab_size(arch, recipe.parallel.tensor),
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            rope_scaling=arch.rope_scaling is not None,
+            rope_scaling_factor=(arch.rope_scaling or {}).get("factor", 1.0),
+            vp_stage=vp_stage,
+        )
+        for router in routers(chunk):
+            router.counts = counts
+        chunks.append(chunk)
+    return chunks
+
+
+def routers(*chunks: torch.nn.Module) -> list[LPRRouter]:
+    """The routers of some model chunks, in layer order."""
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, LPRRouter)]
+
+
+def global_counts(*chunks: torch.nn.Module) -> GlobalCounts:
+    """The denominators that the routers of these chunks share (a fresh object for a dense model)."""
+    found = routers(*chunks)
+    return found[0].counts if found else GlobalCounts()

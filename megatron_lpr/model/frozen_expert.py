@@ -1,0 +1,80 @@
+"""The frozen experts: the original FFN as a plain, replicated MLP that runs where its tokens are.
+
+It needs no gradient buffer, no optimizer state and no weight gradient, so that a replica on every rank costs its
+weights alone, and its tokens never enter the dispatcher: expert-parallel ranks stay balanced when the review sends
+every original-language token here. Shapes: T tokens of this rank, H hidden, F FFN width.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """y = x W^T with the whole weight [output, input] on every rank; no bias."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(output_size, input_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def te_duplicated_linear(input_size: int, output_size: int, *, config: TransformerConfig) -> torch.nn.Module:
+    """The same with Transformer Engine (FP8 where the recipe asks for it)."""
+    from megatron.core.extensions.transformer_engine import TELinear
+
+    class TEDuplicatedLinear(TELinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    return TEDuplicatedLinear(
+        input_size,
+        output_size,
+        parallel_mode="duplicated",
+        config=config,
+        init_method=config.init_method,
+        bias=False,
+        skip_bias_add=False,
+        skip_weight_param_allocation=False,
+    )
+
+
+class FrozenExpert(MegatronModule):
+    """SwiGLU FFN: fc2(silu(gate) * up) with [gate; up] = fc1, both weights without gradient."""
+
+    def __init__(self, config: TransformerConfig, linear=DuplicatedLinear) -> None:
+        super().__init__(config)
+        self.linear_fc1 = linear(config.hidden_size, 2 * config.moe_ffn_hidden_size, config=config)
+        self.linear_fc2 = linear(config.moe_ffn_hidden_size, config.hidden_size, config=config)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+            # `moe_full` trains it after all: each sequence-parallel rank then has a part of its gradient
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        gate_TF, up_TF = self.linear_fc1(x_TH).chunk(2, dim=-1)
+        return self.linear_fc2(F.silu(gate_TF) * up_TF)
+
+
+def add_frozen_experts(
+    experts: torch.nn.ModuleList, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor
+) -> Tensor:
+    """sum over frozen experts j of probs[:, j] * FFN_j(x), computed for the tokens that chose j. Returns [T, H].
+
+    Args:
+        x_TH: FFN inputs of this rank's tokens.
+        probs_TJ: renormalised routing weights of the frozen experts, zero where not chosen.
+        chosen_TJ: bool.
+    """
+    output_TH = torch.zeros_like(x_TH)
+    for j, expert in enumerate(experts):
+        tokens = chosen_TJ[:, j].nonzero(as_tuple=True)[0]
+        weight_T1 = probs_TJ[tokens, j, None].to(x_TH.dtype)
+        output_TH = output_TH.index_add(0, tokens, expert(x_TH[tokens]) * weight_T1)
+    return output_TH

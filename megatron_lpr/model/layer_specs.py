@@ -1,0 +1,82 @@
+"""Which modules make a layer: Megatron's own specs, with the FFN, the core attention and the norms exchanged.
+
+Megatron-Core 0.16 describes an MoE layer by a ModuleSpec, 0.19 by a functools.partial; both are read here and a
+ModuleSpec is written, which both accept.
+"""
+
+import copy
+import functools
+import importlib.util
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
+from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
+from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
+from megatron_lpr.model.lpr_router import LPRRouter
+
+
+def use_transformer_engine(spec: str) -> bool:
+    """Whether `model.spec` (auto, local or te) means Transformer Engine's modules here."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if spec == "te" and not installed:
+        raise UserError("model.spec: te needs Transformer Engine: pip install 'megatron-lpr[te]', or use local")
+    return installed and spec != "local"
+
+
+def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this rank's model chunk, all alike."""
+    layer = _te_layer(config) if te else _local_layer(config)
+    if config.num_moe_experts:
+        layer.submodules.mlp = _lpr_moe(config, te)
+        # Without this a local-spec checkpoint names the MoE layer's norm as if it were fused into a linear layer,
+        # and a TE-spec model could not load it.
+        layer.submodules.sharded_state_dict_keys_map = {
+            key: name
+            for key, name in (layer.submodules.sharded_state_dict_keys_map or {}).items()
+            if not key.startswith("pre_mlp_layernorm")
+        }
+    if te:
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        norm = SequenceParallelRMSNorm
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules([layer] * layers, layer_norm=norm)
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
+    submodules, attention = layer.submodules, layer.submodules.self_attention.submodules
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = SequenceParallelRMSNorm
+    return layer
+
+
+def _te_layer(config: TransformerConfig) -> ModuleSpec:
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=True) if config.num_moe_experts else {}
+    return copy.deepcopy(
+        get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
+    )
+
+
+def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
+    moe = get_moe_module_spec(use_te=te, num_experts=config.num_moe_experts, moe_grouped_gemm=te)
+    is_partial = isinstance(moe, functools.partial)
+    submodules = copy.copy(moe.keywords["submodules"] if is_partial else moe.submodules)
+    submodules.router = LPRRouter
+    return ModuleSpec(
+        module=LPRMoELayer,
+        submodules=submodules,
+        params={"frozen_linear": te_duplicated_linear if te else DuplicatedLinear},
+        metainfo={"fuse_pre_mlp_layernorm": False},
+    )

@@ -1,0 +1,80 @@
+"""The MoE layer: a router over all experts, frozen experts in place, new experts through Megatron's dispatcher.
+
+Shapes: S positions of this rank, B sequences, T = S*B, H hidden, E experts, J frozen experts.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from torch import Tensor
+
+from megatron_lpr.model.dispatchers import DISPATCHERS
+from megatron_lpr.model.frozen_expert import DuplicatedLinear, FrozenExpert, add_frozen_experts
+from megatron_lpr.model.transformer_config import LPRTransformerConfig
+
+
+class LPRMoELayer(MoELayer):
+    """Megatron's MoELayer over the new experts, plus the frozen ones.
+
+    `padding_mask` carries language tags [B, S] (see `LPRRouter`): Megatron hands that argument to every MoE layer of
+    every pipeline stage, through recomputation too.
+    """
+
+    def __init__(
+        self,
+        config: LPRTransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection=None,
+        frozen_linear=DuplicatedLinear,
+        **kwargs,
+    ) -> None:
+        pg_collection = pg_collection or get_default_pg_collection()
+        super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
+        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
+            self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
+        )
+        self.frozen_experts = torch.nn.ModuleList(
+            FrozenExpert(config, frozen_linear) for _ in range(config.num_frozen_experts)
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors=None,
+        padding_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """[S, B, H] -> ([S, B, H], no bias)."""
+        assert intermediate_tensors is None, "partial CUDA graphs of the MoE layer are not supported"
+        tags_SB = None if padding_mask is None else self._local_tags(padding_mask, hidden_states)
+        if self.moe_layer_recompute and self.training:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB), None
+        return self._forward(hidden_states, tags_SB), None
+
+    def _forward(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
+        probs_TE, chosen_TE = self.route(hidden_states, tags_SB)
+        frozen = len(self.frozen_experts)
+        frozen_TH = add_frozen_experts(
+            self.frozen_experts,
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            probs_TE[:, :frozen],
+            chosen_TE[:, :frozen],
+        )
+        dispatched, probs = self.preprocess(
+            hidden_states, probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
+        )
+        dispatched, probs = self.dispatch(dispatched, probs)
+        routed, _ = self.routed_experts_compute(dispatched, probs)
+        routed = self.postprocess(self.combine(routed), None)
+        return routed + frozen_TH.view_as(routed)
+
+    def _local_tags(self, tags_BS: Tensor, hidden_states: Tensor) -> Tensor:
+        """[B, S]; the first pipeline stage has cut it for sequence parallelism already, later stages have not."""
+        tags_SB = tags_BS.transpose(0, 1)
+        local = hidden_states.shape[0]
+        if tags_SB.shape[0] != local:
+            assert tags_SB.shape[0] == local * self.attn_tp_group.size(), "tags and hidden states of other lengths"
+            tags_SB = tags_SB[self.attn_tp_group.rank() * local :][:local]
+        return tags_SB

@@ -1,0 +1,56 @@
+"""What one router did with each language, summed on the device without synchronisation.
+
+Columns of the sums [L, 3 + E]: tokens, sum of p_frozen, sum of the LPR token loss, routing slots of each expert.
+Shapes: T tokens, E experts, L languages.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+TOKENS, P_FROZEN, LPR_LOSS, SLOTS = 0, 1, 2, 3
+
+
+class RouterStats:
+    """Sums per language since the last `take`; `balance` is the sum of this rank's shares of the balance loss."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.num_languages = 0  # the trainer says how many there are; without it nothing is collected
+        self.sums_LC: Tensor | None = None
+        self.balance: Tensor | float = 0.0
+
+    def add(
+        self,
+        logits_TE: Tensor,
+        chosen_TE: Tensor,
+        tags: Tensor,
+        token_loss: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Add one micro-batch; padding (tag 0) is left out.
+
+        A product with one-hot rows rather than index_add, whose order of additions on a GPU is not repeatable.
+        """
+        if not self.num_languages:
+            return
+        one_hot_TL = tags.reshape(-1, 1).abs() == torch.arange(1, self.num_languages + 1, device=tags.device)
+        losses_T = token_loss(logits_TE)
+        num_frozen = token_loss.keywords["num_frozen"]
+        p_frozen_T = logits_TE.softmax(-1)[:, :num_frozen].sum(-1)
+        columns_TC = torch.cat(
+            [torch.stack([torch.ones_like(losses_T), p_frozen_T, losses_T], dim=1), chosen_TE], dim=1
+        )
+        added_LC = one_hot_TL.to(columns_TC.dtype).t() @ columns_TC
+        if self.sums_LC is None:
+            self.sums_LC = torch.zeros(added_LC.shape, dtype=torch.float64, device=added_LC.device)
+        self.sums_LC += added_LC
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The sums [L, 3 + E] (fp64) and the balance loss [] since the last call; starts again from zero."""
+        sums_LC = self.sums_LC
+        if sums_LC is None:
+            sums_LC = torch.zeros(self.num_languages, SLOTS + self.num_experts, dtype=torch.float64)
+        balance = torch.as_tensor(self.balance, dtype=torch.float64)
+        self.sums_LC, self.balance = None, 0.0
+        return sums_LC, balance

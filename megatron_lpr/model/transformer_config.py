@@ -1,0 +1,115 @@
+"""Megatron's TransformerConfig for a recipe and a dense architecture."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import Architecture
+
+
+@dataclass
+class LPRTransformerConfig(TransformerConfig):
+    """Megatron's configuration and what MoE-LPR adds. `num_moe_experts` counts the new (dispatched) experts."""
+
+    num_frozen_experts: int = 1
+    balance_coeff: float = 0.0
+    balance_per_sequence: bool = True
+    lpr_coeff: float = 0.0
+    lpr_double_softmax: bool = False
+
+    @property
+    def num_all_experts(self) -> int:
+        """Outputs of the router: frozen and new experts."""
+        return self.num_frozen_experts + self.num_moe_experts
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(recipe: Recipe, arch: Architecture) -> TransformerConfig:
+    """The configuration of a dense model (`model.num_experts: 0`) or of its upcycled form."""
+    dtype = DTYPES[recipe.model.dtype]
+    common = dict(
+        **_architecture(arch),
+        **_parallel(recipe),
+        **_recompute(recipe),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # gradients are summed: every loss is divided by its global count before the backward pass
+        calculate_per_token_loss=True,
+        # every parameter is filled from the base model or a checkpoint
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+    )
+    if not recipe.model.num_experts:
+        return TransformerConfig(**common)
+    return LPRTransformerConfig(
+        **common,
+        num_moe_experts=recipe.model.num_experts - recipe.model.num_frozen_experts,
+        num_frozen_experts=recipe.model.num_frozen_experts,
+        moe_ffn_hidden_size=arch.ffn_hidden_size,
+        moe_router_topk=recipe.model.topk,
+        moe_router_pre_softmax=False,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # the balance loss is ours, over frozen and new experts
+        moe_token_dispatcher_type=recipe.parallel.dispatcher,
+        balance_coeff=recipe.balance.coeff,
+        balance_per_sequence=recipe.balance.group == "sequence",
+        lpr_coeff=recipe.lpr.coeff,
+        lpr_double_softmax=recipe.lpr.loss == "double_softmax",
+    )
+
+
+def _architecture(arch: Architecture) -> dict:
+    return dict(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.rms_norm_eps,
+        qk_layernorm=arch.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+def _parallel(recipe: Recipe) -> dict:
+    sizes = recipe.parallel
+    on_gpu = torch.cuda.is_available()
+    return dict(
+        tensor_model_parallel_size=sizes.tensor,
+        sequence_parallel=sizes.tensor > 1,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=sizes.expert_tensor,
+        batch_p2p_comm=on_gpu,  # gloo has no batched point-to-point
+        # fused CUDA kernels; the local linear's fused gradient accumulation needs NVIDIA's Apex
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=on_gpu,
+        bias_activation_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _recompute(recipe: Recipe) -> dict:
+    mode = recipe.train.recompute if recipe.train else "none"
+    if mode == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if mode == "selective":
+        modules = ["moe"] if recipe.model.num_experts else ["mlp"]
+        return dict(recompute_granularity="selective", recompute_modules=modules)
+    return {}

@@ -1,0 +1,102 @@
+"""Unmodified Megatron-Core (0.16.1 to 0.19) on a machine without CUDA.
+
+Megatron names the CUDA device, streams and events without asking whether there are any. Each shim stands in for one
+such name with what is true on a CPU: one device, one queue, everything finished when the call returns. Nothing here
+is installed where there is a GPU.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"` and pinned memory in factory calls (clip_grads, optimizer, rope) mean the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **(kwargs or {}))
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    """`tensor.type()` and `is_cuda` as on a GPU: Megatron's optimizers accept 'torch.cuda.FloatTensor' only."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.is_cuda.__get__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def cuda_type_names() -> contextlib.AbstractContextManager:
+    """Inside it Megatron's optimizers accept CPU parameters; without effect where there is a GPU."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaTypeNames()
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+class _Stream:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+
+def install() -> None:
+    """Replace the names that Megatron uses in `torch.cuda`, and gloo's all-to-all, for this process."""
+    cuda, cpu = torch.cuda, torch.device("cpu")
+    cuda.current_device = lambda: cpu
+    # one function object per name: torch._dynamo refuses the same object under two names
+    cuda.set_device = lambda *a, **k: None
+    cuda.synchronize = lambda *a, **k: None
+    cuda.nvtx.range_push = lambda *a, **k: None
+    cuda.nvtx.range_pop = lambda *a, **k: None
+    cuda.current_stream = lambda *a, **k: _Stream()
+    cuda.default_stream = lambda *a, **k: _Stream()
+    cuda.Stream = _Stream
+    cuda.Event = _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    _let_gloo_take_tensor_splits()
+    _CudaMeansCpu().__enter__()
+
+    # Megatron compiles small helpers with torch.compile, which on a CPU costs seconds each and gains nothing
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+
+
+def _let_gloo_take_tensor_splits() -> None:
+    """The alltoall dispatcher passes split sizes as tensors, which NCCL takes and gloo does not."""
+    plain = dist.all_to_all_single
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        def as_list(sizes):
+            return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+        return plain(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
+
+    dist.all_to_all_single = all_to_all_single

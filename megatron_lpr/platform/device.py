@@ -1,0 +1,72 @@
+"""The device of this process, and Megatron-Core made ready for it."""
+
+import functools
+import importlib.util
+import logging
+import os
+import warnings
+
+import torch
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform import cpu_shims, megatron_fixes
+
+# What Megatron says at every import or construction and no user of this package can act on: optional packages that
+# are missing, a default of its own that it deprecates, a subclass of MoELayer (logged as "Unknown MLP type").
+MEGATRON_NOISE = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "full scope is deprecated",
+)
+
+
+@functools.cache
+def device() -> torch.device:
+    """This rank's CUDA device, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def backend() -> str:
+    """The torch.distributed backend that goes with `device()`."""
+    return "nccl" if device().type == "cuda" else "gloo"
+
+
+@functools.cache
+def prepare() -> None:
+    """Make Megatron-Core importable and runnable here. Call it before anything of Megatron is imported.
+
+    Raises:
+        UserError: an importable `apex` is not NVIDIA's, or Transformer Engine is half installed.
+    """
+    _refuse_foreign_apex()
+    for message in MEGATRON_NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    on_cpu = device().type == "cpu"
+    if on_cpu:
+        cpu_shims.install()
+    else:
+        torch.cuda.set_device(device())
+    try:
+        import megatron.core.models.gpt  # noqa: F401
+    except RuntimeError as error:
+        # a Transformer Engine without its compiled part raises RuntimeError, which Megatron lets through
+        raise UserError(
+            f"Transformer Engine is installed but does not load ({error}): "
+            "reinstall it with its core library, or uninstall it"
+        ) from None
+    megatron_fixes.install(on_cpu)
+
+
+def _refuse_foreign_apex() -> None:
+    """PyPI's `apex` is a web toolkit; Megatron would take it for NVIDIA's and fail much later."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return
+    folders = list(spec.submodule_search_locations or [])
+    if not any(os.path.isdir(os.path.join(folder, "multi_tensor_apply")) for folder in folders):
+        place = folders[0] if folders else spec.origin
+        raise UserError(f"the package `apex` in {place} is not NVIDIA's Apex and breaks Megatron: pip uninstall apex")

@@ -1,0 +1,67 @@
+"""The ranks of this run: torchrun's or Slurm's environment, or a single process."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform.device import backend, device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands in the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """torchrun's variables first, then Slurm's of a step started by srun, else one process.
+
+        Raises:
+            UserError: the variables contradict each other or are incomplete.
+        """
+        environment = os.environ
+        if "RANK" in environment:
+            names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            # the batch shell has SLURM_PROCID too, so that only a step of several tasks counts
+            names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+        else:
+            return cls(rank=0, local_rank=0, world_size=1)
+        missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if missing:
+            raise UserError(
+                f"a distributed run needs the environment variables {', '.join(missing)}: "
+                "start it with torchrun, or export them in the Slurm script"
+            )
+        rank, local_rank, world_size = (int(environment[name]) for name in names)
+        return cls(rank=rank, local_rank=local_rank, world_size=world_size)
+
+
+def join(timeout_minutes: float = 30.0) -> Ranks:
+    """Join the run's process group (a single process makes one of its own)."""
+    ranks = Ranks.from_environment()
+    dist.init_process_group(
+        backend(),
+        store=dist.HashStore() if ranks.world_size == 1 else None,  # alone: no port to find or to fight over
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        device_id=device() if device().type == "cuda" else None,
+    )
+    return ranks
+
+
+def leave() -> None:
+    """Leave the process group, and Megatron's groups with it."""
+    from megatron.core import parallel_state
+
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+

@@ -1,0 +1,108 @@
+"""Checkpoints: Megatron's dist_checkpointing (torch_dist), written whole or not at all.
+
+A checkpoint is written under a temporary name and renamed when every rank has finished, so that a killed save leaves
+nothing that a later run could mistake for one.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.training.run_state import RunState, write_run_state
+
+
+def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, keep: int = 0) -> Path:
+    """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
+    root = Path(output) / "checkpoints"
+    folder, writing = root / f"step_{state.step:08d}", root / f".writing_step_{state.step:08d}"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    content = _model_state(chunks)
+    if optimizer is not None:
+        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
+        content["scheduler"] = scheduler.state_dict()
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist"),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    dist_checkpointing.save(content, str(writing), strategy)
+    dist.barrier()
+    if rank == 0:
+        write_run_state(writing, state)
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+        pointer = root / ".latest"
+        pointer.write_text(folder.name)
+        os.replace(pointer, root / "latest")
+        _drop_old(root, keep)
+    dist.barrier()
+    return folder
+
+
+def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
+    """Fill the model, and the optimizer and schedule where they are given, from a checkpoint of any layout.
+
+    Raises:
+        UserError: the checkpoint is damaged or holds another model.
+    """
+    content = _model_state(chunks)
+    if optimizer is not None:
+        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
+    try:
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
+    except (CheckpointingException, RuntimeError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {reason}") from error
+    for index, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+    if optimizer is not None:
+        with cuda_type_names():
+            optimizer.load_state_dict(loaded["optimizer"])
+        scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _model_state(chunks) -> dict[str, Any]:
+    return {f"model{index}": _unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:
+    model = content["model0"] if "model1" not in content else {k: v for k, v in content.items()}
+    metadata = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+    with cuda_type_names():
+        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    checkpoints = sorted(root.glob("step_*"))
+    for folder in checkpoints[:-keep] if keep else []:
+        shutil.rmtree(folder)

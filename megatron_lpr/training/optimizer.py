@@ -1,0 +1,95 @@
+"""Megatron's DDP, (distributed) optimizer and learning-rate schedule over the trainable parameters only."""
+
+import functools
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.model.freezing import freeze
+from megatron_lpr.platform.cpu_shims import cuda_type_names
+
+
+def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """Freeze by the recipe's policy and wrap for data parallelism; gradients are summed in fp32, never averaged."""
+    freeze(chunks, recipe.train.trainable)
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_grad_reduce=recipe.parallel.overlap_grad_reduce,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    )
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = _sum_gradients
+    if recipe.parallel.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+        if len(wrapped) == 1:
+            config.no_sync_func = config.no_sync_func[0]
+    return wrapped
+
+
+@functools.wraps(finalize_model_grads)
+def _sum_gradients(model, num_tokens=None, **kwargs):
+    """Without Megatron's division by tokens (and its broadcast and all-reduce): losses are divided already."""
+    return finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(
+    recipe: Recipe, chunks: list[DistributedDataParallel]
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over what `wrap` left trainable, and its schedule in steps."""
+    settings, bf16 = recipe.optimizer, chunks[0].config.bf16
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    )
+    with cuda_type_names():
+        optimizer = get_megatron_optimizer(config, chunks)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=recipe.train.steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=recipe.train.steps,
+        wd_incr_style="constant",
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def trainable_parameters(chunks: list[torch.nn.Module]) -> int:
+    """Elements of this rank's trainable parameters."""
+    return sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)
+
+
+def optimizer_parameters(optimizer: MegatronOptimizer) -> int:
+    """Elements that this rank's optimizer updates; with a distributed optimizer its own shard of them."""
+    return sum(p.numel() for group in optimizer.param_groups for p in group["params"])

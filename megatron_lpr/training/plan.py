@@ -1,0 +1,144 @@
+"""What a training run is going to do, checked and printed before any process group or GPU is taken."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.data.manifest import Manifest
+from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.tokenize import tokenizer_record
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
+from megatron_lpr.validation import check_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    recipe: Recipe
+    arch: Architecture
+    manifest: Manifest
+    sampler: ReplaySampler
+    world_size: int
+    source: Path | None  # checkpoint that gives the weights of a fresh run; None: the base model
+    resume: Path | None  # checkpoint of this run itself
+    state: RunState | None  # of `resume`
+
+    @property
+    def first_step(self) -> int:
+        return self.state.step if self.state else 0
+
+    def recipe_path(self) -> Path:
+        """Where the resolved recipe is written."""
+        return Path(self.recipe.output) / "recipe.yaml"
+
+    @property
+    def is_original(self) -> list[bool]:
+        """Per language of the manifest: whether the base model knows it."""
+        roles = {corpus.language: corpus.role for corpus in self.manifest.corpora}
+        return [roles[language] == "original" for language in self.manifest.languages]
+
+
+def plan_training(recipe: Recipe, world_size: int) -> Plan:
+    """Check the recipe against the model, the corpora, the checkpoints and the number of ranks; nothing is written.
+
+    Raises:
+        UserError: whatever is wrong, in one sentence.
+    """
+    if recipe.train is None:
+        raise UserError("train: missing; the recipe describes no training run")
+    arch = read_architecture(recipe.model.base)
+    check_recipe(recipe, arch, world_size)
+    manifest = Manifest.load(recipe.data.manifest)
+    _check_tokenizer(recipe, arch, manifest)
+    sampler = ReplaySampler(
+        manifest, seq_length=recipe.data.seq_length, seed=recipe.train.seed, mixture=recipe.data.mixture
+    )
+    resume = find_checkpoint(recipe.output)
+    state = read_run_state(resume) if resume else None
+    if state:
+        _check_resume(recipe, state, sampler)
+    source = checkpoint_folder(recipe.model.load) if recipe.model.load else None
+    if source:
+        _check_same_model(recipe, source)
+    return Plan(
+        recipe=recipe,
+        arch=arch,
+        manifest=manifest,
+        sampler=sampler,
+        world_size=world_size,
+        source=source,
+        resume=resume,
+        state=state,
+    )
+
+
+def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
+    tokenizer = manifest.tokenizer
+    base = tokenizer_record(recipe.model.base)
+    if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
+        raise UserError(
+            f"data.manifest: {recipe.data.manifest} was made with a tokenizer of another vocabulary "
+            f"({tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}) than the model's in {recipe.model.base} "
+            f"({base.vocab_size} tokens, sha256 {base.sha256[:12]}); preprocess the corpora with the model's tokenizer"
+        )
+
+
+def _check_resume(recipe: Recipe, state: RunState, sampler: ReplaySampler) -> None:
+    if state.step >= recipe.train.steps:
+        raise UserError(
+            f"output: {recipe.output} already holds a finished run ({state.step} of {recipe.train.steps} steps); "
+            "choose another folder, or raise train.steps to extend it"
+        )
+    if not state.has_optimizer:
+        raise UserError(
+            f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "
+            "(checkpoint.final_optimizer: false) and cannot be extended; start a new one with model.load"
+        )
+    sampler.check_state(state.data_state)
+
+
+def _check_same_model(recipe: Recipe, source: Path) -> None:
+    there = read_run_state(source).recipe["model"]
+    for field in ("num_experts", "num_frozen_experts", "topk"):
+        here = getattr(recipe.model, field)
+        if there[field] != here:
+            raise UserError(f"model.{field}: {here}, but the checkpoint {source} has {there[field]}")
+
+
+def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
+    """`section.key: old -> new` of what a resumed run changes; never silent."""
+    old, new = _flat(state.recipe), _flat(to_tree(recipe))
+    return [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+
+
+def describe(plan: Plan) -> str:
+    """The resolved recipe and what it comes to."""
+    recipe, train = plan.recipe, plan.recipe.train
+    samples = train.steps * train.global_batch_size
+    counts = plan.sampler.count(0, samples)
+    shares = ", ".join(f"{language} {n:,}" for language, n in counts.tokens_per_language.items())
+    start = f"checkpoint {plan.source}" if plan.source else f"base model {recipe.model.base}"
+    if plan.resume:
+        start = f"step {plan.first_step} of this run ({plan.resume})"
+    return "\n".join(
+        [
+            yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+            "",
+            f"starts from  {start}",
+            f"trains       {train.trainable} on {plan.world_size} rank(s)",
+            f"reads        {samples:,} samples, {counts.tokens:,} tokens in {train.steps:,} steps: {shares}",
+        ]
+    )

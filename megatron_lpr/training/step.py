@@ -1,0 +1,84 @@
+"""One optimizer step: forward and backward of every micro-batch through Megatron's pipeline schedule.
+
+Shapes: B samples, S positions of a micro-batch.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.data.replay_sampler import Batch
+from megatron_lpr.losses import GlobalCounts, next_token_loss
+from megatron_lpr.platform import device
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What the optimizer step says of itself, before reduction over ranks."""
+
+    ntp_loss: float  # this rank's share of L_NTP
+    grad_norm: float  # global
+
+
+def forward_backward(
+    recipe: Recipe, chunks: list[torch.nn.Module], batches: list[Iterator[Batch]], counts: GlobalCounts
+) -> float:
+    """Accumulate the gradients of this rank's micro-batches; returns this rank's share of L_NTP."""
+    sizes = recipe.train
+    data_parallel = parallel_state.get_data_parallel_world_size()
+    shares = get_forward_backward_func()(
+        forward_step_func=functools.partial(_forward_step, counts),
+        data_iterator=batches if len(chunks) > 1 else batches[0],
+        model=chunks,
+        num_microbatches=sizes.global_batch_size // (sizes.micro_batch_size * data_parallel),
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=sizes.micro_batch_size,
+        forward_only=False,
+    )
+    # only the last pipeline stage has losses; its tensor-parallel ranks all have the same
+    if not shares or parallel_state.get_tensor_model_parallel_rank() > 0:
+        return 0.0
+    return float(torch.stack(shares).sum())
+
+
+def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: GlobalCounts, step: int) -> StepResult:
+    """One optimizer step.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the weights are left as they were.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    ntp_loss = forward_backward(recipe, chunks, batches, counts)
+    updated, grad_norm, _ = optimizer.step()
+    if not updated or not math.isfinite(grad_norm):
+        raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: lower optimizer.lr, or look at the data")
+    scheduler.step(increment=1)
+    return StepResult(ntp_loss=ntp_loss, grad_norm=float(grad_norm))
+
+
+def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):
+    batch = next(batches)
+    # not every stage needs every tensor, but each rank has read its window anyway
+    token_loss_BS = model(
+        input_ids=batch.tokens_BS.to(device(), non_blocking=True),
+        position_ids=None,  # rotary embeddings count for themselves
+        attention_mask=None,  # causal
+        labels=batch.labels_BS.to(device(), non_blocking=True),
+        padding_mask=batch.tags_BS.to(device(), non_blocking=True),
+    )
+    return token_loss_BS, functools.partial(_loss, counts, batch.loss_mask_BS.to(device(), non_blocking=True))
+
+
+def _loss(counts: GlobalCounts, loss_mask_BS: Tensor, token_loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss to differentiate, token count that Megatron shall not use, share to report)."""
+    loss = next_token_loss(token_loss_BS, loss_mask_BS, counts)
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()

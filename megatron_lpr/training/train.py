@@ -1,0 +1,170 @@
+"""The training loop of every recipe: post-pretraining, review, and the baselines.
+
+Import it after `platform.prepare()`; everything that a user can get wrong has been checked by `plan_training`.
+"""
+
+import time
+from collections import Counter
+from contextlib import nullcontext
+
+import torch.distributed as dist
+import yaml
+from megatron.core import parallel_state
+from megatron.core.utils import get_model_config
+
+from megatron_lpr.data.batches import micro_batches
+from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training import checkpointing, step_metrics
+from megatron_lpr.training.metrics_log import MetricsLog
+from megatron_lpr.training.optimizer import build_optimizer, optimizer_parameters, trainable_parameters, wrap
+from megatron_lpr.training.plan import Plan, changed_settings
+from megatron_lpr.training.progress import Progress
+from megatron_lpr.training.run_state import RunState
+from megatron_lpr.training.step import train_step
+from megatron_lpr.training.weights import fill_weights, frozen_digest
+
+
+class Trainer:
+    """A planned run on this rank: model, optimizer, and the loop over steps."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.recipe = plan, plan.recipe
+        recipe = plan.recipe
+        init_model_parallel(recipe.parallel, recipe.train.seed)
+        chunks = build_model(recipe, plan.arch)
+        if plan.resume is None:
+            fill_weights(recipe, plan.arch, chunks, plan.source)
+        self.counts = global_counts(*chunks)
+        self.chunks = wrap(recipe, chunks)
+        self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
+        get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
+        if plan.resume is not None:
+            checkpointing.load(plan.resume, self.chunks, self.optimizer, self.scheduler)
+        self.routers = routers(*self.chunks)
+        for router in self.routers:
+            router.stats.num_languages = len(plan.manifest.languages)
+        self.step = plan.first_step
+        self.tokens_seen = Counter(plan.state.tokens_per_language if plan.state else {})
+        self.frozen_digest = frozen_digest(self.chunks)
+
+    def run(self) -> None:
+        """Train to the last step, logging and saving on the way."""
+        self._announce()
+        for chunk in self.chunks:
+            chunk.train()
+        log = MetricsLog(self.recipe.output, resumed_step=self.step) if dist.get_rank() == 0 else nullcontext()
+        progress = Progress()
+        with log:
+            while self.step < self.recipe.train.steps:
+                metrics = self.train_step()
+                if dist.get_rank() == 0:
+                    progress.report(metrics)
+                    log.write(metrics)
+                last = self.step == self.recipe.train.steps
+                every = self.recipe.checkpoint.every
+                if last or (every and self.step % every == 0):
+                    self.save(last)
+
+    def train_step(self) -> dict:
+        """One optimizer step and its metrics, which are the same on every rank."""
+        start = time.perf_counter()
+        recipe, sampler = self.recipe, self.plan.sampler
+        samples = recipe.train.global_batch_size
+        consumed = self.step * samples
+        seen = sampler.count(consumed, samples)
+        self.counts.tokens = max(seen.tokens, 1)
+        self.counts.original_tokens = max(seen.original_tokens, 1)
+        per_micro_batch = recipe.train.micro_batch_size if recipe.balance.group == "micro_batch" else 1
+        self.counts.balance_groups = samples / per_micro_batch
+        batches = [
+            micro_batches(
+                sampler,
+                consumed_samples=consumed,
+                global_batch_size=samples,
+                micro_batch_size=recipe.train.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            )
+            for _ in self.chunks
+        ]
+        lr = self.optimizer.param_groups[0]["lr"]
+        result = train_step(
+            recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts, self.step + 1
+        )
+        self.step += 1
+        self.tokens_seen.update(seen.tokens_per_language)
+        return self._metrics(seen, result, lr, start)
+
+    def _metrics(self, seen, result, lr: float, start: float) -> dict:
+        recipe, plan = self.recipe, self.plan
+        stats = step_metrics.reduce_stats(
+            self.routers,
+            num_layers=plan.arch.num_layers,
+            num_languages=len(plan.manifest.languages),
+            num_experts=recipe.model.num_experts,
+            ntp_loss=result.ntp_loss,
+        )
+        seconds = time.perf_counter() - start
+        metrics = {
+            "step": self.step,
+            "steps": recipe.train.steps,
+            "stage": recipe.name,
+            "ntp_loss": stats.ntp_loss,
+            "balance_loss": float(stats.balance_N.mean()) if recipe.balance.coeff else None,
+            "lpr_loss": step_metrics.lpr_loss(stats, plan.is_original) if self.routers else None,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": seen.tokens,
+            "tokens_per_second": seen.tokens / seconds,
+            "tokens_per_language": dict(self.tokens_seen),
+            "seconds": seconds,
+            "consumed_samples": self.step * recipe.train.global_batch_size,
+        }
+        if self.routers and self.step % recipe.logging.router_every == 0:
+            metrics["router"] = step_metrics.router_record(
+                stats.sums_NLC, plan.manifest.languages, recipe.model.num_frozen_experts
+            )
+        return metrics
+
+    def save(self, last: bool) -> None:
+        """Write a checkpoint; a frozen weight that is not what it was at the start is a bug, and stops the run."""
+        assert frozen_digest(self.chunks) == self.frozen_digest, "a frozen weight has changed"
+        with_optimizer = self.recipe.checkpoint.final_optimizer or not last
+        consumed = self.step * self.recipe.train.global_batch_size
+        state = RunState(
+            step=self.step,
+            consumed_samples=consumed,
+            has_optimizer=with_optimizer,
+            recipe=to_tree(self.recipe),
+            data_state=self.plan.sampler.state(consumed),
+            tokens_per_language=dict(self.tokens_seen),
+        )
+        optimizer, scheduler = (self.optimizer, self.scheduler) if with_optimizer else (None, None)
+        keep = self.recipe.checkpoint.keep
+        folder = checkpointing.save(self.recipe.output, state, self.chunks, optimizer, scheduler, keep)
+        if dist.get_rank() == 0:
+            print(f"saved {folder}", flush=True)
+
+    def _announce(self) -> None:
+        if dist.get_rank() != 0:
+            return
+        path = self.plan.recipe_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(to_tree(self.recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if self.plan.state:
+            print(f"resumes at step {self.step} from {self.plan.resume}")
+            for change in changed_settings(self.recipe, self.plan.state):
+                print(f"  changed: {change}")
+        total = sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+        print(
+            f"parameters on rank 0: {total:,}, trainable {trainable_parameters(self.chunks):,}, "
+            f"in its optimizer {optimizer_parameters(self.optimizer):,}",
+            flush=True,
+        )
+
+
+def train(plan: Plan) -> None:
+    """Run a plan; the process group has been joined."""
+    Trainer(plan).run()
+

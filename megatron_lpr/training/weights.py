@@ -1,0 +1,56 @@
+"""Where the weights of a run come from, and the proof that frozen ones never change."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.conversion.hf_io import SafetensorsReader
+from megatron_lpr.conversion.upcycle import load_dense
+from megatron_lpr.training import checkpointing
+
+
+def fill_weights(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Module], source: Path | None) -> None:
+    """Fill every parameter of this rank: from a checkpoint, or straight from the dense base model (upcycling it)."""
+    if source is not None:
+        checkpointing.load(source, chunks)
+        return
+    model = recipe.model
+    reader = SafetensorsReader(model.base)
+    for chunk in chunks:
+        load_dense(
+            chunk.named_parameters(),
+            reader,
+            arch,
+            layer_offset=chunk.decoder.layers[0].layer_number - 1,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+            etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+            num_frozen=model.num_frozen_experts if model.num_experts else 0,
+            num_experts=model.num_experts,
+            router_std=model.router_init_std,
+            seed=recipe.train.seed if recipe.train else 0,
+        )
+
+
+def frozen_digest(chunks: Iterable[torch.nn.Module]) -> str:
+    """SHA-256 over names and bytes of this rank's frozen parameters."""
+    digest = hashlib.sha256()
+    for index, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(f"{index}.{name}".encode())
+                digest.update(_bytes(parameter))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

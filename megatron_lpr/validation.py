@@ -1,0 +1,103 @@
+"""Everything about a recipe that can be wrong before any process group, GPU or file is taken."""
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.errors import UserError
+
+
+def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
+    """Check sizes against each other, the model and the number of ranks.
+
+    Raises:
+        UserError: names the field, the value and the nearest valid ones.
+    """
+    _check_experts(recipe)
+    _check_sizes(recipe, arch, world_size)
+    if recipe.train is not None:
+        _check_training(recipe, world_size)
+
+
+def _check_experts(recipe: Recipe) -> None:
+    model, sizes = recipe.model, recipe.parallel
+    if not model.num_experts:
+        for field, value, neutral in (
+            ("parallel.expert", sizes.expert, 1),
+            ("parallel.expert_tensor", sizes.expert_tensor, 1),
+            ("balance.coeff", recipe.balance.coeff, 0),
+            ("lpr.coeff", recipe.lpr.coeff, 0),
+        ):
+            if value != neutral:
+                raise UserError(f"{field}: {value} has no effect on a dense model (model.num_experts: 0)")
+        return
+    if model.num_frozen_experts < 1:
+        raise UserError("model.num_frozen_experts: at least 1, the original FFN")
+    new = model.num_experts - model.num_frozen_experts
+    if new < 1:
+        raise UserError(
+            f"model.num_experts: {model.num_experts} leaves no new expert beside {model.num_frozen_experts} frozen: "
+            f"at least {model.num_frozen_experts + 1}"
+        )
+    if not 1 <= model.topk <= model.num_experts:
+        raise UserError(f"model.topk: {model.topk} of {model.num_experts} experts; choose 1 to {model.num_experts}")
+    _divides("parallel.expert", sizes.expert, new, "the number of new experts (model.num_experts minus frozen ones)")
+
+
+def _check_sizes(recipe: Recipe, arch: Architecture, world_size: int) -> None:
+    sizes = recipe.parallel
+    for field in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
+        if getattr(sizes, field) < 1:
+            raise UserError(f"parallel.{field}: {getattr(sizes, field)}; at least 1")
+    if sizes.context > 1:
+        raise UserError(f"parallel.context: {sizes.context}; context parallelism is not supported yet, use 1")
+    if sizes.virtual_pipeline > 1 and sizes.pipeline == 1:
+        raise UserError(f"parallel.virtual_pipeline: {sizes.virtual_pipeline} needs parallel.pipeline above 1")
+    _divides("parallel.tensor", sizes.tensor, arch.num_attention_heads, "the number of attention heads")
+    _divides("parallel.tensor", sizes.tensor, arch.num_query_groups, "the number of key/value heads")
+    _divides("parallel.tensor", sizes.tensor, arch.ffn_hidden_size, "the FFN width")
+    _divides("parallel.expert_tensor", sizes.expert_tensor, arch.ffn_hidden_size, "the FFN width")
+    stages = sizes.pipeline * sizes.virtual_pipeline
+    _divides("parallel.pipeline x parallel.virtual_pipeline", stages, arch.num_layers, "the number of layers")
+    _divides("parallel.tensor x parallel.pipeline", sizes.tensor * sizes.pipeline, world_size, "the number of ranks")
+    experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
+    _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks")
+
+
+def _check_training(recipe: Recipe, world_size: int) -> None:
+    train, sizes = recipe.train, recipe.parallel
+    if recipe.data is None:
+        raise UserError("data: missing; training needs data.manifest")
+    for field in ("steps", "global_batch_size", "micro_batch_size"):
+        if getattr(train, field) < 1:
+            raise UserError(f"train.{field}: {getattr(train, field)}; at least 1")
+    if train.trainable != "all" and not recipe.model.num_experts:
+        raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
+    if recipe.lpr.coeff and not recipe.data.mixture.get("original"):
+        raise UserError(
+            f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
+            "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
+        )
+    _divides("parallel.tensor", sizes.tensor, recipe.data.seq_length, "data.seq_length")
+    data_parallel = world_size // (sizes.tensor * sizes.pipeline)
+    samples = train.micro_batch_size * data_parallel
+    if train.global_batch_size % samples:
+        below = train.global_batch_size // samples * samples
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
+            f"size = {train.micro_batch_size} x {data_parallel}; the nearest are "
+            f"{' and '.join(str(n) for n in (below, below + samples) if n)}"
+        )
+    if sizes.virtual_pipeline > 1 and (train.global_batch_size // samples) % sizes.pipeline:
+        raise UserError(
+            f"train.global_batch_size: the interleaved schedule needs micro-batches per rank "
+            f"({train.global_batch_size // samples}) in multiples of parallel.pipeline ({sizes.pipeline})"
+        )
+
+
+def _divides(field: str, divisor: int, number: int, what: str) -> None:
+    if number % divisor:
+        valid = [n for n in range(1, number + 1) if number % n == 0]
+        near = sorted(valid, key=lambda n: (abs(n - divisor), n))[:3]
+        raise UserError(
+            f"{field}: {divisor} does not divide {what}, {number}; the nearest valid are "
+            f"{', '.join(map(str, sorted(near)))}"
+        )

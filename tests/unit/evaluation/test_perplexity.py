@@ -1,0 +1,170 @@
+"""Bits per byte against models whose probabilities are known by hand."""
+
+import gzip
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_lpr.config import EvaluationCorpus
+from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.perplexity import bits_per_byte, evaluate_corpora
+
+
+class Letters:
+    """Token = UTF-8 byte; 256 = EOS."""
+
+    eos_token_id = 256
+
+    def encode(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        return list(text.encode("utf-8"))
+
+
+def uniform(vocab_size):
+    return lambda tokens_BS, labels_BS: torch.full(labels_BS.shape, math.log(vocab_size))
+
+
+def bigram(table, default):
+    """-ln p(label | token) from a dict; a pair that is not in it costs `default`."""
+
+    def nll_fn(tokens_BS, labels_BS):
+        pairs = zip(tokens_BS.flatten().tolist(), labels_BS.flatten().tolist(), strict=True)
+        return torch.tensor([table.get(pair, default) for pair in pairs]).view(labels_BS.shape)
+
+    return nll_fn
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 1000])
+@pytest.mark.parametrize("batch", [1, 2, 100])
+def test_uniform_model_pays_log_v_per_token(window, batch):
+    # Two-byte letters, and a tokenizer of one token per letter: tokens and bytes differ.
+    class TwoBytes(Letters):
+        def encode(self, text, *, add_special_tokens):
+            return [ord(letter) - ord("á") for letter in text]
+
+    bits, tokens, size = bits_per_byte(uniform(1024), TwoBytes(), ["áéí", "óú"], window=window, batch=batch)
+    assert (tokens, size) == (5, 10)
+    assert bits == pytest.approx(10 * 5 / 10)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 8, 100])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_pair_is_scored_once_and_no_eod_is(window, batch):
+    eod, a, b = Letters.eos_token_id, ord("a"), ord("b")
+    # Stream: EOD a b EOD b b a EOD. Scored labels: a|EOD, b|a, b|EOD, b|b, a|b. Others would cost a million.
+    table = {(eod, a): 1.0, (a, b): 10.0, (eod, b): 100.0, (b, b): 1000.0, (b, a): 10000.0}
+    table |= {(b, eod): 1e6, (a, eod): 1e6}
+    bits, tokens, size = bits_per_byte(
+        bigram(table, 1e6), Letters(), ["ab", "bba"], window=window, batch=batch
+    )
+    assert (tokens, size) == (5, 5)
+    assert bits == pytest.approx(11111.0 / math.log(2) / 5)
+
+
+def test_model_sees_contiguous_full_windows():
+    calls = []
+
+    def nll_fn(tokens_BS, labels_BS):
+        calls.append((tokens_BS.tolist(), labels_BS.tolist()))
+        return torch.zeros(labels_BS.shape)
+
+    ticks = []
+    bits_per_byte(
+        nll_fn, Letters(), ["abc", "d"], window=2, batch=2, progress=lambda *tick: ticks.append(tick)
+    )
+    e, a, b, c, d = 256, *b"abcd"
+    assert calls == [([[e, a], [b, c]], [[a, b], [c, e]]), ([[e, d]], [[d, e]])]
+    assert ticks == [(2, 3), (3, 3)]
+
+
+def test_max_bytes_cuts_the_text_to_whole_characters():
+    seen = []
+
+    class Spy(Letters):
+        def encode(self, text, *, add_special_tokens):
+            seen.append(text)
+            return super().encode(text, add_special_tokens=add_special_tokens)
+
+    bits, tokens, size = bits_per_byte(uniform(2), Spy(), ["abc", "dé", "f"], window=8, batch=1, max_bytes=5)
+    assert (seen, size) == (["abc", "d"], 4)
+    assert bits == pytest.approx(1.0)
+
+
+def test_same_text_costs_the_same_under_another_tokenizer():
+    """A model of letters and a model of letter pairs with the same distribution over texts agree."""
+
+    class Pairs(Letters):
+        def encode(self, text, *, add_special_tokens):
+            data = text.encode()
+            return [256 * data[i] + data[i + 1] for i in range(0, len(data), 2)]
+
+    letters, *_ = bits_per_byte(uniform(26), Letters(), ["abcd", "ef"], window=3, batch=2)
+    pairs, *_ = bits_per_byte(uniform(26**2), Pairs(), ["abcd", "ef"], window=3, batch=2)
+    assert letters == pytest.approx(pairs)
+
+
+def corpus(path, name="help"):
+    return EvaluationCorpus(name=name, files=(str(path),), language="hu", role="expanded")
+
+
+def test_evaluate_corpora_reads_plain_and_gzip_files(tmp_path):
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    plain.write_text('{"text": "abc"}\n{"id": 1, "text": "de"}\n', encoding="utf-8")
+    with gzip.open(packed, "wt", encoding="utf-8") as out:
+        out.write(json.dumps({"text": "é"}) + "\n")
+    lines = []
+    scores = evaluate_corpora(
+        uniform(8), Letters(), [corpus(plain), corpus(packed, "two")], window=4, batch=2, report=lines.append
+    )
+    assert [(s.name, s.language, s.role, s.tokens, s.bytes) for s in scores] == [
+        ("help", "hu", "expanded", 5, 5),
+        ("two", "hu", "expanded", 2, 2),
+    ]
+    assert [s.bits_per_byte for s in scores] == pytest.approx([3.0, 3.0])
+    assert lines == [
+        "evaluate 1/2 help (hu)  3.000 bits per byte  5 tokens  5 bytes",
+        "evaluate 2/2 two (hu)  3.000 bits per byte  2 tokens  2 bytes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no file"),
+        ("", "no text in"),
+        ('{"text": ""}\n', "no text in"),
+        ('{"text": "a"}\n{"content": "b"}\n', 'line 2: expected an object with a string "text"'),
+        ('{"text": "a"}\nnonsense\n', "line 2: not valid JSON"),
+    ],
+)
+def test_unusable_corpora_are_refused_before_the_model_runs(tmp_path, content, message):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"text": "a"}\n', encoding="utf-8")
+    if content is not None:
+        bad.write_text(content, encoding="utf-8")
+
+    def nll_fn(tokens_BS, labels_BS):
+        raise AssertionError("the model ran")
+
+    with pytest.raises(UserError, match=message):
+        evaluate_corpora(nll_fn, Letters(), [corpus(good), corpus(bad)], window=4, batch=2, report=print)
+
+
+def test_truncated_gzip_is_refused(tmp_path):
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "abcdefgh"}\n')[:-12])
+    with pytest.raises(UserError, match="cut.jsonl.gz: cannot be read"):
+        evaluate_corpora(uniform(2), Letters(), [corpus(path)], window=4, batch=2, report=print)
+
+
+def test_no_corpora_and_no_eos_are_refused():
+    with pytest.raises(UserError, match="evaluation.corpora"):
+        evaluate_corpora(uniform(2), Letters(), [], window=4, batch=2)
+
+    class NoEos(Letters):
+        eos_token_id = None
+
+    with pytest.raises(UserError, match="no EOS token"):
+        bits_per_byte(uniform(2), NoEos(), ["a"], window=4, batch=2)
