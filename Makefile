@@ -34,7 +34,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "megatron-lpr needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
-	@command -v "$${CXX:-c++}" >/dev/null || \
+	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || \
 	    { echo "megatron-lpr needs a C++17 compiler; install one (as g++), or name it in CXX" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	command -v nvidia-smi >/dev/null || $(VENV)/bin/python -m pip install "$(TORCH)"

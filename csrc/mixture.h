@@ -52,7 +52,7 @@ class RoleSplit {
     const Wide unit = 2 * static_cast<Wide>(denominator_);
     const Wide position = k * step + denominator_;
     const auto expanded_before = static_cast<std::uint64_t>(position / unit);
-    const bool expanded = position % unit + step >= unit;
+    const bool expanded = position - expanded_before * unit + step >= unit;
     return {expanded, expanded ? expanded_before : k - expanded_before};
   }
 

@@ -151,7 +151,7 @@ class CorpusReader {
     const auto length = detail::load<std::int32_t>(index.data(), CorpusHeader::kBytes + last * 4);
     const auto offset =
         detail::load<std::int64_t>(index.data(), CorpusHeader::kBytes + header_.sequences * 4 + last * 8);
-    if (length < 0 || offset < 0 || static_cast<std::uint64_t>(offset) > bin_.size() ||
+    if (static_cast<std::uint64_t>(offset) > bin_.size() ||
         static_cast<std::uint64_t>(length) * header_.token_bytes != bin_.size() - static_cast<std::uint64_t>(offset))
       throw CorpusError(prefix + ".bin does not end where " + prefix + ".idx says: one of the two is truncated");
   }

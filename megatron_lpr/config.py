@@ -160,7 +160,7 @@ class SourceConfig:
     name: str = required("name of the corpus")
     files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
     language: str = required("language code")
-    role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it shall learn it")
+    role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")
     weight: float = opt(1.0, "share inside its role")
 
 
@@ -168,9 +168,11 @@ class SourceConfig:
 class PreprocessConfig:
     """Raw text to Megatron .bin/.idx and a manifest."""
 
+    output: str | None = opt(None, "folder of the .bin/.idx files and of manifest.yaml")
     tokenizer: str | None = opt(None, "tokenizer folder or SentencePiece file; without it the base model's")
     corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
+    seed: int = opt(0, "seed of the document shuffle")
 
 
 @dataclass(frozen=True, kw_only=True)

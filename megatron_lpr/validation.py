@@ -69,6 +69,11 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
     for field in ("steps", "global_batch_size", "micro_batch_size"):
         if getattr(train, field) < 1:
             raise UserError(f"train.{field}: {getattr(train, field)}; at least 1")
+    if not 0 <= recipe.optimizer.warmup_steps < train.steps:
+        raise UserError(
+            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
+            f"choose 0 to {train.steps - 1}"
+        )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
     if recipe.lpr.coeff and not recipe.data.mixture.get("original"):

@@ -46,15 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("base", metavar="BASE", help="folder of the dense model")
     verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
 
-    export = commands.add_parser(
+    commands.add_parser(
         "export", add_help=False, help="trained Megatron checkpoint -> HF model (megatron-lpr export)"
     )
-    export.set_defaults(forward=True)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 1 when `verify` found something wrong, 2 for a UserError."""
+    """Runs one command; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["export"]:
         from megatron_lpr import cli

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_lpr.conversion.families import Architecture, export_config, family_of, read_architecture
+from megatron_lpr.conversion.export_config import export_config
+from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter, torch_dtype
 from megatron_lpr.conversion.mappings import take_apart
 from megatron_lpr.conversion.model_card import model_card
 from megatron_lpr.conversion.names import parse
-from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts, find_mapping, router_rows
+from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts, router_rows
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -116,22 +117,17 @@ def to_hf(
         if name.role == "router":
             yield family.router_name(name.layer), tensor
             continue
-        table = {"model": family.model, "layer": family.layer}.get(name.role, family.ffn)
-        mapping = find_mapping(table, name.weight)
+        mapping = family.find(name.role, name.weight)
         expert = name.expert
         if name.role == "frozen_expert":
             assert expert < num_frozen, megatron_name
         elif name.role == "new_expert":
-            expert = num_frozen + expert
-            assert expert < num_experts, megatron_name
-        parts = take_apart(tensor, mapping.kind, arch.lengths(mapping), groups=arch.num_query_groups)
-        for source, part in zip(mapping.hf, parts, strict=True):
-            if name.role == "model":
-                yield source, part
-            elif name.role == "layer":
-                yield f"model.layers.{name.layer}.{source}", part
-            else:
-                yield family.ffn_name(name.layer, source, expert), part
+            expert += num_frozen
+        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
+        parts = take_apart(tensor, mapping.kind, shapes, groups=arch.num_query_groups)
+        yield from zip(
+            family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True
+        )
 
 
 def _upcycled(

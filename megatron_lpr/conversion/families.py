@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lpr.conversion.hf_config import carried_over, dtype_fields, read_config, read_rope, rope_fields
+from megatron_lpr.conversion.hf_config import read_config, read_rope
 from megatron_lpr.conversion.mappings import QKV, Copy, GateUp, Mapping
 from megatron_lpr.errors import UserError
 
@@ -53,10 +53,6 @@ class Architecture:
         }
         return tuple(sizes[letter] for letter in dims)
 
-    def lengths(self, mapping: Mapping) -> list[int]:
-        """The length of each HF tensor of `mapping` along the axis it is partitioned and packed on."""
-        return [self.shape(dims)[mapping.kind.axis] for dims in mapping.hf.values()]
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoEClass:
@@ -93,18 +89,35 @@ class Family:
         return any(mapping.megatron == megatron for mapping in self.layer)
 
     def ffn_name(self, layer: int, weight: str, expert: int | None) -> str:
-        """The HF name of an FFN weight (`gate_proj.weight`): of the dense FFN, or of global expert `expert`."""
+        """The HF name of an FFN weight (`gate_proj.weight`), of the dense FFN or of an expert."""
         if expert is None:
             return f"model.layers.{layer}.mlp.{weight}"
         return f"model.layers.{layer}." + self.moe.expert.format(
             expert=expert, weight=self.moe.weights[weight]
         )
 
+    def find(self, role: str, megatron: str) -> Mapping:
+        """The mapping of a parameter, by its role and relative name (`ParameterName`, names.py)."""
+        table = {"model": self.model, "layer": self.layer}.get(role, self.ffn)
+        found = next((mapping for mapping in table if mapping.megatron == megatron), None)
+        assert found is not None, f"the {self.name} table has no {role} parameter '{megatron}'"
+        return found
+
+    def hf_names(
+        self, mapping: Mapping, *, role: str, layer: int | None, expert: int | None = None
+    ) -> list[str]:
+        """Full HF names of a mapping's tensors, of a dense layer or (with `expert`) of an expert."""
+        if role == "model":
+            return list(mapping.hf)
+        if role == "layer":
+            return [f"model.layers.{layer}.{name}" for name in mapping.hf]
+        return [self.ffn_name(layer, name, expert) for name in mapping.hf]
+
     def router_name(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.moe.router}"
 
     def shapes(self, arch: Architecture, num_experts: int = 0) -> dict[str, Shape]:
-        """Name and shape of every tensor of the HF checkpoint: the dense model's, or the MoE class's, in file order."""
+        """Name and shape of every tensor on disk, of the dense model or of the MoE class, in file order."""
         return dict(self._shapes(arch, num_experts))
 
     def _shapes(self, arch: Architecture, num_experts: int) -> Iterator[tuple[str, Shape]]:
@@ -213,8 +226,8 @@ def read_architecture(hf_dir: str | Path) -> Architecture:
     for key, value in family.required.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"'{hf_dir}' has {key} = {config[key]!r} in its config.json; a {family.architecture} can only be "
-                f"converted with {key} = {value!r}"
+                f"'{hf_dir}' has {key} = {config[key]!r} in its config.json; "
+                f"a {family.architecture} can only be converted with {key} = {value!r}"
             )
     return _architecture(config, family, hf_dir, rope_theta=theta, rope_scaling=scaling)
 
@@ -245,36 +258,3 @@ def _architecture(config: dict[str, Any], family: Family, hf_dir: str | Path, **
         sliding_window=config.get("sliding_window"),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )
-
-
-def export_config(
-    arch: Architecture, base_config: dict[str, Any], *, num_experts: int, topk: int, dtype: str
-) -> dict[str, Any]:
-    """The config.json of an export: the family's MoE class, or (num_experts = 0) its dense class again."""
-    family = family_of(arch)
-    shared = {
-        **rope_fields(arch.rope_theta, arch.rope_scaling),
-        **dtype_fields(dtype),
-        "head_dim": arch.head_dim,
-    }
-    if not num_experts:
-        return {**base_config, **shared}
-    return {
-        "architectures": [family.moe.architecture],
-        "model_type": family.moe.model_type,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "hidden_act": "silu",
-        "max_position_embeddings": arch.max_position_embeddings,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "tie_word_embeddings": arch.tie_word_embeddings,
-        **shared,
-        **carried_over(base_config),
-        **{field_name: num_experts for field_name in family.moe.num_experts_fields},
-        "num_experts_per_tok": topk,
-        **family.moe.config,
-    }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lpr.errors import UserError
 
-# What belongs to a model besides its weights and its config; copied byte for byte, because transformers 5 saves a
+# What belongs to a model besides weights and config; copied byte for byte, because transformers 5 saves a
 # tokenizer in a form that 4.x and vLLM cannot read.
 COMPANION_FILES = (
     "tokenizer.json",
@@ -24,15 +24,21 @@ COMPANION_FILES = (
 )
 
 
+def check_vacant(out_dir: str | Path) -> None:
+    """UserError when `out_dir` exists and is anything but an empty folder."""
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output folder '{out_dir}' exists and is not empty: choose another or remove it")
+
+
 @contextmanager
 def complete_folder(out_dir: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `out_dir` that becomes `out_dir` when the block ends well and vanishes when it does not.
+    """A temporary folder that becomes `out_dir` when the block ends well, and vanishes when it does not.
 
     UserError, before anything is done, when `out_dir` exists and is not empty.
     """
+    check_vacant(out_dir)
     out = Path(out_dir).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output folder '{out_dir}' exists and is not empty: choose another or remove it")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.incomplete")
     try:
         temporary.mkdir(parents=True)

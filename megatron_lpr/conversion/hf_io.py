@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as streams: a lazy safetensors reader and a writer that never holds more than one tensor.
+"""Hugging Face checkpoints as streams: a lazy reader, and a writer that never holds more than one tensor.
 
 The writer is told every name and shape before the first byte, as the family tables give them. So shards are
 laid out once, tensors may come in any order, and a checkpoint that lacks a tensor cannot be closed.
@@ -53,7 +53,8 @@ class SafetensorsReader:
         if not index.is_file():
             if not (self.folder / SINGLE_FILE).is_file():
                 raise UserError(
-                    f"'{self.folder}' holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the model in safetensors format"
+                    f"'{self.folder}' holds neither {SINGLE_FILE} nor {INDEX_FILE}: "
+                    "download the model in safetensors format"
                 )
             return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
         try:
@@ -91,7 +92,7 @@ class SafetensorsReader:
             return self._file(self._file_of[name]).get_slice(name)
         except SafetensorError as error:
             raise UserError(
-                f"'{self.folder / self._file_of[name]}' lacks the tensor '{name}' that the index says it holds: "
+                f"'{self.folder / self._file_of[name]}' lacks the tensor '{name}' that the index names: "
                 "download it again"
             ) from error
 
@@ -119,7 +120,8 @@ class ShardedWriter:
     def __init__(
         self, folder: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int
     ):
-        assert max_shard_bytes > 0 and shapes
+        if max_shard_bytes < 1:
+            raise UserError(f"a shard of at most {max_shard_bytes} bytes: give a positive number")
         self._folder, self._dtype = folder, dtype
         self._shapes = dict(shapes)
         self._bytes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
@@ -185,8 +187,8 @@ class ShardedWriter:
         """Checks that every tensor was written, and writes the index where there is more than one shard."""
         if self._missing:
             raise UserError(
-                f"the checkpoint is incomplete: {len(self._missing)} of {len(self._shapes)} tensors were never written, "
-                f"the first is '{min(self._missing)}'"
+                f"the checkpoint is incomplete: {len(self._missing)} of {len(self._shapes)} tensors "
+                f"were never written, the first is '{min(self._missing)}'"
             )
         files = {name: file for name, (file, _) in self._place.items()}
         if len(set(files.values())) > 1:

@@ -42,7 +42,7 @@ def window(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """One HF tensor as it is: whole on every rank, or partitioned along `split`; `padded` with zero rows at the end."""
+    """One HF tensor as it is: whole on every rank or partitioned along `split`; `padded` with zero rows."""
 
     split: int | None = None
     padded: bool = False
@@ -109,7 +109,7 @@ def fill(
     target: torch.Tensor,
     sources: Sequence[Sliceable],
     kind: Copy | QKV | GateUp,
-    lengths: Sequence[int],
+    shapes: Sequence[tuple[int, ...]],
     *,
     groups: int,
     rank: int = 0,
@@ -117,11 +117,14 @@ def fill(
 ) -> None:
     """Writes rank `rank` of `size`'s slice of a parameter into `target`, in place, casting to its dtype.
 
-    `lengths`: the length of each source along `kind.axis`. Reads nothing but the slice.
+    shapes: of the whole sources, of which nothing but the rank's slice is read.
     """
     if kind.split is None:
         rank, size = 0, 1
-    axis, rows, total = kind.axis, target.shape[kind.axis], sum(lengths)
+    axis = kind.axis
+    lengths = [shape[axis] for shape in shapes]
+    rows, total = target.shape[axis], sum(lengths)
+    assert [*target.shape[:axis], *target.shape[axis + 1 :]] == [*shapes[0][:axis], *shapes[0][axis + 1 :]]
     assert rows * size >= total if kind.padded else rows * size == total, (
         f"{size} slices of {rows} rows do not make up {total}"
     )
@@ -135,10 +138,11 @@ def fill(
 
 
 def take_apart(
-    tensor: torch.Tensor, kind: Copy | QKV | GateUp, lengths: Sequence[int], *, groups: int
+    tensor: torch.Tensor, kind: Copy | QKV | GateUp, shapes: Sequence[tuple[int, ...]], *, groups: int
 ) -> list[torch.Tensor]:
     """The HF tensors a whole (unpartitioned) Megatron parameter is made of; padding is cut off."""
     axis, rows = kind.axis, tensor.shape[kind.axis]
+    lengths = [shape[axis] for shape in shapes]
     assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), (
         f"a parameter of {rows} rows is not made of {lengths}"
     )

@@ -23,14 +23,14 @@ def model_card(
     if num_experts:
         header["tags"].append("moe")
         made_of = (
-            f"Every feed-forward layer of `{base}` became {num_experts} experts with top-{topk} routing (MoE-LPR, "
-            f"arXiv 2408.11396). Experts 0 to {num_frozen - 1} are the original feed-forward network, never trained; "
-            f"so are attention, embeddings and norms. "
+            f"Every feed-forward network of `{base}` became {num_experts} experts with top-{topk} routing "
+            f"(MoE-LPR, arXiv 2408.11396). Experts 0 to {num_frozen - 1} are the original one and were never "
+            f"trained, nor were attention, embeddings and norms. "
         )
         made_of += (
             f"The {num_experts - num_frozen} new experts and the router were post-trained."
             if trained
-            else "The new experts are copies of it and the router is random: the model computes what its base computes."
+            else "The new experts are copies of it and the router is random: the function is the base's."
         )
     else:
         made_of = f"`{base}`, post-trained as a dense model."

@@ -1,4 +1,4 @@
-"""What a Megatron parameter name says: which layer, which expert, which weight. Local and TE specs read alike."""
+"""What a Megatron parameter name says: which layer, which expert, which weight. For local and TE specs."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Virtual upcycling: every rank fills its own parameters, experts included, straight from the dense safetensors.
+"""Virtual upcycling: every rank fills its own parameters straight from the dense safetensors, experts too.
 
 There is no second model and no intermediate checkpoint. A frozen expert and a new expert are both the dense
 FFN; only the router is new, and because the gates of a token sum to one its values do not change what the
@@ -8,12 +8,13 @@ model computes.
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from megatron_lpr.conversion.families import EMBEDDING, OUTPUT_LAYER, Architecture, Family, family_of
 from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.mappings import Mapping, fill
+from megatron_lpr.conversion.mappings import fill
 from megatron_lpr.conversion.names import ParameterName, parse
 from megatron_lpr.errors import UserError
 
@@ -22,7 +23,7 @@ def check_experts(*, num_experts: int, num_frozen: int, topk: int = 1) -> None:
     """UserError unless the numbers of experts make sense together."""
     if not 1 <= num_frozen < num_experts:
         raise UserError(
-            f"{num_experts} experts with {num_frozen} frozen: there must be at least one frozen and one new expert"
+            f"{num_experts} experts with {num_frozen} frozen: at least one must be frozen and one new"
         )
     if not 1 <= topk <= num_experts:
         raise UserError(
@@ -31,16 +32,17 @@ def check_experts(*, num_experts: int, num_frozen: int, topk: int = 1) -> None:
 
 
 def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
-    """UserError unless the dense checkpoint holds exactly the tensors, shapes and dtypes that its config promises."""
+    """UserError unless the dense checkpoint holds exactly the tensors and shapes that its config promises."""
     shapes = family_of(arch).shapes(arch)
     for name, shape in shapes.items():
         if reader.shape(name) != shape:
             raise UserError(
-                f"tensor '{name}' of '{reader.folder}' has shape {reader.shape(name)}, its config says {shape}"
+                f"tensor '{name}' of '{reader.folder}' has shape {reader.shape(name)}, "
+                f"but its config says {shape}"
             )
         reader.dtype(name)
     for name in reader.keys():
-        # Rotary frequencies are saved by old versions of transformers, and a tied head is the embedding again.
+        # Old versions of transformers save rotary frequencies; a tied head is the embedding again.
         tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
         if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not tied_head:
             raise UserError(
@@ -51,7 +53,7 @@ def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
 def router_rows(
     arch: Architecture, *, layer: int, num_experts: int, router_std: float, seed: int
 ) -> torch.Tensor:
-    """The initial router of a layer, `[E, H]` fp32 from N(0, router_std): the same on every rank of any layout."""
+    """The initial router of a layer, `[E, H]` fp32 from N(0, router_std), the same in every layout."""
     digest = hashlib.sha256(f"router {seed} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(num_experts, arch.hidden_size, generator=generator) * router_std
@@ -78,8 +80,7 @@ def load_dense(
     """Fills this rank's parameters of one model chunk in place; casts to each parameter's dtype.
 
     named_parameters: as `GPTModel.named_parameters()` gives them (local or TE spec), layers numbered from 0
-    within the
-        chunk; global layer = that number + `layer_offset`.
+        within the chunk; the global layer is that number + `layer_offset`.
     num_experts, num_frozen: of an upcycled model; 0 and 0 for a dense one.
     Returns the parsed name of every parameter, each filled exactly once, layers numbered globally and new
     experts by their global index among the new ones. Raises UserError when the checkpoint does not hold what
@@ -87,31 +88,58 @@ def load_dense(
     """
     check_checkpoint(reader, arch)
     num_local = _experts_per_rank(num_experts, num_frozen, ep_size)
-    family, groups = family_of(arch), arch.num_query_groups
+    first_new = ep_rank * num_local
+    ranks = {"frozen_expert": (0, 1), "new_expert": (etp_rank, etp_size)}
     filled: list[ParameterName] = []
-    for name, parameter in named_parameters:
-        local = parse(name)
-        layer = None if local.layer is None else local.layer + layer_offset
-        if local.role == "router":
-            assert parameter.shape == (num_experts, arch.hidden_size), (name, parameter.shape)
-            rows = router_rows(arch, layer=layer, num_experts=num_experts, router_std=router_std, seed=seed)
+    for local_name, parameter in named_parameters:
+        name = _globally(parse(local_name), layer_offset=layer_offset, first_new=first_new)
+        if name.role == "router":
+            assert parameter.shape == (num_experts, arch.hidden_size), (local_name, parameter.shape)
+            rows = router_rows(
+                arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed
+            )
             parameter.copy_(rows)
-            filled.append(ParameterName(role="router", weight=local.weight, layer=layer))
-            continue
-        rank, size, expert = tp_rank, tp_size, local.expert
-        if local.role == "frozen_expert":
-            assert expert < num_frozen, name
-            rank, size = 0, 1
-        elif local.role == "new_expert":
-            assert expert < num_local, name
-            rank, size, expert = etp_rank, etp_size, ep_rank * num_local + expert
-        mapping, sources = dense_sources(family, arch, local, layer)
-        _check_shape(name, parameter, mapping, arch, size)
-        slices = [reader.slice(source) for source in sources]
-        fill(parameter, slices, mapping.kind, arch.lengths(mapping), groups=groups, rank=rank, size=size)
-        filled.append(ParameterName(role=local.role, weight=local.weight, layer=layer, expert=expert))
-    _check_complete(filled, family, num_frozen=num_frozen, first_new=ep_rank * num_local, num_local=num_local)
+        else:
+            rank, size = ranks.get(name.role, (tp_rank, tp_size))
+            _fill_from_dense(parameter, name, reader, arch, rank=rank, size=size)
+        filled.append(name)
+    _check_complete(filled, family_of(arch), num_frozen=num_frozen, first_new=first_new, num_local=num_local)
     return filled
+
+
+def _globally(name: ParameterName, *, layer_offset: int, first_new: int) -> ParameterName:
+    """The same name with the layer numbered over the whole model and a new expert over all expert ranks."""
+    if name.layer is not None:
+        name = replace(name, layer=name.layer + layer_offset)
+    if name.role == "new_expert":
+        name = replace(name, expert=name.expert + first_new)
+    return name
+
+
+def _fill_from_dense(
+    parameter: torch.Tensor,
+    name: ParameterName,
+    reader: SafetensorsReader,
+    arch: Architecture,
+    *,
+    rank: int,
+    size: int,
+) -> None:
+    """Fills one parameter from the dense tensors that it is made of; any expert's are the dense FFN's."""
+    family = family_of(arch)
+    # The last pipeline stage of a model with tied embeddings holds a copy of the embedding as its head.
+    tied_head = name.weight == OUTPUT_LAYER and arch.tie_word_embeddings
+    mapping = family.find(name.role, EMBEDDING if tied_head else name.weight)
+    slices = [reader.slice(source) for source in family.hf_names(mapping, role=name.role, layer=name.layer)]
+    fill(
+        parameter,
+        slices,
+        mapping.kind,
+        [arch.shape(dims) for dims in mapping.hf.values()],
+        groups=arch.num_query_groups,
+        rank=rank,
+        size=size,
+    )
 
 
 def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:
@@ -123,34 +151,6 @@ def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:
             f"{num_experts - num_frozen} new experts cannot be divided over {ep_size} expert-parallel ranks"
         )
     return (num_experts - num_frozen) // ep_size
-
-
-def dense_sources(
-    family: Family, arch: Architecture, name: ParameterName, layer: int | None
-) -> tuple[Mapping, list[str]]:
-    """The mapping of a parameter and the dense HF tensors that it is made of; any expert is made of the dense FFN."""
-    if name.role == "model":
-        tied_head = name.weight == OUTPUT_LAYER and arch.tie_word_embeddings
-        mapping = find_mapping(family.model, EMBEDDING if tied_head else name.weight)
-        return mapping, list(mapping.hf)
-    if name.role == "layer":
-        mapping = find_mapping(family.layer, name.weight)
-        return mapping, [f"model.layers.{layer}.{source}" for source in mapping.hf]
-    mapping = find_mapping(family.ffn, name.weight)
-    return mapping, [family.ffn_name(layer, source, expert=None) for source in mapping.hf]
-
-
-def find_mapping(table: tuple[Mapping, ...], megatron: str) -> Mapping:
-    found = next((mapping for mapping in table if mapping.megatron == megatron), None)
-    assert found is not None, f"no family table knows the parameter '{megatron}'"
-    return found
-
-
-def _check_shape(name: str, parameter: torch.Tensor, mapping: Mapping, arch: Architecture, size: int) -> None:
-    """Every axis but the partitioned one must be whole; `fill` checks the partitioned one."""
-    shape = list(arch.shape(next(iter(mapping.hf.values()))))
-    shape[mapping.kind.axis] = parameter.shape[mapping.kind.axis]
-    assert list(parameter.shape) == shape, f"'{name}' has shape {tuple(parameter.shape)} on {size} ranks"
 
 
 def _check_complete(

@@ -1,4 +1,4 @@
-"""Is an export what it claims to be? A census against the stock class, and every tensor against the base model."""
+"""Is an export what it claims to be? Its names, its config, and every tensor against the base model."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_lpr.conversion.families import Architecture, Family, export_config, family_of, read_architecture
+from megatron_lpr.conversion.export_config import export_config
+from megatron_lpr.conversion.families import Architecture, Family, family_of, read_architecture
 from megatron_lpr.conversion.folders import COMPANION_FILES
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader, tensor_bytes, torch_dtype
@@ -27,6 +28,9 @@ class Check:
     ok: bool
     detail: str
 
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:14} {self.detail}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
@@ -43,9 +47,7 @@ class VerifyReport:
         return all(check.ok for check in self.checks)
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{'ok  ' if check.ok else 'FAIL'}  {check.name:14} {check.detail}" for check in self.checks
-        )
+        return "\n".join(map(str, self.checks))
 
 
 def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -54,7 +56,9 @@ def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(str(tensor.dtype).encode() + bytes(tensor_bytes(tensor))).hexdigest()
+    digest = hashlib.sha256(str(tensor.dtype).encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:
@@ -72,19 +76,20 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
     cannot be read at all.
     """
     arch = read_architecture(base_dir)
+    config = read_config(export_dir)
     base, export = SafetensorsReader(base_dir), SafetensorsReader(export_dir)
     check_checkpoint(base, arch)
-    config = read_config(export_dir)
     num_experts = _num_experts(config, family_of(arch), export_dir)
     if num_experts:
         check_experts(num_experts=num_experts, num_frozen=num_frozen)
     shapes = family_of(arch).shapes(arch, num_experts)
+    dtype = torch_dtype(config.get("dtype", "float32"))
     sound = [name for name, shape in shapes.items() if name in export and export.shape(name) == shape]
-    scan = _scan(export, base, _origins(arch, num_experts, num_frozen), sound)
+    scan = _scan(export, base, _origins(arch, num_experts, num_frozen), sound, dtype)
     return VerifyReport(
         checks=(
             _check_config(config, arch, read_config(base_dir), num_experts),
-            _check_census("tensors", export, shapes, torch_dtype(config.get("dtype", "float32"))),
+            _check_census("tensors", export, shapes, dtype),
             _check_census("stock class", export, stock_shapes(export_dir), None),
             *_check_values(scan, num_experts),
             _check_companions(Path(export_dir), Path(base_dir)),
@@ -100,14 +105,14 @@ def _num_experts(config: dict[str, Any], family: Family, export_dir: str | Path)
     num_experts = config.get(family.moe.num_experts_fields[0])
     if name != family.moe.architecture or not isinstance(num_experts, int):
         raise UserError(
-            f"'{export_dir}' is a {name} with {num_experts} experts; an export of a {family.architecture} is a "
-            f"{family.moe.architecture}, or dense again"
+            f"'{export_dir}' is a {name} with {num_experts} experts; "
+            f"an export of a {family.architecture} is a {family.moe.architecture}, or dense again"
         )
     return num_experts
 
 
 class _Origin(NamedTuple):
-    """Where a tensor of the export comes from: the base's tensor (None for a router), and whether it was frozen."""
+    """Where a tensor comes from: the base's tensor (None for a router), and whether it was frozen."""
 
     base: str | None
     frozen: bool
@@ -137,7 +142,11 @@ class _Scan(NamedTuple):
 
 
 def _scan(
-    export: SafetensorsReader, base: SafetensorsReader, origins: dict[str, _Origin], names: list[str]
+    export: SafetensorsReader,
+    base: SafetensorsReader,
+    origins: dict[str, _Origin],
+    names: list[str],
+    dtype: torch.dtype,
 ) -> _Scan:
     found = _Scan({}, [], {}, [], [])
     for name in names:
@@ -146,15 +155,13 @@ def _scan(
             found.not_finite.append(name)
         if origin.base is None:
             continue
-        expected = base.get(origin.base).to(tensor.dtype)
-        digest = _sha256(tensor)
-        differs = digest != _sha256(expected)
+        expected = base.get(origin.base).to(dtype)
         if origin.frozen:
-            found.frozen[name] = digest
-            if differs:
+            found.frozen[name] = _sha256(tensor)
+            if found.frozen[name] != _sha256(expected):
                 found.changed.append(name)
         else:
-            found.trained[name] = differs
+            found.trained[name] = tensor.dtype != dtype or not torch.equal(tensor, expected)
         if expected.any() and not tensor.any():
             found.zeroed.append(name)
     return found

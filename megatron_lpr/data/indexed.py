@@ -75,7 +75,8 @@ class IndexedWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        # An old index never stands beside new tokens: a crash in between leaves a corpus that is missing, not wrong.
+        # An old index must never stand beside new tokens: after a crash here the corpus is missing, not
+        # wrong.
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{self.prefix}.idx")
         os.replace(self._bin.name, f"{self.prefix}.bin")
@@ -137,7 +138,9 @@ class IndexedCorpus:
         first_offset = _HEADER.size + 4 * sequences
         first_boundary = first_offset + 8 * sequences
         self._offsets = index[first_offset:first_boundary].view(np.int64)
-        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(np.int64)
+        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(
+            np.int64
+        )
 
     def __len__(self) -> int:
         return self.num_documents

@@ -21,10 +21,11 @@ class JsonlReader:
 
     Attributes:
         bytes_read, bytes_total: position in the files as they lie on disk, for progress.
-        skipped: bad lines left out so far; `skipped_by_reason` has (count, "file:line" of the first) for each reason.
+        skipped: bad lines left out so far.
+        skipped_by_reason: their count and the "file:line" of the first, for each reason.
 
     Raises:
-        UserError: a file is missing, unreadable or a broken gzip file; with `on_bad_line="refuse"`, a bad line.
+        UserError: a file is missing, unreadable or a broken gzip file; a bad line that is to be refused.
     """
 
     def __init__(self, files: Sequence[str], on_bad_line: OnBadLine):
@@ -58,7 +59,7 @@ class JsonlReader:
 
     def _bad_line(self, place: str, reason: str) -> None:
         if self.on_bad_line == "refuse":
-            raise UserError(f"{place}: {reason}; correct the line, or leave such lines out with on_bad_line: skip")
+            raise UserError(f"{place}: {reason}; correct it, or leave such lines out with on_bad_line: skip")
         count, first = self.skipped_by_reason.get(reason, (0, place))
         self.skipped_by_reason[reason] = (count + 1, first)
 

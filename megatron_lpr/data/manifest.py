@@ -1,15 +1,15 @@
 """The manifest: a YAML file that says which corpora there are, in which language and role, with which weight.
 
-    tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
-    corpora:
-    - name: hu
-      prefix: hu            # hu.bin and hu.idx, relative to the manifest
-      language: hu
-      role: expanded        # or original
-      weight: 1.0           # share among the corpora of the same role
-      documents: 1042
-      tokens: 861213
-      digest: 5f1d...       # SHA-256 of hu.bin
+tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
+corpora:
+- name: hu
+  prefix: hu            # hu.bin and hu.idx, relative to the manifest
+  language: hu
+  role: expanded        # or original
+  weight: 1.0           # share among the corpora of the same role
+  documents: 1042
+  tokens: 861213
+  digest: 5f1d...       # SHA-256 of hu.bin
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One corpus of one language; `prefix` is a path without .bin / .idx, `weight` its share within its role."""
+    """One corpus of one language; `prefix` is its path without .bin, `weight` its share within its role."""
 
     name: str
     prefix: str
@@ -69,7 +69,7 @@ class Manifest:
     """Corpora and the tokenizer that wrote them.
 
     Raises:
-        UserError: two corpora of one name, or a language that is original in one corpus and expanded in another.
+        UserError: two corpora of one name, or a language with two roles.
     """
 
     path: str
@@ -80,7 +80,9 @@ class Manifest:
         names = set()
         for corpus in self.corpora:
             if corpus.name in names:
-                raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
+                raise UserError(
+                    f"{self.path}: two corpora are called '{corpus.name}'; give each its own name"
+                )
             names.add(corpus.name)
         check_language_roles(self.path, ((c.name, c.language, c.role) for c in self.corpora))
 
@@ -93,7 +95,7 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of everything that decides what a run reads; independent of where the files lie."""
         tokenizer = (self.tokenizer.vocab_size, self.tokenizer.sha256, self.tokenizer.eod_id)
-        corpora = [(c.name, c.language, c.role, c.weight, c.tokens, c.digest) for c in self.corpora]
+        corpora = [(c.name, c.language, c.role, float(c.weight), c.tokens, c.digest) for c in self.corpora]
         return hashlib.sha256(json.dumps([tokenizer, corpora]).encode()).hexdigest()
 
     @staticmethod
@@ -101,8 +103,8 @@ class Manifest:
         """Reads a manifest and, unless told not to, checks every entry against its files' sizes.
 
         Raises:
-            UserError: no such file, not YAML, an unknown or missing key, a bad value, no corpora, or a corpus whose
-                files are missing, corrupt or of another size than the manifest says.
+            UserError: no such file, not YAML, an unknown or missing key, a bad value, no corpora, or a
+                corpus whose files are missing, corrupt or of another size than the manifest says.
         """
         content = _read_yaml(path)
         _check_keys(content, {"tokenizer", "corpora"}, {"tokenizer", "corpora"}, path)
@@ -124,8 +126,8 @@ class Manifest:
             stated = getattr(corpus, count)
             if stated != actual:
                 raise UserError(
-                    f"{self.path}: corpus '{corpus.name}' has {stated} {count} in the manifest but {actual} in "
-                    f"{corpus.prefix}.bin; preprocess it again"
+                    f"{self.path}: corpus '{corpus.name}' has {stated} {count} in the manifest but {actual} "
+                    f"in {corpus.prefix}.bin; preprocess it again"
                 )
 
     def with_corpus(self, corpus: Corpus) -> "Manifest":
@@ -167,8 +169,8 @@ def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) ->
         first_name, first_role = role_of.setdefault(language, (name, role))
         if role != first_role:
             raise UserError(
-                f"{where}: language '{language}' is {first_role} in corpus '{first_name}' and {role} in '{name}'; "
-                "a language has one role"
+                f"{where}: language '{language}' is {first_role} in corpus '{first_name}' and {role} in "
+                f"'{name}'; a language has one role"
             )
 
 

@@ -2,8 +2,8 @@
 
     JSONL --tokenizer, all cores--> documents in file order --keyed permutation--> <name>.bin / <name>.idx
 
-Windows of the replay sampler are contiguous, so documents are shuffled once, here. Both passes stream: the first
-writes an unshuffled corpus beside the result, the second copies its documents in the permuted order.
+Windows of the replay sampler are contiguous, so documents are shuffled once, here. Both passes stream: the
+first writes an unshuffled corpus beside the result, the second copies its documents in the permuted order.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ def preprocess(
 ) -> Manifest:
     """Writes each corpus and its entry in `output_dir`/manifest.yaml; safe to repeat.
 
-    A corpus that is already there, made from the same text with the same tokenizer and seed, is kept; only its
-    language, role and weight are taken over. An end-of-document token follows every document.
+    A corpus that is already there, made from the same text with the same tokenizer and seed, is kept; only
+    its language, role and weight are taken over. An end-of-document token follows every document.
 
     Args:
         seed: of the document shuffle, 0 <= seed < 2^63.
@@ -61,9 +61,9 @@ def preprocess(
         overwrite: replace a corpus of the same name that was made from something else.
 
     Raises:
-        UserError: missing files or tokenizer, a bad line, an empty corpus, a bad name, role or weight, a corpus
-            that would be replaced, or an output folder that holds corpora of another tokenizer. All but bad lines
-            and empty corpora are found before anything is written.
+        UserError: missing files or tokenizer, a bad line, an empty corpus, a bad name, role or weight, a
+            corpus that would be replaced, or an output folder that holds corpora of another tokenizer. All
+            but bad lines and empty corpora are found before anything is written.
     """
     _check(corpora, seed)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -142,7 +142,7 @@ def _kept(
         elif not overwrite:
             raise UserError(
                 f"corpus '{source.name}' in {manifest.path} was made from other text or with another seed; "
-                "set overwrite to replace it, or choose another name"
+                "pass --overwrite to replace it, or choose another name"
             )
     return kept
 
@@ -157,7 +157,12 @@ def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
 
 
 def _write_corpus(
-    source: CorpusSource, tokenizer: Tokenizer, output_dir: str, sha256: str, seed: int, on_bad_line: OnBadLine
+    source: CorpusSource,
+    tokenizer: Tokenizer,
+    output_dir: str,
+    sha256: str,
+    seed: int,
+    on_bad_line: OnBadLine,
 ) -> Corpus:
     prefix = os.path.join(output_dir, source.name)
     reader = JsonlReader(source.files, on_bad_line)
@@ -166,7 +171,9 @@ def _write_corpus(
         with IndexedWriter(unshuffled, tokenizer.vocab_size) as writer:
             _tokenize(reader, tokenizer, writer, Progress(source.name))
             if writer.documents == 0:
-                raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
+                raise UserError(
+                    f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}"
+                )
         with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
             _shuffle(IndexedCorpus(unshuffled), writer, seed, stream=int(sha256[:16], 16))
     finally:

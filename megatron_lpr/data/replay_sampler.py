@@ -1,6 +1,6 @@
 """The replay sampler: which tokens sample k of a run holds, as a pure function of k.
 
-    k --mixture--> corpus, n-th sample of it --> epoch = n // windows, window = permutation[epoch](n % windows)
+    k --mixture--> corpus, its n-th sample --> epoch = n // windows, window = permutation[epoch](n % windows)
 
 Nothing is built, cached or communicated: any rank can ask for any sample at any time. The arithmetic lives in
 csrc/ (mixture.h, permutation.h); this is its face.
@@ -8,22 +8,18 @@ csrc/ (mixture.h, permutation.h); this is its face.
 Shape legend: B samples, S positions of a sample.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import reduce
 from typing import Any
 
 import numpy as np
 
 from megatron_lpr._replay_sampler import Sampler
 from megatron_lpr.data.manifest import ROLES, Corpus, Manifest
-from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.data.mixture import corpus_weights, role_shares
+from megatron_lpr.errors import UserError
 
-# Limits of csrc/mixture.h: the period of the corpora within a role, and the denominator of a role's share.
-_MAX_PERIOD = 1 << 18
-_MAX_DENOMINATOR = 1 << 62
 _STATE_VERSION = 1
 
 
@@ -62,7 +58,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCounts:
-    """Valid positions (those with a label): all, those of original languages, and per language of the manifest."""
+    """Valid positions (those with a label): all, of original languages, and per language of the manifest."""
 
     tokens: int
     original_tokens: int
@@ -72,22 +68,22 @@ class BatchCounts:
 class ReplaySampler:
     """Samples of a run over the corpora of a manifest.
 
-    For every prefix of the run and every corpus, the number of samples it gave differs from its share by less than
-    one; for a role it differs by at most a half.
+    For every prefix of the run and every corpus, the number of samples it gave differs from its share by
+    less than one; for a role by at most a half.
 
     Attributes:
-        shares: each corpus' exact share of the samples, a Fraction, in the manifest's order. They are the asked ones,
-            unless the weights within a role need a common denominator above 2^18: then rounded to 2^-18 of the role.
+        shares: each corpus' share of the samples, a Fraction, in the manifest's order: exactly what was asked
+            for, or rounded to 2^-18 of its role where the weights need a larger common denominator.
 
     Args:
         manifest: corpora, languages, roles and weights.
         seq_length: positions of a sample.
         seed: of the window order, 0 <= seed < 2^63.
-        mixture: share of the samples per role, as {"expanded": 0.5, "original": 0.5}; normalised to sum to one.
+        mixture: share of the samples per role, as {"expanded": 0.5, "original": 0.5}; normalised to sum 1.
 
     Raises:
-        UserError: an unknown role, a share that is no number >= 0, a role without corpora, a weight too small to be
-            honoured, or a corpus that cannot be read.
+        UserError: an unknown role, a share that is no number >= 0, a role without corpora, a weight too small
+            to be honoured, or a corpus that cannot be read.
     """
 
     def __init__(self, manifest: Manifest, *, seq_length: int, seed: int, mixture: Mapping[str, float]):
@@ -98,18 +94,21 @@ class ReplaySampler:
         self.manifest = manifest
         self.seq_length = seq_length
         self.seed = seed
-        self._role_share = _role_shares(manifest, mixture)
-        weights = _corpus_weights(manifest)
+        self._role_share = role_shares(manifest, mixture)
+        weights = corpus_weights(manifest)
+        period = dict.fromkeys(ROLES, 0)
+        for corpus, weight in zip(manifest.corpora, weights, strict=True):
+            period[corpus.role] += weight
         self.shares = tuple(
-            self._role_share[corpus.role] * Fraction(weight, _period(manifest, weights, corpus.role))
+            self._role_share[corpus.role] * Fraction(weight, period[corpus.role])
             for corpus, weight in zip(manifest.corpora, weights, strict=True)
         )
         language_index = {language: index for index, language in enumerate(manifest.languages)}
         specs = []
         for corpus, weight in zip(manifest.corpora, weights, strict=True):
             expanded = corpus.role == "expanded"
-            tag = language_index[corpus.language] + 1
-            specs.append((corpus.prefix, int(corpus.digest[:16], 16), expanded, -tag if expanded else tag, weight))
+            tag = (language_index[corpus.language] + 1) * (-1 if expanded else 1)
+            specs.append((corpus.prefix, int(corpus.digest[:16], 16), expanded, tag, weight))
         expanded_share = self._role_share["expanded"]
         self._sampler = Sampler(
             specs,
@@ -134,7 +133,7 @@ class ReplaySampler:
         return Pick(corpus=corpus, window=window, epoch=epoch)
 
     def fill(self, first: int, count: int, out: Batch | None = None) -> Batch:
-        """Samples first, ..., first + count - 1, written into `out` where given. Other threads run meanwhile."""
+        """Samples first, ..., first + count - 1, written into `out` where given; releases the GIL."""
         out = Batch.empty(count, self.seq_length) if out is None else out
         self._sampler.fill(first, count, out.tokens_BS, out.labels_BS, out.loss_mask_BS, out.tags_BS)
         return out
@@ -180,8 +179,11 @@ class ReplaySampler:
             if before is None or now is None:
                 changes.append(f"corpus '{name}' was {'added' if before is None else 'removed'}")
             else:
-                fields = [field for field in now if before.get(field) != now[field]]
-                changes += [f"{field} of corpus '{name}' was {before.get(field)}, is {now[field]}" for field in fields]
+                changes += [
+                    f"{field} of corpus '{name}' was {before.get(field)}, is {now[field]}"
+                    for field in now
+                    if before.get(field) != now[field]
+                ]
         if not changes and state.get("manifest") != own["manifest"]:
             changes.append("the order of the corpora or the tokenizer's record")
         if changes:
@@ -199,70 +201,3 @@ def _identity(corpus: Corpus) -> dict[str, Any]:
         "weight": corpus.weight,
         "tokens": corpus.tokens,
     }
-
-
-def _role_shares(manifest: Manifest, mixture: Mapping[str, float]) -> dict[str, Fraction]:
-    """Exact shares of both roles; sum to one."""
-    asked = dict.fromkeys(ROLES, Fraction(0))
-    for role, share in mixture.items():
-        if role not in ROLES:
-            raise UserError(f"the mixture has the unknown role '{role}'{nearest(role, ROLES)}")
-        if not (math.isfinite(share) and share >= 0):
-            raise UserError(f"the mixture's share of {role} data must be a number >= 0, not {share}")
-        asked[role] = _exact(share)
-    total = sum(asked.values())
-    if total == 0:
-        raise UserError("the mixture asks for no data: give at least one role a share above 0")
-    present = {corpus.role for corpus in manifest.corpora}
-    for role in ROLES:
-        if asked[role] > 0 and role not in present:
-            review = "review without original-language data: " if role == "original" else ""
-            raise UserError(
-                f"{review}the mixture asks for {role} data, but no corpus of {manifest.path} has that role; "
-                f"add a corpus with role: {role}, or set its share to 0"
-            )
-    expanded = (asked["expanded"] / total).limit_denominator(_MAX_DENOMINATOR)
-    for role, share in (("expanded", expanded), ("original", 1 - expanded)):
-        if share == 0 and asked[role] > 0:
-            raise UserError(f"the mixture's share of {role} data is too small: {mixture[role]}")
-    return {"expanded": expanded, "original": 1 - expanded}
-
-
-def _corpus_weights(manifest: Manifest) -> list[int]:
-    """Integer weights in the manifest's order: coprime within each role, their sum at most the largest period."""
-    weights = [0] * len(manifest.corpora)
-    for role in ROLES:
-        members = [index for index, corpus in enumerate(manifest.corpora) if corpus.role == role]
-        exact = [_exact(manifest.corpora[index].weight) for index in members]
-        for index, weight in zip(members, _coprime_integers(exact), strict=True):
-            if weight == 0:
-                raise UserError(
-                    f"{manifest.path}: the weight of corpus '{manifest.corpora[index].name}' is below 1 in "
-                    f"{_MAX_PERIOD:,} of its role; give it more, or take the corpus out"
-                )
-            weights[index] = weight
-    return weights
-
-
-def _coprime_integers(weights: list[Fraction]) -> list[int]:
-    """Integers in the proportion of `weights`, rounded (largest remainders up) where their sum would be too large."""
-    scale = reduce(math.lcm, (weight.denominator for weight in weights), 1)
-    integers = [int(weight * scale) for weight in weights]
-    total = sum(integers)
-    divisor = math.gcd(*integers)
-    if total > _MAX_PERIOD * divisor:
-        rounded = [weight * _MAX_PERIOD // total for weight in integers]
-        by_remainder = sorted(range(len(integers)), key=lambda i: -(integers[i] * _MAX_PERIOD % total))
-        for index in by_remainder[: _MAX_PERIOD - sum(rounded)]:
-            rounded[index] += 1
-        integers, divisor = rounded, math.gcd(*rounded)
-    return [integer // divisor for integer in integers] if divisor else integers
-
-
-def _period(manifest: Manifest, weights: list[int], role: str) -> int:
-    return sum(weight for corpus, weight in zip(manifest.corpora, weights, strict=True) if corpus.role == role)
-
-
-def _exact(number: float) -> Fraction:
-    """The decimal that the user wrote: 0.1 is 1/10, not the nearest binary fraction."""
-    return Fraction(str(number))

@@ -44,7 +44,11 @@ def load_tokenizer(path: str) -> Tokenizer:
         file = place
     elif place.is_dir():
         models = sorted(place.glob("*.model"))
-        candidates = [place / "tokenizer.json", place / "tokenizer.model", *(models if len(models) == 1 else [])]
+        candidates = [
+            place / "tokenizer.json",
+            place / "tokenizer.model",
+            *(models if len(models) == 1 else []),
+        ]
         file = next((candidate for candidate in candidates if candidate.is_file()), None)
         if file is None:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
@@ -79,9 +83,13 @@ class HFTokenizer:
             if token is not None:
                 token_id = self._tokenizer.token_to_id(token)
                 if token_id is None:
-                    raise UserError(f"eos_token '{token}' of {folder / name} is not in the tokenizer's vocabulary")
+                    raise UserError(
+                        f"eos_token '{token}' of {folder / name} is not in the tokenizer's vocabulary"
+                    )
                 return token_id
-        raise UserError(f"{folder} names no end-of-document token: set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"{folder} names no end-of-document token: set eos_token in its tokenizer_config.json"
+        )
 
 
 class SentencePieceTokenizer:

@@ -12,32 +12,21 @@ pays for every byte once, and two models with different tokenizers divide by the
 B: windows of one forward pass, S: tokens of a window, V: vocabulary.
 """
 
-import gzip
-import json
 import math
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from megatron_lpr.config import EvaluationCorpus
+from megatron_lpr.data.jsonl import JsonlReader
+from megatron_lpr.data.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    eos_token_id: int | None
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +66,7 @@ def bits_per_byte(
         bits per byte, tokens scored, bytes scored.
 
     Raises:
-        UserError: no text; a tokenizer without an EOS token, which marks the ends of documents.
+        UserError: no text.
     """
     documents = _cut(texts, max_bytes)
     scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
@@ -121,8 +110,8 @@ def evaluate_corpora(
     report = report or _print_on_stderr
     texts = [read_corpus(corpus) for corpus in corpora]
     scores = []
-    for number, (corpus, documents) in enumerate(zip(corpora, texts, strict=True), start=1):
-        title = f"evaluate {number}/{len(corpora)} {corpus.name} ({corpus.language})"
+    for corpus, documents in zip(corpora, texts, strict=True):
+        title = f"evaluate {corpus.name} ({corpus.language})"
         score = bits_per_byte(
             nll_fn,
             tokenizer,
@@ -150,28 +139,12 @@ def read_corpus(corpus: EvaluationCorpus) -> list[str]:
     """The documents of a held-out corpus in file order.
 
     Raises:
-        UserError: a missing or unreadable file, or no text in any of them.
+        UserError: a missing or unreadable file, a line without text, no document in any of the files.
     """
-    texts = [text for file in corpus.files for text in _read_texts(Path(file), corpus.name)]
-    if not any(texts):
+    texts = list(JsonlReader(corpus.files, on_bad_line="refuse"))
+    if not texts:
         raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
     return texts
-
-
-def _read_texts(path: Path, corpus: str) -> Iterator[str]:
-    if not path.is_file():
-        raise UserError(f"evaluation corpus {corpus}: no file {path}")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                document = json.loads(line)
-                if not (isinstance(document, dict) and isinstance(document.get("text"), str)):
-                    raise UserError(f'{path}, line {number}: expected an object with a string "text"')
-                yield document["text"]
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON: {error}") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 class _Ticker:
@@ -207,12 +180,9 @@ def _cut(texts: Sequence[str], max_bytes: int | None) -> list[str]:
 
 def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The token stream [T] int64 and which of its tokens are scored [T] bool."""
-    eod = tokenizer.eos_token_id
-    if eod is None:
-        raise UserError("the tokenizer has no EOS token to mark the ends of documents; set its eos_token")
+    eod = tokenizer.eod_id
     tokens, scored = [eod], [False]
-    for document in documents:
-        ids = tokenizer.encode(document, add_special_tokens=False)
+    for ids in tokenizer.encode_batch(documents):
         tokens += [*ids, eod]
         scored += [True] * len(ids) + [False]
     return torch.tensor(tokens, dtype=torch.int64), torch.tensor(scored)

@@ -7,10 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.training.metrics_log import StepMetrics
+from megatron_lpr.training.metrics_log import RouterMetrics, StepMetrics
 
 LOSSES = {
     "ntp_loss": ("Next-token prediction", "NTP loss (nats per token)"),
@@ -51,11 +52,11 @@ def plot_losses(runs: Mapping[str, Sequence[StepMetrics]], path: str | Path) -> 
 def plot_frozen_share(
     shares: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, max_share: float
 ) -> None:
-    """Write a PNG of heatmaps, layers x languages: share of a language's routing slots in frozen experts.
+    """Write a PNG of heatmaps, one per moment: how much of the routing goes to the frozen experts.
 
     Args:
-        shares: per moment (as "before review"), per language, the share in each MoE layer, 0..1. See
-            `before_and_after`.
+        shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
+            slots that frozen experts get in each MoE layer, 0..1. See `before_and_after`.
         path: the PNG.
         max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
             a token takes an expert once.
@@ -64,20 +65,18 @@ def plot_frozen_share(
         UserError: no shares at all.
     """
     if not any(shares.values()):
-        raise UserError(
-            f"no router statistics to plot in {path}: lower logging.router_every below the step count"
-        )
-    languages = list(dict.fromkeys(language for moment in shares.values() for language in moment))
+        raise UserError(f"no router statistics to plot in {path}: the run logged none (logging.router_every)")
+    columns = list(dict.fromkeys(column for moment in shares.values() for column in moment))
     layers = max(len(share) for moment in shares.values() for share in moment.values())
-    width, height = 2.2 + 0.9 * len(languages) * len(shares), 1.8 + 0.22 * layers
+    width, height = 2.2 + 0.9 * len(columns) * len(shares), 1.8 + 0.22 * layers
     figure = Figure(figsize=(max(width, 5), max(height, 4)), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     for axes, (moment, share_of) in zip(panels, shares.items(), strict=True):
-        share_LN = np.full((layers, len(languages)), np.nan)
-        for column, language in enumerate(languages):
-            if language in share_of:
-                share_LN[:, column] = share_of[language]
-        image = _heatmap(axes, share_LN, languages, max_share=max_share)
+        share_LC = np.full((layers, len(columns)), np.nan)
+        for index, column in enumerate(columns):
+            if column in share_of:
+                share_LC[:, index] = share_of[column]
+        image = _heatmap(axes, share_LC, columns, max_share=max_share)
         axes.set_title(moment)
     panels[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=list(panels), format=PercentFormatter(xmax=1, decimals=0))
@@ -86,31 +85,30 @@ def plot_frozen_share(
     _save(figure, path)
 
 
-def frozen_share(record: StepMetrics) -> dict[str, list[float]]:
-    """Per language, the frozen experts' share of the routing slots of each MoE layer in one record."""
-    return {language: router["frozen_share"] for language, router in record.get("router", {}).items()}
-
-
 def before_and_after(records: Sequence[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """The shares at both ends of a review run, for `plot_frozen_share`.
+    """Frozen share per language at both ends of a review run, for `plot_frozen_share`; {} without statistics.
 
     The first step's forward pass sees the routers as stage 1 left them: its record is the state before.
     """
-    with_router = [record for record in records if record.get("router")]
-    if not with_router:
+    routers = [record["router"] for record in records if record.get("router")]
+    if not routers:
         return {}
-    return {"before review": frozen_share(with_router[0]), "after review": frozen_share(with_router[-1])}
+
+    def shares(router: Mapping[str, RouterMetrics]) -> dict[str, list[float]]:
+        return {language: metrics["frozen_share"] for language, metrics in router.items()}
+
+    return {"before review": shares(routers[0]), "after review": shares(routers[-1])}
 
 
-def _heatmap(axes: Axes, share_LN: np.ndarray, languages: Sequence[str], *, max_share: float):
-    """share_LN: layers x languages, NaN where a language had no tokens."""
+def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:
+    """share_LC: layers x columns, NaN where a language had no tokens."""
     axes.set_facecolor("0.85")
-    image = axes.imshow(share_LN, vmin=0, vmax=max_share, cmap="viridis", aspect="auto", origin="lower")
-    axes.set_xticks(range(len(languages)), languages)
-    axes.set_xlabel("language")
+    image = axes.imshow(share_LC, vmin=0, vmax=max_share, cmap="viridis", aspect="auto", origin="lower")
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+    axes.set_xticks(range(len(columns)), columns, **slanted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(share_LN) <= 64:
-        for (layer, column), share in np.ndenumerate(share_LN):
+    if len(share_LC) <= 64:
+        for (layer, column), share in np.ndenumerate(share_LC):
             dark = share < 0.5 * max_share
             text = "" if np.isnan(share) else f"{100 * share:.0f}"
             axes.text(column, layer, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")

@@ -29,13 +29,11 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _CudaTypeNames(TorchFunctionMode):
-    """`tensor.type()` and `is_cuda` as on a GPU: Megatron's optimizers accept 'torch.cuda.FloatTensor' only."""
+    """`tensor.type()` as on a GPU: Megatron's optimizers accept 'torch.cuda.FloatTensor' only."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
-        if func is torch.Tensor.is_cuda.__get__:
-            return True
         return func(*args, **(kwargs or {}))
 
 

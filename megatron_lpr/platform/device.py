@@ -11,12 +11,16 @@ import torch
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import cpu_shims, megatron_fixes
 
-# What Megatron says at every import or construction and no user of this package can act on: optional packages that
-# are missing, a default of its own that it deprecates, a subclass of MoELayer (logged as "Unknown MLP type").
+# What no user of this package can act on: optional packages that are missing, names of torch and of its own that
+# Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type").
 MEGATRON_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
+    "Please use DTensor instead",
+    "`load_state_dict` is deprecated",
+    "`torch.distributed.[a-z_]+` is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
 )
 
 

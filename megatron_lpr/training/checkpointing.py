@@ -97,7 +97,7 @@ def _model_state(chunks) -> dict[str, Any]:
 
 def _optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:
     model = content["model0"] if "model1" not in content else {k: v for k, v in content.items()}
-    metadata = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}  # loads at any layout
     with cuda_type_names():
         return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
 

@@ -70,7 +70,7 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(config, chunks)
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=settings.lr / (settings.warmup_steps + 1),  # a first step at 0 would learn nothing
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
@@ -80,6 +80,7 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=recipe.train.steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

@@ -10,7 +10,7 @@ from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
-from megatron_lpr.data.tokenize import tokenizer_record
+from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
@@ -81,7 +81,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
 
 def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
     tokenizer = manifest.tokenizer
-    base = tokenizer_record(recipe.model.base)
+    base = load_tokenizer(recipe.model.base)
     if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
         raise UserError(
             f"data.manifest: {recipe.data.manifest} was made with a tokenizer of another vocabulary "
@@ -135,10 +135,15 @@ def describe(plan: Plan) -> str:
         start = f"step {plan.first_step} of this run ({plan.resume})"
     return "\n".join(
         [
-            yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+            *(f"{section}: {_one_line(value)}" for section, value in to_tree(recipe).items()),
             "",
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {train.steps:,} steps: {shares}",
         ]
     )
+
+
+def _one_line(value: Any) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
+    return text.split("\n")[0]

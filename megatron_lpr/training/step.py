@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -17,6 +18,7 @@ from megatron_lpr.config import Recipe
 from megatron_lpr.data.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss
 from megatron_lpr.platform import device
+from megatron_lpr.platform.cpu_shims import cuda_type_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: Gl
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     ntp_loss = forward_backward(recipe, chunks, batches, counts)
-    updated, grad_norm, _ = optimizer.step()
+    with cuda_type_names():
+        updated, grad_norm, _ = optimizer.step()
     if not updated or not math.isfinite(grad_norm):
         raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: lower optimizer.lr, or look at the data")
     scheduler.step(increment=1)
@@ -67,15 +70,18 @@ def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: Gl
 
 def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):
     batch = next(batches)
-    # not every stage needs every tensor, but each rank has read its window anyway
     token_loss_BS = model(
-        input_ids=batch.tokens_BS.to(device(), non_blocking=True),
+        input_ids=_on_device(batch.tokens_BS),
         position_ids=None,  # rotary embeddings count for themselves
         attention_mask=None,  # causal
-        labels=batch.labels_BS.to(device(), non_blocking=True),
-        padding_mask=batch.tags_BS.to(device(), non_blocking=True),
+        labels=_on_device(batch.labels_BS),
+        padding_mask=_on_device(batch.tags_BS),
     )
-    return token_loss_BS, functools.partial(_loss, counts, batch.loss_mask_BS.to(device(), non_blocking=True))
+    return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS))
+
+
+def _on_device(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device(), non_blocking=True)
 
 
 def _loss(counts: GlobalCounts, loss_mask_BS: Tensor, token_loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,157 @@
+"""The whole method on one machine: a real model learns Hungarian, and keeps its English and Spanish.
+
+    python examples/quickstart/run.py [--smoke] [--out runs/quickstart]
+
+Every step is a command that is printed as a user would type it; one whose result is already there is left out, so that
+an interrupted run goes on where it stopped. `--smoke` cuts the steps to a minimum, to see that everything runs.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RECIPES = Path("examples/quickstart/recipes")
+SMOKE = {
+    "stage1": ["train.steps=2", "optimizer.warmup_steps=0", "train.global_batch_size=1", "train.micro_batch_size=1"],
+    "stage2": ["train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1"],
+    "evaluate": ["evaluation.max_bytes=600", "evaluation.window=64"],
+}
+PROMPTS = {"hu": "A program segítségével", "en": "The Debian operating system", "es": "El sistema operativo"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few tiny steps: checks the plumbing, learns nothing")
+    parser.add_argument("--out", type=Path, help="output folder (default runs/quickstart, or runs/quickstart-smoke)")
+    options = parser.parse_args()
+    os.chdir(HERE.parent.parent)  # recipes name their files from the top of the project
+    # two threads a core gain nothing here, and torch would take every core of a shared machine
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    out = options.out or Path("runs/quickstart-smoke" if options.smoke else "runs/quickstart")
+    Quickstart(out, options.smoke).run()
+    return 0
+
+
+class Quickstart:
+    """The steps in order; `out` is the folder of everything but the base model."""
+
+    def __init__(self, out: Path, smoke: bool) -> None:
+        self.out, self.smoke = out, smoke
+        self.start = time.monotonic()
+
+    def run(self) -> None:
+        base, final = "runs/quickstart/base", str(self.out / "export")
+        self.step("the base model", Path(base) / "config.json", lambda: self.get_model(base))
+        self.command("preprocess", "common", done=None)
+        self.command("upcycle", "upcycle", done=self.out / "upcycled/checkpoints/latest")
+        self.evaluate("base", "--hf", base)
+        for stage in ("stage1", "stage2"):
+            self.train(stage)
+            self.evaluate(stage, "--checkpoint", str(self.out / stage))
+        checkpoint = ["--checkpoint", str(self.out / "stage2")]
+        self.command("export", "stage2", *checkpoint, "--out", final, done=self.out / "export/config.json")
+        self.command("verify", "stage2", final, *checkpoint, done=None)
+        self.step("text from the export", None, lambda: generate(final, self.smoke))
+        self.step("plots", None, self.plot)
+        self.report()
+
+    def get_model(self, folder: str) -> None:
+        sys.path.insert(0, str(HERE))
+        from get_model import get_model
+
+        get_model(Path(folder), Path(folder).parent / "downloads")
+
+    def train(self, stage: str) -> None:
+        latest = self.out / stage / "checkpoints/latest"
+        if latest.is_file():
+            state = json.loads((latest.parent / latest.read_text() / "run.json").read_text())
+            if state["step"] < state["recipe"]["train"]["steps"]:
+                latest = self.out / "interrupted"  # not there: the command runs, and resumes
+        self.command("train", stage, done=latest)
+
+    def evaluate(self, name: str, *model: str) -> None:
+        result = self.out / f"{name}.json"
+        title = {"base": "base", "stage1": "stage 1", "stage2": "stage 2"}[name]
+        self.command("evaluate", "common", *model, "--name", title, "--out", str(result), done=result)
+
+    def command(self, name: str, recipe: str, *arguments: str, done: Path | None) -> None:
+        """Run one command of `megatron-lpr`, unless its result `done` is there."""
+        from megatron_lpr.cli import main as megatron_lpr
+
+        words = [name, str(RECIPES / f"{recipe}.yaml"), *arguments]
+        for override in self.overrides(recipe, name):
+            words += ["--set", override]
+
+        def run() -> None:
+            if megatron_lpr(words) != 0:
+                sys.exit(f"quickstart: megatron-lpr {name} failed (see above)")
+
+        quoted = (f"'{word}'" if " " in word else word for word in words)
+        self.step("megatron-lpr " + " ".join(quoted), done, run)
+
+    def overrides(self, recipe: str, command: str) -> list[str]:
+        """Settings that move the run to another folder, and the ones that make it a smoke test."""
+        moved = []
+        if self.out != Path("runs/quickstart"):
+            moved = [f"data.manifest={self.out}/data/manifest.yaml", f"preprocess.output={self.out}/data"]
+            own = {"upcycle": "upcycled"}.get(recipe, recipe)
+            moved.append(f"output={self.out}/{own}")
+            load = {"stage1": "upcycled", "stage2": "stage1"}.get(recipe)
+            moved += [f"model.load={self.out}/{load}"] if load else []
+        if self.smoke:
+            moved += SMOKE.get(recipe, [])
+            moved += SMOKE["evaluate"] if command == "evaluate" else []
+        return moved
+
+    def step(self, title: str, done: Path | None, run: Callable[[], None]) -> None:
+        elapsed = time.monotonic() - self.start
+        clock = f"[{int(elapsed // 60)}:{int(elapsed % 60):02d}]"
+        if done is not None and done.exists():
+            print(f"\n{clock} {title}\n  already done: {done}", flush=True)
+            return
+        print(f"\n{clock} {title}", flush=True)
+        run()
+
+    def plot(self) -> None:
+        from megatron_lpr.evaluation.evaluate import read_routing
+        from megatron_lpr.evaluation.routing_plots import plot_frozen_share, plot_losses
+        from megatron_lpr.training.metrics_log import read_metrics
+
+        stages = {"stage 1": "stage1", "stage 2": "stage2"}
+        losses, shares = self.out / "plots/losses.png", self.out / "plots/frozen_share.png"
+        runs = {name: read_metrics(self.out / folder / "metrics.jsonl") for name, folder in stages.items()}
+        plot_losses(runs, losses)
+        before, after = (read_routing(self.out / f"{folder}.json") for folder in stages.values())
+        plot_frozen_share({"before review": before, "after review": after}, shares, max_share=0.5)
+        print(f"  {losses}\n  {shares}")
+
+    def report(self) -> None:
+        from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
+
+        results = [EvaluationResult.load(self.out / f"{name}.json") for name in ("base", "stage1", "stage2")]
+        table = retention_table(results)
+        (self.out / "table.md").write_text(table + "\n", encoding="utf-8")
+        minutes = (time.monotonic() - self.start) / 60
+        print(f"\n{table}\n\nfinished in {minutes:.1f} minutes; the model is in {self.out / 'export'}", flush=True)
+
+
+def generate(folder: str, smoke: bool) -> None:
+    """A few words in each language, from the export under stock transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for language, prompt in PROMPTS.items():
+        inputs = tokenizer(prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=4 if smoke else 24, do_sample=False, repetition_penalty=1.3)
+        print(f"  {language}: {' '.join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

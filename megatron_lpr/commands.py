@@ -1,0 +1,184 @@
+"""What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform import Ranks, join, leave, prepare
+from megatron_lpr.recipe_io import to_tree
+
+
+def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False) -> None:
+    """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
+    from megatron_lpr.data.preprocess import CorpusSource
+    from megatron_lpr.data.preprocess import preprocess as run
+
+    settings = recipe.preprocess
+    if not settings.corpora:
+        raise UserError("preprocess.corpora: empty; name at least one corpus")
+    if settings.output is None:
+        raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
+    if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
+        raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
+    for corpus in settings.corpora:
+        for file in corpus.files:
+            if not Path(file).is_file():
+                raise UserError(f"preprocess.corpora: {corpus.name}: no file {file}")
+    if dry_run:
+        print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
+        return
+    manifest = run(
+        [CorpusSource(**to_tree(corpus) | {"files": corpus.files}) for corpus in settings.corpora],
+        tokenizer_dir=settings.tokenizer or recipe.model.base,
+        output_dir=settings.output,
+        seed=settings.seed,
+        on_bad_line=settings.on_bad_line,
+        overwrite=overwrite,
+    )
+    for corpus in manifest.corpora:
+        size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
+        print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
+    print(f"manifest: {manifest.path}")
+
+
+def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """Write the upcycled model as a checkpoint (step 0), each rank straight from the dense safetensors."""
+    from megatron_lpr.training.run_state import RunState, find_checkpoint
+    from megatron_lpr.validation import check_recipe
+
+    recipe = dataclasses.replace(recipe, data=None, train=None)
+    arch = read_architecture(recipe.model.base)
+    check_recipe(recipe, arch, Ranks.from_environment().world_size)
+    if not recipe.model.num_experts:
+        raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")
+    if find_checkpoint(recipe.output):
+        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    if dry_run:
+        print(f"would upcycle {recipe.model.base} into {recipe.output}: {recipe.model.num_experts} experts")
+        return
+    ranks = join()
+    try:
+        prepare()
+        from megatron_lpr.model.builder import build_model, init_model_parallel
+        from megatron_lpr.training import checkpointing
+        from megatron_lpr.training.weights import fill_weights
+
+        init_model_parallel(recipe.parallel)
+        chunks = build_model(recipe, arch)
+        fill_weights(recipe, arch, chunks, None)
+        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
+        folder = checkpointing.save(recipe.output, state, chunks)
+        if ranks.rank == 0:
+            print(f"upcycled {recipe.model.base}: {recipe.model.num_experts} experts per layer, saved {folder}")
+    finally:
+        leave()
+
+
+def train(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """Run a training recipe: post-pretraining, review or a baseline; resumes where an earlier run stopped."""
+    from megatron_lpr.training.plan import describe, plan_training
+
+    ranks = Ranks.from_environment()
+    plan = plan_training(recipe, ranks.world_size)
+    if ranks.rank == 0:
+        print(describe(plan), flush=True)
+    if dry_run:
+        return
+    join()
+    try:
+        prepare()
+        from megatron_lpr.training.train import Trainer
+
+        Trainer(plan).run()
+    finally:
+        leave()
+
+
+def evaluate(
+    recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
+) -> None:
+    """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
+    from megatron_lpr.evaluation.evaluate import evaluate_model
+    from megatron_lpr.training.run_state import checkpoint_folder
+
+    _single_process("evaluate")
+    if checkpoint and hf:
+        raise UserError("evaluate: give --checkpoint or --hf, not both")
+    if not recipe.evaluation.corpora:
+        raise UserError("evaluation.corpora: empty; list held-out corpora")
+    source = str(checkpoint_folder(checkpoint)) if checkpoint else None
+    hf = hf or (None if source else recipe.model.base)
+    if dry_run:
+        print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
+        return
+    evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
+
+
+def compare(files: list[str]) -> None:
+    """Print the table of several evaluation results, the base model's first."""
+    from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
+
+    print(retention_table([EvaluationResult.load(file) for file in files]))
+
+
+def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) -> None:
+    """Write a checkpoint as a stock Hugging Face model, then check it against the base model."""
+    from megatron_lpr.conversion.folders import check_vacant
+    from megatron_lpr.training.run_state import checkpoint_folder
+
+    _single_process("export")
+    source = checkpoint_folder(checkpoint)
+    check_vacant(out)
+    if dry_run:
+        print(f"would export {source} to {out}")
+        return
+    join()
+    try:
+        prepare()
+        from megatron_lpr.conversion.from_megatron import export_checkpoint
+
+        report = export_checkpoint(recipe, str(source), out)
+    finally:
+        leave()
+    print(report)
+    if not report.ok:
+        raise UserError(f"export {out}: does not pass its own checks (see above)")
+
+
+def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:
+    """Check an export: keys, shapes, frozen tensors against the base model, logits against the checkpoint."""
+    from megatron_lpr.conversion.verify import verify_export
+    from megatron_lpr.training.run_state import checkpoint_folder
+
+    source = str(checkpoint_folder(checkpoint)) if checkpoint else None
+    if dry_run:
+        print(f"would verify {export_dir} against {recipe.model.base}" + (f" and {source}" if source else ""))
+        return
+    report = verify_export(export_dir, recipe.model.base, num_frozen=recipe.model.num_frozen_experts)
+    print(report)
+    ok = report.ok
+    if source:
+        _single_process("verify --checkpoint")
+        join()
+        try:
+            prepare()
+            from megatron_lpr.conversion.from_megatron import compare_logits
+
+            check = compare_logits(recipe, source, export_dir)
+        finally:
+            leave()
+        print(check)
+        ok = ok and check.ok
+    if not ok:
+        raise UserError(f"verify {export_dir}: failed (see above)")
+
+
+def _single_process(command: str) -> None:
+    world_size = Ranks.from_environment().world_size
+    if world_size > 1:
+        raise UserError(f"{command} runs in one process, not in {world_size}; it reads checkpoints of any layout")
+
