@@ -8,7 +8,7 @@ import yaml
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform import Ranks, join, leave, prepare
+from megatron_lpr.platform import Ranks, megatron
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -60,9 +60,7 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
     if dry_run:
         print(f"would upcycle {recipe.model.base} into {recipe.output}: {recipe.model.num_experts} experts")
         return
-    ranks = join()
-    try:
-        prepare()
+    with megatron() as ranks:
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
         from megatron_lpr.training.weights import fill_weights
@@ -74,8 +72,6 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
             print(f"upcycled {recipe.model.base}: {recipe.model.num_experts} experts per layer, saved {folder}")
-    finally:
-        leave()
 
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
@@ -88,14 +84,10 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
         print(describe(plan), flush=True)
     if dry_run:
         return
-    join()
-    try:
-        prepare()
+    with megatron():
         from megatron_lpr.training.train import Trainer
 
         Trainer(plan).run()
-    finally:
-        leave()
 
 
 def evaluate(
@@ -136,14 +128,10 @@ def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) 
     if dry_run:
         print(f"would export {source} to {out}")
         return
-    join()
-    try:
-        prepare()
+    with megatron():
         from megatron_lpr.conversion.from_megatron import export_checkpoint
 
         report = export_checkpoint(recipe, str(source), out)
-    finally:
-        leave()
     print(report)
     if not report.ok:
         raise UserError(f"export {out}: does not pass its own checks (see above)")
@@ -163,14 +151,10 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
     ok = report.ok
     if source:
         _single_process("verify --checkpoint")
-        join()
-        try:
-            prepare()
+        with megatron():
             from megatron_lpr.conversion.from_megatron import compare_logits
 
             check = compare_logits(recipe, source, export_dir)
-        finally:
-            leave()
         print(check)
         ok = ok and check.ok
     if not ok:

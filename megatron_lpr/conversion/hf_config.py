@@ -6,17 +6,15 @@ from typing import Any
 
 from megatron_lpr.errors import UserError
 
-# Scalings that Megatron's rotary embedding computes as Hugging Face does.
-ROPE_TYPES = ("linear", "llama3")
+# Megatron's rotary embedding knows the scaling of Llama 3, with these numbers and any factor.
+LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model folder. UserError where either is missing or broken."""
     folder = Path(hf_dir)
     if not folder.is_dir():
-        raise UserError(
-            f"model folder '{folder}' does not exist: give the path of a downloaded Hugging Face model"
-        )
+        raise UserError(f"model folder '{folder}' does not exist: give the path of a downloaded Hugging Face model")
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"'{folder}' holds no config.json: give the folder of a Hugging Face model")
@@ -50,12 +48,8 @@ def read_rope(config: dict[str, Any], default_theta: float) -> tuple[float, dict
         if theta is not None
     }
     scaling = _normalised_scaling(new or old)
-    contradiction = len(thetas) > 1 or (old and new and _normalised_scaling(old) != scaling)
-    if contradiction:
+    if len(thetas) > 1 or (old and new and _normalised_scaling(old) != scaling):
         raise UserError("config.json contradicts itself: rope_parameters and rope_theta/rope_scaling differ")
-    if scaling and scaling["rope_type"] not in ROPE_TYPES:
-        raise UserError(
-            f"RoPE scaling '{scaling['rope_type']}' is not supported; "
-            f"supported: default, {', '.join(ROPE_TYPES)}"
-        )
+    if scaling and {**scaling, **LLAMA3_SCALING, "rope_type": "llama3"} != scaling:
+        raise UserError(f"RoPE scaling {scaling} is not supported; supported: none, or llama3 with {LLAMA3_SCALING}")
     return thetas.pop() if thetas else default_theta, scaling

@@ -63,9 +63,7 @@ class SafetensorsReader:
             raise UserError(f"'{index}' is not a safetensors index: download the model again") from error
         for shard in sorted(set(file_of.values())):
             if not (self.folder / shard).is_file():
-                raise UserError(
-                    f"'{self.folder}' lacks the shard {shard} that its index names: download it again"
-                )
+                raise UserError(f"'{self.folder}' lacks the shard {shard} that its index names: download it again")
         return file_of
 
     def _file(self, name: str) -> Any:
@@ -135,9 +133,7 @@ class ShardedWriter:
         shards = list(self._plan(max_shard_bytes))
         for number, names in enumerate(shards, 1):
             single = len(shards) == 1
-            self._start_shard(
-                SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors", names
-            )
+            self._start_shard(SINGLE_FILE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors", names)
 
     def _plan(self, max_shard_bytes: int) -> Iterator[list[str]]:
         names: list[str] = []

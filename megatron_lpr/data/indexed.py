@@ -138,9 +138,7 @@ class IndexedCorpus:
         first_offset = _HEADER.size + 4 * sequences
         first_boundary = first_offset + 8 * sequences
         self._offsets = index[first_offset:first_boundary].view(np.int64)
-        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(
-            np.int64
-        )
+        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(np.int64)
 
     def __len__(self) -> int:
         return self.num_documents

@@ -80,9 +80,7 @@ class Manifest:
         names = set()
         for corpus in self.corpora:
             if corpus.name in names:
-                raise UserError(
-                    f"{self.path}: two corpora are called '{corpus.name}'; give each its own name"
-                )
+                raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
             names.add(corpus.name)
         check_language_roles(self.path, ((c.name, c.language, c.role) for c in self.corpora))
 

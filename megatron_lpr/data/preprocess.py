@@ -171,9 +171,7 @@ def _write_corpus(
         with IndexedWriter(unshuffled, tokenizer.vocab_size) as writer:
             _tokenize(reader, tokenizer, writer, Progress(source.name))
             if writer.documents == 0:
-                raise UserError(
-                    f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}"
-                )
+                raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
         with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
             _shuffle(IndexedCorpus(unshuffled), writer, seed, stream=int(sha256[:16], 16))
     finally:

@@ -83,13 +83,9 @@ class HFTokenizer:
             if token is not None:
                 token_id = self._tokenizer.token_to_id(token)
                 if token_id is None:
-                    raise UserError(
-                        f"eos_token '{token}' of {folder / name} is not in the tokenizer's vocabulary"
-                    )
+                    raise UserError(f"eos_token '{token}' of {folder / name} is not in the tokenizer's vocabulary")
                 return token_id
-        raise UserError(
-            f"{folder} names no end-of-document token: set eos_token in its tokenizer_config.json"
-        )
+        raise UserError(f"{folder} names no end-of-document token: set eos_token in its tokenizer_config.json")
 
 
 class SentencePieceTokenizer:

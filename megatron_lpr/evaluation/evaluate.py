@@ -34,11 +34,9 @@ def read_routing(out: Path) -> dict[str, list[float]]:
 
 
 def _score_checkpoint(recipe: Recipe, checkpoint: str, out: Path) -> tuple[CorpusScore, ...]:
-    from megatron_lpr.platform import join, leave, prepare
+    from megatron_lpr.platform import megatron
 
-    join()
-    try:
-        prepare()
+    with megatron():
         from megatron_lpr.evaluation.megatron_model import MegatronModel
 
         model = MegatronModel(recipe, checkpoint)
@@ -52,8 +50,6 @@ def _score_checkpoint(recipe: Recipe, checkpoint: str, out: Path) -> tuple[Corpu
             shares = model.frozen_shares()
             if shares:
                 routing[corpus.name] = shares[0].tolist()
-    finally:
-        leave()
     if routing:
         routing_file(out).write_text(json.dumps(routing), encoding="utf-8")
     return tuple(scores)

@@ -15,7 +15,7 @@ from megatron_lpr.model.transformer_config import transformer_config
 VOCAB_DIVISOR = 128
 
 
-def init_model_parallel(sizes: ParallelConfig, seed: int = 0) -> None:
+def init_model_parallel(sizes: ParallelConfig) -> None:
     """Megatron's process groups (needs the default group) and its CUDA generator states."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
@@ -25,7 +25,7 @@ def init_model_parallel(sizes: ParallelConfig, seed: int = 0) -> None:
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
     )
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(0)  # nothing here draws numbers: no dropout, no random initialisation
 
 
 def padded_vocab_size(arch: Architecture, tensor_parallel: int) -> int:
@@ -39,8 +39,8 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
 
     Llama-3 RoPE scaling is Megatron's (low_freq_factor 1, high_freq_factor 4, 8192 original positions).
     """
-    config = transformer_config(recipe, arch)
     te = use_transformer_engine(recipe.model.spec)
+    config = transformer_config(recipe, arch, te)
     virtual = recipe.parallel.virtual_pipeline
     counts = GlobalCounts()
     chunks = []

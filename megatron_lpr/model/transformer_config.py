@@ -29,8 +29,11 @@ class LPRTransformerConfig(TransformerConfig):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(recipe: Recipe, arch: Architecture) -> TransformerConfig:
-    """The configuration of a dense model (`model.num_experts: 0`) or of its upcycled form."""
+def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> TransformerConfig:
+    """The configuration of a dense model (`model.num_experts: 0`) or of its upcycled form.
+
+    With Transformer Engine (`te`) the new experts of a rank run as one grouped GEMM.
+    """
     dtype = DTYPES[recipe.model.dtype]
     common = dict(
         **_architecture(arch),
@@ -52,6 +55,7 @@ def transformer_config(recipe: Recipe, arch: Architecture) -> TransformerConfig:
         num_moe_experts=recipe.model.num_experts - recipe.model.num_frozen_experts,
         num_frozen_experts=recipe.model.num_frozen_experts,
         moe_ffn_hidden_size=arch.ffn_hidden_size,
+        moe_grouped_gemm=te,
         moe_router_topk=recipe.model.topk,
         moe_router_pre_softmax=False,
         moe_router_dtype="fp32",

@@ -1,13 +1,15 @@
 """The ranks of this run: torchrun's or Slurm's environment, or a single process."""
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform.device import backend, device
+from megatron_lpr.platform.device import backend, device, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,23 @@ class Ranks:
             )
         rank, local_rank, world_size = (int(environment[name]) for name in names)
         return cls(rank=rank, local_rank=local_rank, world_size=world_size)
+
+
+@contextlib.contextmanager
+def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
+    """Inside it this process is a rank of the run, and Megatron-Core can be imported.
+
+    A rank that fails among several does not wait for the others on its way out: its exit ends the run.
+    """
+    ranks = join(timeout_minutes)
+    try:
+        prepare()
+        yield ranks
+    except BaseException:
+        if ranks.world_size == 1:
+            leave()
+        raise
+    leave()
 
 
 def join(timeout_minutes: float = 30.0) -> Ranks:

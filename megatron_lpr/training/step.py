@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.data.replay_sampler import Batch
+from megatron_lpr.errors import UserError
 from megatron_lpr.losses import GlobalCounts, next_token_loss
 from megatron_lpr.platform import device
 from megatron_lpr.platform.cpu_shims import cuda_type_names
@@ -54,7 +55,7 @@ def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: Gl
     """One optimizer step.
 
     Raises:
-        FloatingPointError: the gradient is not finite; the weights are left as they were.
+        UserError: the gradient is not finite; the last checkpoint is the last good state.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -63,7 +64,10 @@ def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: Gl
     with cuda_type_names():
         updated, grad_norm, _ = optimizer.step()
     if not updated or not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: lower optimizer.lr, or look at the data")
+        raise UserError(
+            f"step {step}: the gradient norm is {grad_norm}; lower optimizer.lr, or look at the data, and run again: "
+            "the run resumes at its last checkpoint"
+        )
     scheduler.step(increment=1)
     return StepResult(ntp_loss=ntp_loss, grad_norm=float(grad_norm))
 

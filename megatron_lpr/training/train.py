@@ -31,7 +31,7 @@ class Trainer:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.recipe = plan, plan.recipe
         recipe = plan.recipe
-        init_model_parallel(recipe.parallel, recipe.train.seed)
+        init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, plan.arch)
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)

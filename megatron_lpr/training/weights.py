@@ -37,7 +37,7 @@ def fill_weights(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Modul
             num_frozen=model.num_frozen_experts if model.num_experts else 0,
             num_experts=model.num_experts,
             router_std=model.router_init_std,
-            seed=recipe.train.seed if recipe.train else 0,
+            seed=model.router_init_seed,
         )
 
 

@@ -18,15 +18,13 @@ LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 8192,
 }
 MODELS = {
-    "gqa": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    ),
+    "gqa": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
     "tied_llama3_head_dim": lambda: LlamaForCausalLM(
         LlamaConfig(
-            **SIZES,
+            **{**SIZES, "max_position_embeddings": 16384},
             head_dim=16,
             tie_word_embeddings=True,
             rope_parameters={**LLAMA3_SCALING, "rope_theta": 1e5},

@@ -29,18 +29,14 @@ def test_upcycle_then_verify(convert_hf, llama, tmp_path, capsys):
 
 
 def test_a_mistake_of_the_user_is_one_sentence(convert_hf, tmp_path, capsys):
-    assert (
-        convert_hf(["upcycle", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--num-experts", "3"]) == 2
-    )
+    assert convert_hf(["upcycle", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--num-experts", "3"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: model folder") and error.count("\n") == 1
 
 
 def test_export_is_forwarded_as_it_is(convert_hf, monkeypatch):
     seen = []
-    monkeypatch.setitem(
-        sys.modules, "megatron_lpr.cli", SimpleNamespace(main=lambda argv: seen.append(argv) or 7)
-    )
+    monkeypatch.setitem(sys.modules, "megatron_lpr.cli", SimpleNamespace(main=lambda argv: seen.append(argv) or 7))
     assert convert_hf(["export", "recipe.yaml", "--set", "a=1"]) == 7
     assert seen == [["export", "recipe.yaml", "--set", "a=1"]]
 

@@ -40,9 +40,7 @@ def test_upcycled_model_computes_what_the_dense_model_does(base, tmp_path, route
 def test_offline_upcycling_equals_loading_and_exporting(base, tmp_path, empty_rank):
     arch = read_architecture(base)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=1, num_experts=3)
-    load_dense(
-        parameters.items(), SafetensorsReader(base), arch, num_frozen=1, num_experts=3, router_std=0.1, seed=7
-    )
+    load_dense(parameters.items(), SafetensorsReader(base), arch, num_frozen=1, num_experts=3, router_std=0.1, seed=7)
     export_model(parameters.items(), arch, base_dir=base, out_dir=tmp_path / "a", num_experts=3, num_frozen=1)
     upcycle_hf(base, tmp_path / "b", num_experts=3, router_std=0.1, seed=7)
     for name in ("model.safetensors", "config.json"):
@@ -77,8 +75,7 @@ def test_distinct_experts_land_where_the_router_expects_them(llama, tmp_path, tr
         mask_TE = torch.zeros_like(p_TE).scatter(1, top_TK, 1.0)
         gates_TE = p_TE * mask_TE / (p_TE * mask_TE).sum(1, keepdim=True)
         expected_TH = sum(
-            gates_TE[:, n, None] * ffn_by_hand(parameters, prefix + name, x_TH)
-            for n, name in enumerate(names)
+            gates_TE[:, n, None] * ffn_by_hand(parameters, prefix + name, x_TH) for n, name in enumerate(names)
         )
         assert mask_TE.sum(0).min() > 0
         with torch.no_grad():
@@ -105,7 +102,7 @@ def test_config_says_the_same_to_both_major_versions(tied, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 8192,
     }  # fmt: skip
     assert config["rope_theta"] == 1e5 and config["rope_scaling"] == scaling
     assert config["rope_parameters"] == {"rope_theta": 1e5, **scaling}

@@ -19,7 +19,7 @@ LLAMA3_SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 8192,
 }
 V4_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,8 +73,8 @@ def test_rope_of_either_version_is_the_same(tmp_path, rope):
 
 
 def test_old_key_of_the_scaling_type(tmp_path):
-    arch = read_architecture(folder(tmp_path, rope_scaling={"type": "linear", "factor": 2.0}))
-    assert arch.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    old = {"type" if key == "rope_type" else key: value for key, value in LLAMA3_SCALING.items()}
+    assert read_architecture(folder(tmp_path, rope_scaling=old)).rope_scaling == LLAMA3_SCALING
 
 
 def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
@@ -96,9 +96,11 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.* is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "'linear'.* is not supported"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}}, "low_freq_factor.* is not supported"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "contradicts itself"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "partial_rotary_factor": 0.5}}, "partial"),
         ({"hidden_size": "absent"}, "hidden_size = None"),
         ({"architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window = 32"),
@@ -141,9 +143,7 @@ def test_a_new_family_is_an_entry_of_the_table(tmp_path, monkeypatch, empty_rank
     )
     monkeypatch.setitem(FAMILIES, "qwen2", qwen)
     sizes = {key: V4_LLAMA[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    )
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path)

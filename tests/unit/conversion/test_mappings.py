@@ -20,18 +20,12 @@ def filled(shape, sources, kind, groups=1, **rank):
     return target
 
 
-@pytest.mark.parametrize(
-    "heads,groups,size", [(4, 2, 1), (4, 2, 2), (4, 4, 2), (4, 2, 4), (6, 3, 3), (4, 1, 2)]
-)
+@pytest.mark.parametrize("heads,groups,size", [(4, 2, 1), (4, 2, 2), (4, 4, 2), (4, 2, 4), (6, 3, 3), (4, 1, 2)])
 @pytest.mark.parametrize("tail", [(HIDDEN,), ()], ids=["weight", "bias"])
 def test_qkv_is_interleaved_per_group_and_cut_by_rows(heads, groups, size, tail):
     q, k, v = (randn(n * HEAD_DIM, *tail) + i for i, n in enumerate((heads, groups, groups)))
     packed = torch.cat(
-        [
-            part[g * len(part) // groups : (g + 1) * len(part) // groups]
-            for g in range(groups)
-            for part in (q, k, v)
-        ]
+        [part[g * len(part) // groups : (g + 1) * len(part) // groups] for g in range(groups) for part in (q, k, v)]
     )
     slices = packed.chunk(size)
     for rank in range(size):
@@ -63,9 +57,7 @@ def test_copy_without_split_is_whole_on_every_rank():
 
 def test_vocabulary_is_padded_with_zero_rows_and_cut_back():
     whole = randn(10, HIDDEN)
-    slices = [
-        filled((8, HIDDEN), [whole], Copy(split=0, padded=True), rank=rank, size=3) for rank in range(3)
-    ]
+    slices = [filled((8, HIDDEN), [whole], Copy(split=0, padded=True), rank=rank, size=3) for rank in range(3)]
     padded = torch.cat(slices)
     assert torch.equal(padded, torch.cat([whole, torch.zeros(14, HIDDEN)]))
     assert torch.equal(take_apart(padded, Copy(split=0, padded=True), [(10, HIDDEN)], groups=1)[0], whole)
@@ -84,7 +76,5 @@ def test_slices_of_all_ranks_together_are_the_whole(groups, per_group, size):
     rows = sum(len(part) for part in parts)
     whole = filled((rows, HIDDEN), parts, QKV(), groups)
     if rows % size == 0:
-        slices = [
-            filled((rows // size, HIDDEN), parts, QKV(), groups, rank=r, size=size) for r in range(size)
-        ]
+        slices = [filled((rows // size, HIDDEN), parts, QKV(), groups, rank=r, size=size) for r in range(size)]
         assert torch.equal(torch.cat(slices), whole)

@@ -57,9 +57,7 @@ def load_layout(empty_rank):
             first = ep_rank * (MOE["num_experts"] - MOE["num_frozen"]) // ep
             for name in ranks[0, 0, 0]:
                 if ".experts." in name:
-                    renumbered = EXPERT_NUMBER.sub(
-                        lambda number, first=first: str(int(number[0]) + first), name
-                    )
+                    renumbered = EXPERT_NUMBER.sub(lambda number, first=first: str(int(number[0]) + first), name)
                     slices = [ranks[0, ep_rank, etp_rank][name] for etp_rank in range(etp)]
                     whole[renumbered] = gather(slices, name)
         return arch, whole
@@ -86,9 +84,7 @@ def test_any_layout_gathers_back_to_the_dense_bytes(base, tp, ep, etp, load_layo
         exported.pop(prefix + "gate.weight")
         for expert in range(MOE["num_experts"]):
             for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-                assert torch.equal(
-                    exported.pop(f"{prefix}experts.{expert}.{ours}.weight"), ffn[layer, theirs]
-                )
+                assert torch.equal(exported.pop(f"{prefix}experts.{expert}.{ours}.weight"), ffn[layer, theirs])
     assert not exported
 
 
@@ -138,9 +134,7 @@ def test_router_depends_on_seed_and_global_layer_only(llama, load_layout, empty_
 
 def test_router_has_the_standard_deviation_asked_for(llama):
     arch = read_architecture(llama)
-    rows = torch.cat(
-        [router_rows(arch, layer=n, num_experts=64, router_std=0.1, seed=0).flatten() for n in range(8)]
-    )
+    rows = torch.cat([router_rows(arch, layer=n, num_experts=64, router_std=0.1, seed=0).flatten() for n in range(8)])
     assert rows.dtype == torch.float32
     assert abs(rows.std() - 0.1) < 2e-3 and abs(rows.mean()) < 3e-3
 

@@ -23,9 +23,7 @@ def export(llama, tmp_path_factory, empty_rank):
     """An export as training leaves it: frozen tensors as loaded, new experts and routers changed."""
     arch = read_architecture(llama)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=1, num_experts=3)
-    load_dense(
-        parameters.items(), SafetensorsReader(llama), arch, num_frozen=1, num_experts=3, router_std=0.1
-    )
+    load_dense(parameters.items(), SafetensorsReader(llama), arch, num_frozen=1, num_experts=3, router_std=0.1)
     for name, parameter in parameters.items():
         if ".experts." in name or "router" in name:
             parameter += torch.randn_like(parameter) * 0.01
@@ -167,9 +165,7 @@ def test_another_tokenizer_is_found(export, llama, tmp_path):
 def test_a_folder_that_is_no_export_of_the_base(llama, tmp_path):
     upcycle_hf(llama, tmp_path / "out", num_experts=3)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(
-        json.dumps({**config, "architectures": ["GPT2LMHeadModel"]})
-    )
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(UserError, match="is a GPT2LMHeadModel with 3 experts"):
         verify_export(tmp_path / "out", llama)
     with pytest.raises(UserError, match="does not exist"):

@@ -51,10 +51,7 @@ def test_digest_covers_what_a_run_reads(manifest):
     for field, value in (("name", "x"), ("weight", 9.0), ("tokens", 51), ("digest", "e" * 64)):
         other = dataclasses.replace(manifest, corpora=(dataclasses.replace(hu, **{field: value}), *rest))
         assert other.digest != manifest.digest
-    assert (
-        dataclasses.replace(manifest, corpora=(dataclasses.replace(hu, prefix="x"), *rest)).digest
-        == manifest.digest
-    )
+    assert dataclasses.replace(manifest, corpora=(dataclasses.replace(hu, prefix="x"), *rest)).digest == manifest.digest
     eod = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, eod_id=0))
     assert eod.digest != manifest.digest
 

@@ -24,9 +24,7 @@ def run(hf_tokenizer, tmp_path):
     return run
 
 
-def source(
-    *files: str, name: str = "hu", language: str = "hu", role: str = "expanded", **more
-) -> CorpusSource:
+def source(*files: str, name: str = "hu", language: str = "hu", role: str = "expanded", **more) -> CorpusSource:
     return CorpusSource(name=name, files=files, language=language, role=role, **more)
 
 
@@ -98,7 +96,7 @@ def test_adding_a_corpus_keeps_the_others(run, write_text):
 def test_replaces_only_when_told(run, write_text):
     run(source(write_text("a.jsonl", TEXTS)))
     changed = source(write_text("a.jsonl", TEXTS[:7]))
-    with pytest.raises(UserError, match="corpus 'hu' .* made from other text .* overwrite"):
+    with pytest.raises(UserError, match="corpus 'hu' .* made from other text .*pass --overwrite"):
         run(changed)
     assert run(changed, overwrite=True).corpora[0].documents == 7
 

@@ -83,8 +83,7 @@ def test_a_new_corpus_leaves_the_others_order_alone(make_manifest):
     corpora.append(("tr", "tr", "expanded", 1, 500))
     after = ReplaySampler(make_manifest(*corpora), seq_length=S, seed=1, mixture=MIXTURE)
     windows = [
-        [(w, e) for corpus, w, e in sampler.picks(0, 300).tolist() if corpus == 0][:80]
-        for sampler in (before, after)
+        [(w, e) for corpus, w, e in sampler.picks(0, 300).tolist() if corpus == 0][:80] for sampler in (before, after)
     ]
     assert len(windows[0]) == 80 and windows[0] == windows[1]
 
@@ -117,14 +116,10 @@ def test_counts_equal_the_filled_masks(sampler, first, count):
     assert counts.tokens == batch.loss_mask_BS.sum()
     assert counts.original_tokens == (batch.tags_BS > 0).sum()
     by_tag = {"hu": -1, "en": 2, "tr": -3}
-    assert counts.tokens_per_language == {
-        language: (batch.tags_BS == tag).sum() for language, tag in by_tag.items()
-    }
+    assert counts.tokens_per_language == {language: (batch.tags_BS == tag).sum() for language, tag in by_tag.items()}
 
 
-@pytest.mark.parametrize(
-    "dtype, code", [(np.uint8, 1), (np.int16, 3), (np.int32, 4), (np.int64, 5), (np.uint16, 8)]
-)
+@pytest.mark.parametrize("dtype, code", [(np.uint8, 1), (np.int16, 3), (np.int32, 4), (np.int64, 5), (np.uint16, 8)])
 def test_reads_every_integer_type(make_manifest, tmp_path, dtype, code):
     manifest = make_manifest(("hu", "hu", "expanded", 1, 100))
     tokens = np.arange(100).astype(dtype)

@@ -41,9 +41,7 @@ def test_what_the_file_would_add_or_cut_is_left_out(hf_tokenizer, tmp_path):
         single="<pad> $A <eod>", special_tokens=[("<pad>", 0), ("<eod>", 1)]
     )
     edited.save(str(tmp_path / "tokenizer.json"))
-    assert load_tokenizer(str(tmp_path)).encode_batch(TEXTS) == load_tokenizer(hf_tokenizer).encode_batch(
-        TEXTS
-    )
+    assert load_tokenizer(str(tmp_path)).encode_batch(TEXTS) == load_tokenizer(hf_tokenizer).encode_batch(TEXTS)
 
 
 @pytest.mark.parametrize("eos_token", ["<pad>", {"content": "<pad>", "special": True}])
