@@ -125,9 +125,7 @@ def to_hf(
             expert += num_frozen
         shapes = [arch.shape(dims) for dims in mapping.hf.values()]
         parts = take_apart(tensor, mapping.kind, shapes, groups=arch.num_query_groups)
-        yield from zip(
-            family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True
-        )
+        yield from zip(family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True)
 
 
 def _upcycled(

@@ -92,9 +92,7 @@ class Family:
         """The HF name of an FFN weight (`gate_proj.weight`), of the dense FFN or of an expert."""
         if expert is None:
             return f"model.layers.{layer}.mlp.{weight}"
-        return f"model.layers.{layer}." + self.moe.expert.format(
-            expert=expert, weight=self.moe.weights[weight]
-        )
+        return f"model.layers.{layer}." + self.moe.expert.format(expert=expert, weight=self.moe.weights[weight])
 
     def find(self, role: str, megatron: str) -> Mapping:
         """The mapping of a parameter, by its role and relative name (`ParameterName`, names.py)."""
@@ -103,9 +101,7 @@ class Family:
         assert found is not None, f"the {self.name} table has no {role} parameter '{megatron}'"
         return found
 
-    def hf_names(
-        self, mapping: Mapping, *, role: str, layer: int | None, expert: int | None = None
-    ) -> list[str]:
+    def hf_names(self, mapping: Mapping, *, role: str, layer: int | None, expert: int | None = None) -> list[str]:
         """Full HF names of a mapping's tensors, of a dense layer or (with `expert`) of an expert."""
         if role == "model":
             return list(mapping.hf)

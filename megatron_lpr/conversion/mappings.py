@@ -51,9 +51,7 @@ class Copy:
     def axis(self) -> int:
         return self.split or 0
 
-    def segments(
-        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
-    ) -> list[Segment]:
+    def segments(self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int) -> list[Segment]:
         (length,) = lengths
         return window([Segment(0, 0, length)], rank * rows, (rank + 1) * rows)
 
@@ -69,14 +67,10 @@ class QKV:
     axis = 0
     padded = False
 
-    def segments(
-        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
-    ) -> list[Segment]:
+    def segments(self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int) -> list[Segment]:
         per_group = [length // groups for length in lengths]
         interleaved = [
-            Segment(source, group * n, (group + 1) * n)
-            for group in range(groups)
-            for source, n in enumerate(per_group)
+            Segment(source, group * n, (group + 1) * n) for group in range(groups) for source, n in enumerate(per_group)
         ]
         return window(interleaved, rank * rows, (rank + 1) * rows)
 
@@ -89,9 +83,7 @@ class GateUp:
     axis = 0
     padded = False
 
-    def segments(
-        self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int
-    ) -> list[Segment]:
+    def segments(self, lengths: Sequence[int], *, groups: int, rows: int, rank: int, size: int) -> list[Segment]:
         half = rows // 2
         return [Segment(source, rank * half, (rank + 1) * half) for source in (0, 1)]
 

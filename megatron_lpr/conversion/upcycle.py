@@ -22,13 +22,9 @@ from megatron_lpr.errors import UserError
 def check_experts(*, num_experts: int, num_frozen: int, topk: int = 1) -> None:
     """UserError unless the numbers of experts make sense together."""
     if not 1 <= num_frozen < num_experts:
-        raise UserError(
-            f"{num_experts} experts with {num_frozen} frozen: at least one must be frozen and one new"
-        )
+        raise UserError(f"{num_experts} experts with {num_frozen} frozen: at least one must be frozen and one new")
     if not 1 <= topk <= num_experts:
-        raise UserError(
-            f"top-{topk} routing over {num_experts} experts: top-k must lie between 1 and {num_experts}"
-        )
+        raise UserError(f"top-{topk} routing over {num_experts} experts: top-k must lie between 1 and {num_experts}")
 
 
 def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
@@ -37,22 +33,17 @@ def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
     for name, shape in shapes.items():
         if reader.shape(name) != shape:
             raise UserError(
-                f"tensor '{name}' of '{reader.folder}' has shape {reader.shape(name)}, "
-                f"but its config says {shape}"
+                f"tensor '{name}' of '{reader.folder}' has shape {reader.shape(name)}, but its config says {shape}"
             )
         reader.dtype(name)
     for name in reader.keys():
         # Old versions of transformers save rotary frequencies; a tied head is the embedding again.
         tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
         if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not tied_head:
-            raise UserError(
-                f"'{reader.folder}' holds the tensor '{name}', which has no place in a {arch.family} model"
-            )
+            raise UserError(f"'{reader.folder}' holds the tensor '{name}', which has no place in a {arch.family} model")
 
 
-def router_rows(
-    arch: Architecture, *, layer: int, num_experts: int, router_std: float, seed: int
-) -> torch.Tensor:
+def router_rows(arch: Architecture, *, layer: int, num_experts: int, router_std: float, seed: int) -> torch.Tensor:
     """The initial router of a layer, `[E, H]` fp32 from N(0, router_std), the same in every layout."""
     digest = hashlib.sha256(f"router {seed} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -95,9 +86,7 @@ def load_dense(
         name = _globally(parse(local_name), layer_offset=layer_offset, first_new=first_new)
         if name.role == "router":
             assert parameter.shape == (num_experts, arch.hidden_size), (local_name, parameter.shape)
-            rows = router_rows(
-                arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed
-            )
+            rows = router_rows(arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed)
             parameter.copy_(rows)
         else:
             rank, size = ranks.get(name.role, (tp_rank, tp_size))

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.training.metrics_log import RouterMetrics, StepMetrics
+from megatron_lpr.training.metrics_log import StepMetrics
 
 LOSSES = {
     "ntp_loss": ("Next-token prediction", "NTP loss (nats per token)"),
@@ -56,7 +56,7 @@ def plot_frozen_share(
 
     Args:
         shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
-            slots that frozen experts get in each MoE layer, 0..1. See `before_and_after`.
+            slots that frozen experts get in each MoE layer, 0..1. See `first_and_last`.
         path: the PNG.
         max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
             a token takes an expert once.
@@ -85,19 +85,16 @@ def plot_frozen_share(
     _save(figure, path)
 
 
-def before_and_after(records: Sequence[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """Frozen share per language at both ends of a review run, for `plot_frozen_share`; {} without statistics.
+def first_and_last(records: Sequence[StepMetrics]) -> dict[str, dict[str, list[float]]]:
+    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics.
 
-    The first step's forward pass sees the routers as stage 1 left them: its record is the state before.
+    The first step's forward pass sees the routers as the run before left them.
     """
-    routers = [record["router"] for record in records if record.get("router")]
-    if not routers:
-        return {}
-
-    def shares(router: Mapping[str, RouterMetrics]) -> dict[str, list[float]]:
-        return {language: metrics["frozen_share"] for language, metrics in router.items()}
-
-    return {"before review": shares(routers[0]), "after review": shares(routers[-1])}
+    routed = [record for record in records if record.get("router")]
+    return {
+        f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
+        for record in (routed[:1] + routed[-1:])
+    }
 
 
 def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:

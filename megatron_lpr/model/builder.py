@@ -2,7 +2,6 @@
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lpr.config import ParallelConfig, Recipe
@@ -11,8 +10,7 @@ from megatron_lpr.losses import GlobalCounts
 from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.transformer_config import transformer_config
-
-VOCAB_DIVISOR = 128
+from megatron_lpr.model.vocabulary import TrueVocabGPTModel, padded_vocab_size
 
 
 def init_model_parallel(sizes: ParallelConfig) -> None:
@@ -28,12 +26,6 @@ def init_model_parallel(sizes: ParallelConfig) -> None:
     model_parallel_cuda_manual_seed(0)  # nothing here draws numbers: no dropout, no random initialisation
 
 
-def padded_vocab_size(arch: Architecture, tensor_parallel: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank holds whole, aligned rows."""
-    multiple = VOCAB_DIVISOR * tensor_parallel
-    return -(-arch.vocab_size // multiple) * multiple
-
-
 def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
     """Build the chunks of this pipeline rank with uninitialised weights: load_dense or a checkpoint fills them.
 
@@ -46,10 +38,11 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
     chunks = []
     for stage in range(virtual):
         vp_stage = stage if virtual > 1 else None
-        chunk = GPTModel(
+        chunk = TrueVocabGPTModel(
             config,
             block_spec(config, te, vp_stage),
-            vocab_size=padded_vocab_size(arch, recipe.parallel.tensor),
+            vocab_size=padded_vocab_size(arch.vocab_size, recipe.parallel.tensor),
+            true_vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -62,6 +55,10 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         )
         for router in routers(chunk):
             router.counts = counts
+        if config.recompute_granularity and chunk.pre_process:
+            # a checkpointed block whose input needs no gradient has no backward, and a frozen embedding's output needs
+            # none: the layers' weights would be left without their gradients
+            chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         chunks.append(chunk)
     return chunks
 

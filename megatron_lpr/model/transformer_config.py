@@ -57,7 +57,8 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         moe_ffn_hidden_size=arch.ffn_hidden_size,
         moe_grouped_gemm=te,
         moe_router_topk=recipe.model.topk,
-        moe_router_pre_softmax=False,
+        # Megatron insists for top-1, and LPRRouter, which always renormalises over the chosen experts, does not read it
+        moe_router_pre_softmax=recipe.model.topk == 1,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",  # the balance loss is ours, over frozen and new experts
         moe_token_dispatcher_type=recipe.parallel.dispatcher,

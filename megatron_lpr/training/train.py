@@ -5,7 +5,6 @@ Import it after `platform.prepare()`; everything that a user can get wrong has b
 
 import time
 from collections import Counter
-from contextlib import nullcontext
 
 import torch.distributed as dist
 import yaml
@@ -16,10 +15,9 @@ from megatron_lpr.data.batches import micro_batches
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import checkpointing, step_metrics
-from megatron_lpr.training.metrics_log import MetricsLog
 from megatron_lpr.training.optimizer import build_optimizer, optimizer_parameters, trainable_parameters, wrap
 from megatron_lpr.training.plan import Plan, changed_settings
-from megatron_lpr.training.progress import Progress
+from megatron_lpr.training.reporting import Reporter
 from megatron_lpr.training.run_state import RunState
 from megatron_lpr.training.step import train_step
 from megatron_lpr.training.weights import fill_weights, frozen_digest
@@ -53,18 +51,14 @@ class Trainer:
         self._announce()
         for chunk in self.chunks:
             chunk.train()
-        log = MetricsLog(self.recipe.output, resumed_step=self.step) if dist.get_rank() == 0 else nullcontext()
-        progress = Progress()
-        with log:
-            while self.step < self.recipe.train.steps:
-                metrics = self.train_step()
-                if dist.get_rank() == 0:
-                    progress.report(metrics)
-                    log.write(metrics)
-                last = self.step == self.recipe.train.steps
-                every = self.recipe.checkpoint.every
-                if last or (every and self.step % every == 0):
-                    self.save(last)
+        reporter = Reporter(self.recipe, resumed_step=self.step)
+        every = self.recipe.checkpoint.every
+        while self.step < self.recipe.train.steps:
+            reporter.step(self.train_step())
+            last = self.step == self.recipe.train.steps
+            if last or (every and self.step % every == 0):
+                self.save(last)
+        reporter.finish()
 
     def train_step(self) -> dict:
         """One optimizer step and its metrics, which are the same on every rank."""
@@ -162,9 +156,4 @@ class Trainer:
             f"in its optimizer {optimizer_parameters(self.optimizer):,}",
             flush=True,
         )
-
-
-def train(plan: Plan) -> None:
-    """Run a plan; the process group has been joined."""
-    Trainer(plan).run()
 

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation import routing_plots
-from megatron_lpr.evaluation.routing_plots import before_and_after, plot_frozen_share, plot_losses
+from megatron_lpr.evaluation.routing_plots import first_and_last, plot_frozen_share, plot_losses
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
         record(3, 1.0, hu=[0.125, 0.25], en=[0.5, 0.5]),
     ]
     path = tmp_path / "heat.png"
-    plot_frozen_share(before_and_after(records), path, max_share=0.5)
+    plot_frozen_share(first_and_last(records), path, max_share=0.5)
     before, after, bar = figures[0].axes
     np.testing.assert_array_equal(before.images[0].get_array().filled(-1), [[0.25, -1], [0.375, -1]])
     np.testing.assert_array_equal(after.images[0].get_array(), [[0.125, 0.5], [0.25, 0.5]])
@@ -75,13 +75,13 @@ def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
     assert imread(path).shape[0] > 300
 
 
-def test_before_and_after_skips_steps_without_router_statistics():
+def test_first_and_last_skip_steps_without_router_statistics():
     records = [record(1, 1.0), record(2, 1.0, hu=[0.25]), record(3, 1.0, hu=[0.5]), record(4, 1.0)]
-    assert before_and_after(records) == {"before review": {"hu": [0.25]}, "after review": {"hu": [0.5]}}
+    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
 
 
 def test_nothing_to_plot_is_refused(tmp_path):
     with pytest.raises(UserError, match="no steps to plot"):
         plot_losses({"stage 1": []}, tmp_path / "loss.png")
     with pytest.raises(UserError, match="logging.router_every"):
-        plot_frozen_share(before_and_after([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)
+        plot_frozen_share(first_and_last([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)
