@@ -50,7 +50,7 @@ def export_model(
     when a tensor never came; then nothing is left behind.
     """
     return _write_folder(
-        to_hf(tensors, arch, num_experts=num_experts, num_frozen=num_frozen),
+        to_hf(tensors, arch, num_frozen=num_frozen),
         arch,
         base_dir=base_dir,
         out_dir=out_dir,
@@ -107,9 +107,7 @@ def upcycle_hf(
     )
 
 
-def to_hf(
-    tensors: NamedTensors, arch: Architecture, *, num_experts: int, num_frozen: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(tensors: NamedTensors, arch: Architecture, *, num_frozen: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Renames and unpacks whole Megatron parameters into HF tensors, one parameter at a time."""
     family = family_of(arch)
     for megatron_name, tensor in tensors:
@@ -124,7 +122,7 @@ def to_hf(
         elif name.role == "new_expert":
             expert += num_frozen
         shapes = [arch.shape(dims) for dims in mapping.hf.values()]
-        parts = take_apart(tensor, mapping.kind, shapes, groups=arch.num_query_groups)
+        parts = take_apart(tensor.detach(), mapping.kind, shapes, groups=arch.num_query_groups)
         yield from zip(family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True)
 
 

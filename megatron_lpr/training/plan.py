@@ -127,8 +127,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def describe(plan: Plan) -> str:
     """The resolved recipe and what it comes to."""
     recipe, train = plan.recipe, plan.recipe.train
-    samples = train.steps * train.global_batch_size
-    counts = plan.sampler.count(0, samples)
+    steps = train.steps - plan.first_step
+    samples = steps * train.global_batch_size
+    counts = plan.sampler.count(plan.state.consumed_samples if plan.state else 0, samples)
     shares = ", ".join(f"{language} {n:,}" for language, n in counts.tokens_per_language.items())
     start = f"checkpoint {plan.source}" if plan.source else f"base model {recipe.model.base}"
     if plan.resume:
@@ -139,7 +140,7 @@ def describe(plan: Plan) -> str:
             "",
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
-            f"reads        {samples:,} samples, {counts.tokens:,} tokens in {train.steps:,} steps: {shares}",
+            f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
         ]
     )
 

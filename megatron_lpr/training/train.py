@@ -43,6 +43,7 @@ class Trainer:
         for router in self.routers:
             router.stats.num_languages = len(plan.manifest.languages)
         self.step = plan.first_step
+        self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter(plan.state.tokens_per_language if plan.state else {})
         self.frozen_digest = frozen_digest(self.chunks)
 
@@ -65,8 +66,7 @@ class Trainer:
         start = time.perf_counter()
         recipe, sampler = self.recipe, self.plan.sampler
         samples = recipe.train.global_batch_size
-        consumed = self.step * samples
-        seen = sampler.count(consumed, samples)
+        seen = sampler.count(self.consumed_samples, samples)
         self.counts.tokens = max(seen.tokens, 1)
         self.counts.original_tokens = max(seen.original_tokens, 1)
         per_micro_batch = recipe.train.micro_batch_size if recipe.balance.group == "micro_batch" else 1
@@ -74,7 +74,7 @@ class Trainer:
         batches = [
             micro_batches(
                 sampler,
-                consumed_samples=consumed,
+                consumed_samples=self.consumed_samples,
                 global_batch_size=samples,
                 micro_batch_size=recipe.train.micro_batch_size,
                 data_parallel_rank=parallel_state.get_data_parallel_rank(),
@@ -87,6 +87,7 @@ class Trainer:
             recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts, self.step + 1
         )
         self.step += 1
+        self.consumed_samples += samples
         self.tokens_seen.update(seen.tokens_per_language)
         return self._metrics(seen, result, lr, start)
 
@@ -113,7 +114,7 @@ class Trainer:
             "tokens_per_second": seen.tokens / seconds,
             "tokens_per_language": dict(self.tokens_seen),
             "seconds": seconds,
-            "consumed_samples": self.step * recipe.train.global_batch_size,
+            "consumed_samples": self.consumed_samples,
         }
         if self.routers and self.step % recipe.logging.router_every == 0:
             metrics["router"] = step_metrics.router_record(
@@ -125,13 +126,12 @@ class Trainer:
         """Write a checkpoint; a frozen weight that is not what it was at the start is a bug, and stops the run."""
         assert frozen_digest(self.chunks) == self.frozen_digest, "a frozen weight has changed"
         with_optimizer = self.recipe.checkpoint.final_optimizer or not last
-        consumed = self.step * self.recipe.train.global_batch_size
         state = RunState(
             step=self.step,
-            consumed_samples=consumed,
+            consumed_samples=self.consumed_samples,
             has_optimizer=with_optimizer,
             recipe=to_tree(self.recipe),
-            data_state=self.plan.sampler.state(consumed),
+            data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
         )
         optimizer, scheduler = (self.optimizer, self.scheduler) if with_optimizer else (None, None)

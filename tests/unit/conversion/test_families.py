@@ -152,6 +152,6 @@ def test_a_new_family_is_an_entry_of_the_table(tmp_path, monkeypatch, empty_rank
     parameters = empty_rank(arch, layers=1, num_frozen=0, num_experts=0)
     parameters["decoder.layers.0.self_attention.linear_qkv.bias"] = torch.full((64,), torch.nan)
     load_dense(parameters.items(), reader, arch)
-    exported = dict(to_hf(parameters.items(), arch, num_experts=0, num_frozen=0))
+    exported = dict(to_hf(parameters.items(), arch, num_frozen=0))
     assert exported.keys() == set(reader.keys())
     assert all(torch.equal(exported[name], reader.get(name)) for name in exported)

@@ -67,7 +67,7 @@ def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
     before, after, bar = figures[0].axes
     np.testing.assert_array_equal(before.images[0].get_array().filled(-1), [[0.25, -1], [0.375, -1]])
     np.testing.assert_array_equal(after.images[0].get_array(), [[0.125, 0.5], [0.25, 0.5]])
-    assert [before.get_title(), after.get_title()] == ["before review", "after review"]
+    assert [before.get_title(), after.get_title()] == ["step 1", "step 3"]
     assert [label.get_text() for label in after.get_xticklabels()] == ["hu", "en"]
     assert [axes.images[0].get_clim() for axes in (before, after)] == [(0, 0.5), (0, 0.5)]
     assert "50%" in bar.get_ylabel()
