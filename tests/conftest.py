@@ -11,15 +11,11 @@ from megatron_lpr.testing.toy_models import write_toy_model
 
 @pytest.fixture
 def megatron():
-    """Megatron in this process, as a run of one rank; commands (cli.main) join and leave by themselves instead."""
-    from megatron_lpr.platform import join, leave, prepare
+    """Megatron in this process, a run of one rank. Commands (cli.main) enter and leave by themselves instead."""
+    from megatron_lpr.platform import megatron
 
-    join()
-    try:
-        prepare()
+    with megatron():
         yield
-    finally:
-        leave()
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def reference_sizes(arch: Architecture, recipe: Recipe):
         vocab_size=arch.vocab_size,
         eps=arch.rms_norm_eps,
         rope_theta=arch.rope_theta,
-        num_experts=recipe.model.num_experts,
+        num_experts=recipe.model.num_experts or 1,
         num_frozen=recipe.model.num_frozen_experts,
-        topk=recipe.model.topk,
+        topk=recipe.model.topk if recipe.model.num_experts else 1,
     )

@@ -187,9 +187,14 @@ def _layer(name: str, tensor: Tensor, sizes: Sizes) -> Weights:
         blocks = tensor.view(sizes.num_groups, per_group + 2, sizes.head_dim, -1)
         q, k, v = blocks[:, :per_group], blocks[:, per_group], blocks[:, per_group + 1]
         return {key: x.reshape(-1, tensor.shape[1]) for key, x in (("q", q), ("k", k), ("v", v))}
-    *module, expert, linear, _ = name.split(".")
-    first = {"mlp.frozen_experts": 0, "mlp.experts.local_experts": sizes.num_frozen}[".".join(module)]
-    number = first + int(expert)
+    *module, linear, _ = name.split(".")
+    match module:
+        case ["mlp"]:
+            number = 0  # a dense FFN is the only expert
+        case ["mlp", "frozen_experts", expert]:
+            number = int(expert)
+        case ["mlp", "experts", "local_experts", expert]:
+            number = sizes.num_frozen + int(expert)
     if linear == "linear_fc2":
         return {f"{number}.down": tensor}
     gate, up = tensor.chunk(2)

@@ -38,7 +38,7 @@ LETTERS = {"qaa": "áéíőűzsgyk", "qab": "thewindco", "qac": "lñquimar"}
 def write_toy_model(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
     """Write a random Llama model with a byte-level tokenizer; `config` overrides fields of its config.json.
 
-    Weights are large enough (standard deviation 1/sqrt(inputs), embeddings 1) for logits of order one.
+    Matrices have the standard deviation 1/sqrt(inputs), so that logits are of order one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def write_toy_model(folder: str | Path, *, dtype: str = "float32", seed: int = 0
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             values = 1 + 0.1 * values
-        elif name != "model.embed_tokens.weight":
+        else:
             values /= shape[1] ** 0.5
         tensors[name] = values.to(torch_dtype(dtype))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -32,6 +32,8 @@ def check(base, batch, tmp_path, sections):
     sizes = reference_sizes(trainer.plan.arch, recipe)
     scramble(unwrapped(trainer))
     weights = from_megatron(dict(unwrapped(trainer).named_parameters()), sizes)
+    if not recipe.model.num_experts:
+        weights |= {f"{layer}.router": torch.zeros(1, 32, dtype=torch.double) for layer in range(sizes.num_layers)}
     for weight in weights.values():
         weight.requires_grad_()
     for chunk in trainer.chunks:
@@ -51,12 +53,13 @@ def check(base, batch, tmp_path, sections):
     assert metrics["ntp_loss"] == pytest.approx(expected.ntp.item(), rel=1e-6)
     if recipe.balance.coeff:
         assert metrics["balance_loss"] == pytest.approx(expected.balance.item(), rel=1e-6)
-    if (batch.tags_BS > 0).any():
+    if (batch.tags_BS > 0).any() and recipe.model.num_experts:
         assert metrics["lpr_loss"] == pytest.approx(expected.lpr.item(), rel=1e-6)
     else:
         assert metrics["lpr_loss"] is None
     got = from_megatron(gradients(trainer), sizes)
-    assert_trainable(set(got), set(weights), recipe)
+    if recipe.model.num_experts:
+        assert_trainable(set(got), set(weights), recipe)
     for name, gradient in got.items():
         size = weights[name].grad.abs().max()
         assert size > 0, name
@@ -113,6 +116,10 @@ def test_double_softmax(megatron, toy_base, tmp_path, num_frozen):
 @pytest.mark.parametrize("base", ["toy_base", "toy_tied"])
 def test_everything_trained(megatron, request, base, tmp_path):
     check(request.getfixturevalue(base), mixed_batch(), tmp_path, EVERYTHING)
+
+
+def test_dense_model_is_one_expert(megatron, toy_base, tmp_path):
+    check(toy_base, mixed_batch(), tmp_path, {"model": {"num_experts": 0}})
 
 
 @pytest.mark.parametrize("stage", [STAGE1, STAGE2, EVERYTHING], ids=["stage1", "stage2", "all"])

@@ -1,0 +1,87 @@
+"""The same run twice, and a run that was killed and started again: the same numbers, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_lpr.training.metrics_log import read_metrics
+from megatron_lpr.training.train import Trainer
+
+TIMING = {"tokens_per_second", "seconds"}
+
+
+def numbers(folder):
+    """Everything that a run logged, but for its speed; floats are compared as they are."""
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def settings(output, steps, every=0):
+    assignments = {"output": output, "train.steps": steps, "checkpoint.every": every, "name": "test"}
+    return [argument for key, value in assignments.items() for argument in ("--set", f"{key}={value}")]
+
+
+def kill_after_first_checkpoint(command, latest, seconds=120):
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + seconds
+    while not latest.is_file():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_run_resumes_bit_for_bit(project, tmp_path):
+    """Stage 1: in one go twice, and in a process of its own that is killed by the kernel after a checkpoint."""
+    whole, again, killed = (tmp_path / name for name in ("whole", "again", "killed"))
+    project.run("train", "stage1", *settings(whole, 40))
+    project.run("train", "stage1", *settings(again, 40))
+    assert len(numbers(whole)) == 40 and numbers(whole) == numbers(again)
+
+    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 40, every=3)]
+    latest = killed / "checkpoints/latest"
+    kill_after_first_checkpoint([sys.executable, "-m", "megatron_lpr.cli", *arguments], latest)
+    step = int(latest.read_text().removeprefix("step_"))
+    assert 3 <= step < 40
+    printed = project.run("train", "stage1", *settings(killed, 40, every=3))
+    assert f"resumes at step {step}" in printed
+    assert numbers(killed) == numbers(whole)
+
+
+@pytest.mark.parametrize("stage", ["stage2", "moe_full"])
+def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeypatch, stage):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    project.run("train", stage, *settings(whole, 6))
+
+    step = Trainer.train_step
+
+    def interrupted(trainer):
+        if trainer.step == 5:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            project.run("train", stage, *settings(stopped, 6, every=2))
+    assert [record["step"] for record in numbers(stopped)] == [1, 2, 3, 4, 5]
+    assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000002", "step_00000004"]
+
+    assert "resumes at step 4" in project.run("train", stage, *settings(stopped, 6, every=2))
+    assert numbers(stopped) == numbers(whole)
+    # `checkpoint.keep` is 2
+    assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000004", "step_00000006"]
+
+
+def test_extended_run_says_what_changed(project, trained, tmp_path):
+    short = ("--set", "optimizer.schedule=constant")
+    project.run("train", "stage2", *settings(tmp_path, 2), *short)
+    printed = project.run("train", "stage2", *settings(tmp_path, 4), *short)
+    assert "resumes at step 2" in printed and "changed: train.steps: 2 -> 4" in printed
+    assert len(numbers(tmp_path)) == 4

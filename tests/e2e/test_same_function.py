@@ -1,0 +1,102 @@
+"""The same function before and after: dense and upcycled at step 0, Megatron and the export after training."""
+
+import json
+
+import pytest
+import torch
+from harness import make_batch
+from transformers import AutoModelForCausalLM
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.recipe_io import from_tree, load_recipe
+from megatron_lpr.testing.toy_models import write_toy_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+VARIANTS = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "head_dim": {"head_dim": 16, "num_key_value_heads": 4},
+    # a slow rotation, so that the scaled frequencies matter within a few tokens
+    "llama3_rope": {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 32},
+    "bf16": {"dtype": "bfloat16"},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+}
+
+
+@torch.no_grad()
+def stock_logits(folder, tokens_BS):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens_BS).logits
+
+
+def tokens_BS(length=100):
+    return torch.from_numpy(make_batch([[(1, length)], [(1, length)]]).tokens_BS)
+
+
+def megatron_model(base, checkpoint=None, **model):
+    from megatron_lpr.evaluation.megatron_model import MegatronModel
+
+    tree = {"name": "test", "output": "none", "model": {"base": str(base), **model}}
+    return MegatronModel(from_tree(Recipe, tree, where="test"), checkpoint)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("experts", [(0, 1, 2), (3, 1, 2), (5, 2, 3)], ids=["dense", "3_experts", "5_experts"])
+def test_upcycled_logits_are_the_dense_models(megatron, tmp_path, variant, experts):
+    base = write_toy_model(tmp_path / "base", **VARIANTS[variant])
+    num_experts, num_frozen, topk = experts
+    model = megatron_model(
+        base, num_experts=num_experts, num_frozen_experts=num_frozen, topk=topk, router_init_std=1.0
+    )
+    tokens = tokens_BS()
+    expected = stock_logits(base, tokens)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(model.logits(tokens), expected, rtol=0, atol=1e-5)
+    labels = tokens.roll(-1, 1)
+    nll = -expected.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(model.token_losses(tokens, labels), nll, rtol=0, atol=1e-5)
+
+
+def test_llama3_scaling_matters_in_these_tests(tmp_path):
+    scaled = write_toy_model(tmp_path / "scaled", **VARIANTS["llama3_rope"])
+    plain = write_toy_model(tmp_path / "plain", **VARIANTS["llama3_rope"] | {"rope_scaling": None})
+    assert (stock_logits(scaled, tokens_BS()) - stock_logits(plain, tokens_BS())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_exported_logits_are_the_trained_models(megatron, project, trained, stage):
+    base, export = project.root / "base", project.root / f"hf_{stage}"
+    trained_model = megatron_model(base, str(project.root / stage))
+    stock, loading = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True, dtype="auto")
+    assert type(stock).__name__ == "MixtralForCausalLM" and stock.dtype == torch.float32
+    assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        stock_logits_BSV = stock.eval()(tokens_BS()).logits
+    torch.testing.assert_close(trained_model.logits(tokens_BS()), stock_logits_BSV, rtol=0, atol=1e-4)
+    assert (stock_logits_BSV - stock_logits(base, tokens_BS())).abs().max() > 0.1  # it is another model by now
+
+
+def test_trained_model_scores_the_same_as_its_export(project, trained):
+    """`evaluate` of the checkpoint and of the exported folder give the same bits per byte."""
+    results = []
+    for name, source in (("checkpoint", project.root / "stage2"), ("hf", project.root / "hf_stage2")):
+        out = project.root / f"scores_{name}.json"
+        project.run("evaluate", "stage2", f"--{name}", source, "--name", name, "--out", out)
+        results.append({c["name"]: c["bits_per_byte"] for c in json.loads(out.read_text())["corpora"]})
+    assert results[0].keys() == {"qaa", "qab", "qac"}
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_verify_agrees(project, trained):
+    printed = project.run("verify", "stage2", project.root / "hf_stage2", "--checkpoint", project.root / "stage2")
+    assert "FAIL" not in printed and "logits" in printed and "frozen tensors" in printed
+
+
+def test_recipe_of_the_run_is_kept(project, trained):
+    """The resolved recipe beside the metrics is a recipe, the same one."""
+    assert load_recipe(str(project.root / "stage2/recipe.yaml")) == load_recipe(str(project.recipes["stage2"]))
