@@ -1,11 +1,12 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from megatron_lpr.config import Recipe
+from megatron_lpr.config import EvaluationCorpus, Recipe, SourceConfig
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import Ranks, megatron
@@ -24,10 +25,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
-    for corpus in settings.corpora:
-        for file in corpus.files:
-            if not Path(file).is_file():
-                raise UserError(f"preprocess.corpora: {corpus.name}: no file {file}")
+    _check_text("preprocess.corpora", settings.corpora)
     if dry_run:
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
@@ -102,6 +100,7 @@ def evaluate(
         raise UserError("evaluate: give --checkpoint or --hf, not both")
     if not recipe.evaluation.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
+    _check_text("evaluation.corpora", recipe.evaluation.corpora)
     source = str(checkpoint_folder(checkpoint)) if checkpoint else None
     hf = hf or (None if source else recipe.model.base)
     if dry_run:
@@ -146,7 +145,7 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
     if dry_run:
         print(f"would verify {export_dir} against {recipe.model.base}" + (f" and {source}" if source else ""))
         return
-    report = verify_export(export_dir, recipe.model.base, num_frozen=recipe.model.num_frozen_experts)
+    report = verify_export(export_dir, recipe.model.base, num_frozen=recipe.untouched_experts)
     print(report)
     ok = report.ok
     if source:
@@ -159,6 +158,13 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
         ok = ok and check.ok
     if not ok:
         raise UserError(f"verify {export_dir}: failed (see above)")
+
+
+def _check_text(field: str, corpora: Iterable[SourceConfig | EvaluationCorpus]) -> None:
+    for corpus in corpora:
+        for file in corpus.files:
+            if not Path(file).is_file():
+                raise UserError(f"{field}: {corpus.name}: no file {file}")
 
 
 def _single_process(command: str) -> None:

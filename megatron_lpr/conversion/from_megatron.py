@@ -11,6 +11,8 @@ from megatron_lpr.conversion.verify import Check, VerifyReport, verify_export
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.megatron_model import MegatronModel
+from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
 LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -34,7 +36,8 @@ def export_checkpoint(recipe: Recipe, checkpoint: str, out: str) -> VerifyReport
         dtype=experts.dtype if dtype == "auto" else dtype,
         max_shard_bytes=parse_size(recipe.export.max_shard_size),
     )
-    return verify_export(out, recipe.model.base, num_frozen=experts.num_frozen_experts)
+    saved = from_tree(Recipe, read_run_state(checkpoint_folder(checkpoint)).recipe, where=checkpoint)
+    return verify_export(out, recipe.model.base, num_frozen=saved.untouched_experts)
 
 
 def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str, tokens: int = 256) -> Check:

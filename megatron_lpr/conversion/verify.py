@@ -71,15 +71,16 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
 
     Frozen tensors (attention, norms, embeddings, experts 0..num_frozen-1) are compared by SHA-256 after
     casting the base's to the export's dtype, which is exact whenever that is at least as wide. A dense export
-    has no frozen tensors: there the ones that differ from the base are counted. UserError when either folder
-    cannot be read at all.
+    has no frozen tensors, nor has one of which everything was trained (num_frozen=0): there the ones that differ from
+    the base are counted. UserError when either folder cannot be read at all.
     """
     arch = read_architecture(base_dir)
     config = read_config(export_dir)
     base, export = SafetensorsReader(base_dir), SafetensorsReader(export_dir)
     check_checkpoint(base, arch)
     num_experts = _num_experts(config, family_of(arch), export_dir)
-    if num_experts:
+    has_frozen = num_experts > 0 and num_frozen > 0
+    if has_frozen:
         check_experts(num_experts=num_experts, num_frozen=num_frozen)
     shapes = family_of(arch).shapes(arch, num_experts)
     dtype = torch_dtype(config.get("dtype", "float32"))
@@ -90,10 +91,10 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
             _check_config(config, arch, read_config(base_dir), num_experts),
             _check_census("tensors", export, shapes, dtype),
             _check_census("stock class", export, stock_shapes(export_dir), None),
-            *_check_values(scan, num_experts),
+            *_check_values(scan, has_frozen),
             _check_companions(Path(export_dir), Path(base_dir)),
         ),
-        frozen_sha256=_digest_of_digests(scan.frozen.items()) if num_experts else "",
+        frozen_sha256=_digest_of_digests(scan.frozen.items()) if has_frozen else "",
     )
 
 
@@ -119,7 +120,7 @@ class _Origin(NamedTuple):
 
 def _origins(arch: Architecture, num_experts: int, num_frozen: int) -> dict[str, _Origin]:
     family = family_of(arch)
-    origins = {name: _Origin(name, num_experts > 0) for name in family.shapes(arch)}
+    origins = {name: _Origin(name, num_experts > 0 and num_frozen > 0) for name in family.shapes(arch)}
     for layer in range(arch.num_layers if num_experts else 0):
         origins[family.router_name(layer)] = _Origin(None, False)
         for weight in (source for mapping in family.ffn for source in mapping.hf):
@@ -209,15 +210,15 @@ def _check_census(
     return Check(name=name, ok=not problems, detail="; ".join(problems) or f"{len(shapes)} names and shapes agree")
 
 
-def _check_values(scan: _Scan, num_experts: int) -> list[Check]:
+def _check_values(scan: _Scan, has_frozen: bool) -> list[Check]:
     bad = [f"{name} is not finite" for name in scan.not_finite] + [f"{name} is all zero" for name in scan.zeroed]
     changed = sum(scan.trained.values())
-    what = "new experts" if num_experts else "trained"
+    what = "new experts" if has_frozen else "trained"
     checks = [
         Check(name="values", ok=not bad, detail=_listed(bad) or "all finite, none zeroed"),
         Check(name=what, ok=True, detail=f"{changed} of {len(scan.trained)} tensors differ from the base model"),
     ]
-    if num_experts:
+    if has_frozen:
         same = len(scan.frozen) - len(scan.changed)
         detail = f"{same} of {len(scan.frozen)} equal the base model's SHA-256"
         if scan.changed:

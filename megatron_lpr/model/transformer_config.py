@@ -44,9 +44,11 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         bf16=dtype is torch.bfloat16,
         # gradients are summed: every loss is divided by its global count before the backward pass
         calculate_per_token_loss=True,
-        # every parameter is filled from the base model or a checkpoint
-        perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        # Every parameter is filled from the base model or a checkpoint. Megatron's own initialisation still runs,
+        # for it also marks tensor-parallel weights as such, and the gradient norm counts them by that mark.
+        init_method=_leave_empty,
+        output_layer_init_method=_leave_empty,
+        use_cpu_initialization=False,  # that would allocate each weight whole, on every rank
     )
     if not recipe.model.num_experts:
         return TransformerConfig(**common)
@@ -118,3 +120,7 @@ def _recompute(recipe: Recipe) -> dict:
         modules = ["moe"] if recipe.model.num_experts else ["mlp"]
         return dict(recompute_granularity="selective", recompute_modules=modules)
     return {}
+
+
+def _leave_empty(weight: torch.Tensor) -> torch.Tensor:
+    return weight

@@ -40,24 +40,32 @@ def kill_after_first_checkpoint(command, latest, seconds=120):
 def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     """Stage 1: in one go twice, and in a process of its own that is killed by the kernel after a checkpoint."""
     whole, again, killed = (tmp_path / name for name in ("whole", "again", "killed"))
-    project.run("train", "stage1", *settings(whole, 40))
-    project.run("train", "stage1", *settings(again, 40))
-    assert len(numbers(whole)) == 40 and numbers(whole) == numbers(again)
+    project.run("train", "stage1", *settings(whole, 30))
+    project.run("train", "stage1", *settings(again, 30))
+    assert len(numbers(whole)) == 30 and numbers(whole) == numbers(again)
 
-    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 40, every=3)]
+    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 30, every=10)]
     latest = killed / "checkpoints/latest"
     kill_after_first_checkpoint([sys.executable, "-m", "megatron_lpr.cli", *arguments], latest)
     step = int(latest.read_text().removeprefix("step_"))
-    assert 3 <= step < 40
-    printed = project.run("train", "stage1", *settings(killed, 40, every=3))
+    assert 10 <= step < 30
+    printed = project.run("train", "stage1", *settings(killed, 30, every=10))
     assert f"resumes at step {step}" in printed
     assert numbers(killed) == numbers(whole)
 
 
-@pytest.mark.parametrize("stage", ["stage2", "moe_full"])
-def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("stage2", []),
+        ("moe_full", ["--set", "parallel.distributed_optimizer=false"]),
+        ("stage1", ["--set", "model.dtype=bfloat16", "--set", "model.load=null"]),
+    ],
+    ids=["stage2", "whole_optimizer", "bf16"],
+)
+def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeypatch, stage, changes):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    project.run("train", stage, *settings(whole, 6))
+    project.run("train", stage, *settings(whole, 6), *changes)
 
     step = Trainer.train_step
 
@@ -69,11 +77,11 @@ def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            project.run("train", stage, *settings(stopped, 6, every=2))
+            project.run("train", stage, *settings(stopped, 6, every=2), *changes)
     assert [record["step"] for record in numbers(stopped)] == [1, 2, 3, 4, 5]
     assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000002", "step_00000004"]
 
-    assert "resumes at step 4" in project.run("train", stage, *settings(stopped, 6, every=2))
+    assert "resumes at step 4" in project.run("train", stage, *settings(stopped, 6, every=2), *changes)
     assert numbers(stopped) == numbers(whole)
     # `checkpoint.keep` is 2
     assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000004", "step_00000006"]

@@ -1,0 +1,208 @@
+"""What a user can get wrong ends in one sentence, with exit status 2, before any work is done."""
+
+import json
+import shutil
+
+import pytest
+
+from megatron_lpr import cli, commands
+from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy_text
+
+
+@pytest.fixture
+def refused(project, tmp_path, monkeypatch, capsys):
+    """refused(command, recipe, *arguments) -> the sentence; nothing was started and nothing was written."""
+
+    def no_work(*arguments):
+        raise AssertionError("joined the process group")
+
+    monkeypatch.setattr(commands, "megatron", no_work)
+
+    def run(command, recipe, *arguments):
+        before = sorted(tmp_path.rglob("*"))
+        path = project.recipes.get(recipe, recipe)
+        assert cli.main([command, str(path), *map(str, arguments)]) == 2
+        printed, error = capsys.readouterr()
+        assert printed == ""
+        assert error.startswith(f"megatron-lpr {command}: error: ") and error.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
+
+
+def changed(*assignments):
+    return [argument for assignment in assignments for argument in ("--set", assignment)]
+
+
+def copy_of_base(project, folder, **fields):
+    """A copy of the base model with other fields in its config.json."""
+    shutil.copytree(project.root / "base", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "upcycle", "preprocess", "evaluate", "verify"])
+def test_missing_model_folder(refused, tmp_path, command):
+    more = {"evaluate": ["--name", "x", "--out", tmp_path / "x.json"], "verify": [tmp_path]}.get(command, [])
+    output = changed(f"output={tmp_path}/out", f"preprocess.output={tmp_path}/data", f"model.base={tmp_path}/none")
+    assert f"{tmp_path}/none" in refused(command, "stage1", *more, *output)
+
+
+@pytest.mark.parametrize("command", ["train", "upcycle"])
+def test_unsupported_architecture(refused, project, tmp_path, command):
+    base = copy_of_base(project, tmp_path / "falcon", architectures=["FalconForCausalLM"])
+    error = refused(command, "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
+    assert "FalconForCausalLM" in error and "LlamaForCausalLM" in error
+
+
+def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
+    base = copy_of_base(project, tmp_path / "other")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["new"] = 257
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
+    assert "tokenizer of another vocabulary" in error and str(base) in error
+
+
+def test_empty_corpus(refused, project, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    corpora = f"[{{name: x, files: {tmp_path}/empty.jsonl, language: x, role: expanded}}]"
+    (tmp_path / "data").mkdir()
+    error = refused(
+        "preprocess", "upcycle", *changed(f"preprocess.corpora={corpora}", f"preprocess.output={tmp_path}/data")
+    )
+    assert "'x' is empty" in error and f"{tmp_path}/empty.jsonl" in error
+
+
+def test_missing_text(refused, project, tmp_path):
+    corpora = f"[{{name: x, files: {tmp_path}/none.jsonl, language: x, role: expanded}}]"
+    output = f"preprocess.output={tmp_path}/data"
+    assert f"{tmp_path}/none.jsonl" in refused("preprocess", "upcycle", *changed(f"preprocess.corpora={corpora}", output))
+    corpora = changed(f"evaluation.corpora={corpora}")
+    out = ["--name", "x", "--out", tmp_path / "x.json"]
+    assert f"{tmp_path}/none.jsonl" in refused("evaluate", "upcycle", *corpora, *out)
+
+
+@pytest.mark.parametrize(
+    "assignment, expected",
+    [
+        ("train.step=3", "unknown key 'step'; did you mean 'steps'?"),
+        ("optimiser.lr=1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+        ("train.trainable=router", "unknown value 'router'; did you mean 'routers'?"),
+        ("train.steps", "'train.steps': expected section.key=value"),
+        ("train.steps=many", "expected int, found 'many'"),
+        ("train.steps=1.5", "expected int, found 1.5"),
+        ("parallel.distributed_optimizer=1", "expected bool, found 1"),
+        ("name.first=x", "'name' is a value, not a section"),
+        ("train.steps=0", "train.steps: 0; at least 1"),
+        ("parallel.expert=3", "parallel.expert: 3 does not divide the number of new experts"),
+        ("model.num_experts=0", "balance.coeff: 0.02 has no effect on a dense model"),
+        ("lpr.coeff=0.1", "lpr.coeff: 0.1 without original-language data"),
+        ("model.load=nowhere", "checkpoint nowhere: no such folder"),
+        ("model.num_experts=4", "model.num_experts: 4, but the checkpoint"),
+        ("data.manifest=nowhere.yaml", "no manifest at nowhere.yaml"),
+        ("data.mixture={other: 1.0}", "unknown role 'other'"),
+        ("data=null", "data: missing"),
+    ],
+)
+def test_recipe_that_cannot_be_run(refused, tmp_path, assignment, expected):
+    assert expected in refused("train", "stage1", *changed(f"output={tmp_path}/out", assignment))
+
+
+def test_dense_recipe_with_review_loss(refused, tmp_path):
+    error = refused("train", "dense", *changed(f"output={tmp_path}/out", "lpr.coeff=0.1"))
+    assert "lpr.coeff: 0.1 has no effect on a dense model" in error
+
+
+def test_review_without_original_data_in_the_mixture(refused, tmp_path):
+    error = refused("train", "stage2", *changed(f"output={tmp_path}/out", "data.mixture.original=0"))
+    assert "lpr.coeff: 0.1 without original-language data" in error
+
+
+def test_review_without_original_corpus(refused, project, tmp_path, capsys):
+    write_toy_text(tmp_path / "qaa.jsonl", "qaa")
+    corpora = f"[{{name: x, files: {tmp_path}/qaa.jsonl, language: x, role: expanded}}]"
+    alone = changed(f"preprocess.corpora={corpora}", f"preprocess.output={tmp_path}/data")
+    project.run("preprocess", "upcycle", *alone)
+    capsys.readouterr()
+    manifest = f"{tmp_path}/data/manifest.yaml"
+    error = refused("train", "stage2", *changed(f"output={tmp_path}/out", f"data.manifest={manifest}"))
+    assert "review without original-language data" in error and manifest in error
+
+
+def test_finished_run(refused, project, trained):
+    error = refused("train", "stage1")
+    assert f"{project.root}/stage1 already holds a finished run (6 of 6 steps)" in error
+
+
+def test_run_on_other_data(refused, project, trained):
+    error = refused("train", "stage1", *changed("train.steps=8", "data.seq_length=16"))
+    assert "cannot go on with other data" in error and "seq_length was 32, is 16" in error
+
+
+def test_run_without_optimizer_state(refused, project, trained, tmp_path):
+    shutil.copytree(project.root / "stage2", tmp_path / "run")
+    state = tmp_path / "run/checkpoints/step_00000006/run.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"has_optimizer": False}))
+    assert "cannot be extended" in refused("train", "stage2", *changed(f"output={tmp_path}/run", "train.steps=8"))
+
+
+def test_upcycled_already(refused, project):
+    assert "already holds a checkpoint" in refused("upcycle", "upcycle")
+
+
+def test_upcycling_a_dense_recipe(refused, tmp_path):
+    assert "model.num_experts: 0" in refused("upcycle", "dense", *changed(f"output={tmp_path}/out"))
+
+
+def test_recipe_without_training(refused, tmp_path):
+    assert "train: missing" in refused("train", "upcycle", *changed(f"output={tmp_path}/out"))
+
+
+def test_missing_recipe(refused, tmp_path):
+    assert f"{tmp_path}/none.yaml: no such file" in refused("train", tmp_path / "none.yaml")
+
+
+def test_recipe_without_a_required_key(refused, project, tmp_path):
+    tree = toy_recipes(project.root)["stage1"]
+    del tree["train"]["trainable"]
+    recipe = write_recipe(tmp_path / "recipe.yaml", tree)
+    assert "missing key 'trainable'" in refused("train", recipe)
+
+
+def test_export_over_something(refused, project, trained, tmp_path):
+    (tmp_path / "file").touch()
+    error = refused("export", "stage1", "--checkpoint", project.root / "stage1", "--out", tmp_path)
+    assert f"'{tmp_path}' exists and is not empty" in error
+
+
+def test_missing_checkpoint(refused, tmp_path):
+    arguments = ["--checkpoint", tmp_path / "none", "--out", tmp_path / "out"]
+    assert f"checkpoint {tmp_path}/none: no such folder" in refused("export", "stage1", *arguments)
+    assert "no such folder" in refused("evaluate", "stage1", *arguments, "--name", "x")
+
+
+def test_several_processes_for_one(refused, project, trained, tmp_path, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    arguments = ["--checkpoint", project.root / "stage1", "--out", tmp_path / "out"]
+    assert "export runs in one process, not in 2" in refused("export", "stage1", *arguments)
+
+
+@pytest.mark.parametrize("command", ["train", "upcycle"])
+def test_dry_run_writes_nothing(project, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(commands, "megatron", None)
+    printed = project.run(command, "stage1", "--dry-run", *changed(f"output={tmp_path}/out"))
+    assert not list(tmp_path.iterdir()) and printed
+
+
+@pytest.mark.parametrize("command", [None, "preprocess", "upcycle", "train", "evaluate", "compare", "export", "verify"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"] if command else ["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    if command and command != "compare":
+        assert "--dry-run" in printed and "optimizer.lr" in printed
