@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
+from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
@@ -71,12 +72,17 @@ def _te_layer(config: TransformerConfig) -> ModuleSpec:
 
 def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     moe = get_moe_module_spec(use_te=te, num_experts=config.num_moe_experts, moe_grouped_gemm=te)
-    is_partial = isinstance(moe, functools.partial)
-    submodules = copy.copy(moe.keywords["submodules"] if is_partial else moe.submodules)
+    submodules = _submodules(moe)
     submodules.router = LPRRouter
+    if not te:
+        _submodules(submodules.experts).linear_fc1 = ExpertColumnParallelLinear
     return ModuleSpec(
         module=LPRMoELayer,
         submodules=submodules,
         params={"frozen_linear": te_duplicated_linear if te else DuplicatedLinear},
         metainfo={"fuse_pre_mlp_layernorm": False},
     )
+
+
+def _submodules(spec):
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -57,6 +58,12 @@ class LPRRouter(TopKRouter):
             if self.training and torch.is_grad_enabled():
                 probs_TE = self._attach_losses(probs_TE, logits_TE, chosen_TE, padding_mask)
         return probs_TE, chosen_TE
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [S, B, E] in fp32. Megatron's own product computes the input's gradient even where nobody needs it."""
+        if input.requires_grad:
+            return super().gating(input)
+        return F.linear(input.float(), self.weight.float())
 
     @property
     def _token_loss(self):

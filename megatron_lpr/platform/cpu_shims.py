@@ -61,7 +61,7 @@ class _Stream:
 
 
 def install() -> None:
-    """Replace the names that Megatron uses in `torch.cuda`, and gloo's all-to-all, for this process."""
+    """Replace the names that Megatron uses in `torch.cuda`, and what gloo lacks, for this process."""
     cuda, cpu = torch.cuda, torch.device("cpu")
     cuda.current_device = lambda: cpu
     # one function object per name: torch._dynamo refuses the same object under two names
@@ -79,6 +79,7 @@ def install() -> None:
     cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _let_gloo_take_tensor_splits()
+    _let_gloo_take_unequal_parts()
     _CudaMeansCpu().__enter__()
 
     # Megatron compiles small helpers with torch.compile, which on a CPU costs seconds each and gains nothing
@@ -98,3 +99,26 @@ def _let_gloo_take_tensor_splits() -> None:
         return plain(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
     dist.all_to_all_single = all_to_all_single
+
+
+def _let_gloo_take_unequal_parts() -> None:
+    """Tensor parallelism inside experts gathers and scatters each rank's own number of tokens; gloo wants equal ones."""
+    plain_gather, plain_scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(parts, part, group=None, async_op=False):
+        if len({p.shape for p in parts}) == 1:
+            return plain_gather(parts, part, group, async_op)
+        parts[dist.get_rank(group)].copy_(part)
+        for source, p in enumerate(parts):
+            dist.broadcast(p, group=group, group_src=source)
+
+    def reduce_scatter(part, parts, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if len({p.shape for p in parts}) == 1:
+            return plain_scatter(part, parts, op, group, async_op)
+        for destination, p in enumerate(parts):
+            total = p.clone()
+            dist.all_reduce(total, op, group)
+            if destination == dist.get_rank(group):
+                part.copy_(total)
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
