@@ -43,6 +43,8 @@ class ParallelConfig:
     tensor: int = opt(1, "tensor-parallel size (sequence parallelism is on above 1)")
     pipeline: int = opt(1, "pipeline-parallel size")
     virtual_pipeline: int = opt(1, "model chunks on each pipeline rank (interleaved schedule above 1)")
+    first_stage_layers: int | None = opt(None, "layers of the first pipeline stage; without it an equal share")
+    last_stage_layers: int | None = opt(None, "layers of the last pipeline stage; without it an equal share")
     context: int = opt(1, "context-parallel size")
     expert: int = opt(1, "expert-parallel size; divides the number of new experts")
     expert_tensor: int = opt(1, "tensor-parallel size inside each new expert")

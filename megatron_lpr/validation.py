@@ -1,6 +1,8 @@
 """Everything about a recipe that can be wrong before any process group, GPU or file is taken."""
 
-from megatron_lpr.config import Recipe
+import torch
+
+from megatron_lpr.config import ParallelConfig, Recipe
 from megatron_lpr.conversion.families import Architecture
 from megatron_lpr.errors import UserError
 
@@ -13,6 +15,8 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     """
     _check_experts(recipe)
     _check_sizes(recipe, arch, world_size)
+    _check_dispatcher(recipe)
+    _check_overlap(recipe.parallel)
     if recipe.train is not None:
         _check_training(recipe, world_size)
 
@@ -55,11 +59,51 @@ def _check_sizes(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _divides("parallel.tensor", sizes.tensor, arch.num_query_groups, "the number of key/value heads")
     _divides("parallel.tensor", sizes.tensor, arch.ffn_hidden_size, "the FFN width")
     _divides("parallel.expert_tensor", sizes.expert_tensor, arch.ffn_hidden_size, "the FFN width")
-    stages = sizes.pipeline * sizes.virtual_pipeline
-    _divides("parallel.pipeline x parallel.virtual_pipeline", stages, arch.num_layers, "the number of layers")
+    _check_layer_split(sizes, arch.num_layers)
     _divides("parallel.tensor x parallel.pipeline", sizes.tensor * sizes.pipeline, world_size, "the number of ranks")
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
     _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks")
+
+
+def _check_layer_split(sizes: ParallelConfig, num_layers: int) -> None:
+    chunks = sizes.virtual_pipeline
+    given = {name: getattr(sizes, name) for name in ("first_stage_layers", "last_stage_layers")}
+    given = {f"parallel.{name}": layers for name, layers in given.items() if layers is not None}
+    if not given:
+        _divides("parallel.pipeline x parallel.virtual_pipeline", sizes.pipeline * chunks, num_layers, "the number of layers")
+        return
+    for field, layers in given.items():
+        if sizes.pipeline == 1:
+            raise UserError(f"{field}: {layers} needs parallel.pipeline above 1")
+        if layers < 1 or layers % chunks:
+            multiple = f"a multiple of parallel.virtual_pipeline ({chunks})" if chunks > 1 else "at least 1"
+            raise UserError(f"{field}: {layers}; {multiple}")
+    taken, others = sum(given.values()), sizes.pipeline - len(given)
+    left, share = num_layers - taken, others * chunks
+    if (left % share or left < share) if others else left:
+        valid = range(num_layers - share, 0, -share) if others else [num_layers]
+        near = sorted(sorted(valid, key=lambda n: (abs(n - taken), n))[:2])
+        raise UserError(
+            f"{' + '.join(given)}: {taken} of {num_layers} layers leave {left} for the {others} other pipeline stages "
+            f"x {chunks} model chunks, which take equal shares; the nearest valid are {' and '.join(map(str, near))}"
+        )
+
+
+def _check_overlap(sizes: ParallelConfig) -> None:
+    if sizes.overlap_param_gather:
+        for field in ("distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(sizes, field):
+                raise UserError(f"parallel.overlap_param_gather: true needs parallel.{field}: true")
+
+
+def _check_dispatcher(recipe: Recipe) -> None:
+    sizes = recipe.parallel
+    if not recipe.model.num_experts or sizes.dispatcher != "flex":
+        return
+    if not torch.cuda.is_available():
+        raise UserError("parallel.dispatcher: flex needs CUDA (it runs on DeepEP); use alltoall or allgather")
+    if sizes.expert * sizes.expert_tensor == 1:
+        raise UserError("parallel.dispatcher: flex needs parallel.expert or parallel.expert_tensor above 1; use alltoall")
 
 
 def _check_training(recipe: Recipe, world_size: int) -> None:

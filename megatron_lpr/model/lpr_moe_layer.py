@@ -35,12 +35,11 @@ class LPRMoELayer(MoELayer):
         self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )
-        if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-            # Tensor-parallel ranks then send the experts other tokens, so that their gradients are summed over the
-            # expert-data-parallel group. Megatron-Core 0.16 takes that group for expert-parallel sizes above 1 only
-            # and would leave each rank with the gradient of its own tokens.
-            for parameter in self.experts.parameters():
-                parameter.allreduce = False
+        for parameter in self.experts.parameters():
+            # Their gradients are summed over the expert-data-parallel group. Megatron-Core says so only where the
+            # expert-parallel size is above 1; with tensor parallelism outside and not inside the experts, each rank
+            # would keep the gradient of its own tokens (0.16), and checkpoints would hold one optimizer or two.
+            parameter.allreduce = False
         self.frozen_experts = torch.nn.ModuleList(
             FrozenExpert(config, frozen_linear) for _ in range(config.num_frozen_experts)
         )

@@ -94,11 +94,15 @@ def _architecture(arch: Architecture) -> dict:
 def _parallel(recipe: Recipe) -> dict:
     sizes = recipe.parallel
     on_gpu = torch.cuda.is_available()
+    # of two stages; given both, Megatron's interleaved schedule divides by the number of stages between them, none
+    first_says_all = sizes.pipeline == 2 and sizes.first_stage_layers is not None
     return dict(
         tensor_model_parallel_size=sizes.tensor,
         sequence_parallel=sizes.tensor > 1,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=sizes.first_stage_layers,
+        num_layers_in_last_pipeline_stage=None if first_says_all else sizes.last_stage_layers,
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,

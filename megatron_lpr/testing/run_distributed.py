@@ -31,7 +31,7 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        process = context.Process(target=_run_rank, args=(environment, payload, sender), daemon=True)
+        process = context.Process(target=_run_rank, args=(environment, payload, sender))
         process.start()
         sender.close()  # so that the end of the process closes the pipe
         processes.append(process)

@@ -1,6 +1,7 @@
 """Megatron's DDP, (distributed) optimizer and learning-rate schedule over the trainable parameters only."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import (
@@ -35,10 +36,23 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
     ]
     config.finalize_model_grads_func = _sum_gradients
     if recipe.parallel.overlap_grad_reduce:
-        config.no_sync_func = [chunk.no_sync for chunk in wrapped]
-        if len(wrapped) == 1:
-            config.no_sync_func = config.no_sync_func[0]
+        config.no_sync_func = _per_chunk([chunk.no_sync for chunk in wrapped])
+        # stages start their reductions together, where each would slow down the others' next pipeline messages
+        config.grad_sync_func = _per_chunk([chunk.start_grad_sync for chunk in wrapped])
     return wrapped
+
+
+def _per_chunk(functions: list[Callable]) -> list[Callable] | Callable:
+    """As Megatron's schedules take them: a list for the interleaved one, the function itself for the others."""
+    return functions if len(functions) > 1 else functions[0]
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Finish what `overlap_param_gather` has put off to the next forward pass: without it this rank has the newest
+    values of its own shard of each parameter only."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 @functools.wraps(finalize_model_grads)

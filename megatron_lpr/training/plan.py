@@ -101,6 +101,12 @@ def _check_resume(recipe: Recipe, state: RunState, sampler: ReplaySampler) -> No
             f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "
             "(checkpoint.final_optimizer: false) and cannot be extended; start a new one with model.load"
         )
+    sharded = state.recipe["parallel"]["distributed_optimizer"]
+    if recipe.parallel.distributed_optimizer != sharded:
+        raise UserError(
+            f"parallel.distributed_optimizer: {recipe.parallel.distributed_optimizer}, but the run in {recipe.output} "
+            f"was saved with {sharded}, whose optimizer state has another form; every other size may change"
+        )
     sampler.check_state(state.data_state)
 
 

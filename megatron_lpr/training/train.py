@@ -15,7 +15,13 @@ from megatron_lpr.data.batches import micro_batches
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import checkpointing, step_metrics
-from megatron_lpr.training.optimizer import build_optimizer, optimizer_parameters, trainable_parameters, wrap
+from megatron_lpr.training.optimizer import (
+    build_optimizer,
+    gather_parameters,
+    optimizer_parameters,
+    trainable_parameters,
+    wrap,
+)
 from megatron_lpr.training.plan import Plan, changed_settings
 from megatron_lpr.training.reporting import Reporter
 from megatron_lpr.training.run_state import RunState
@@ -125,6 +131,7 @@ class Trainer:
     def save(self, last: bool) -> None:
         """Write a checkpoint; a frozen weight that is not what it was at the start is a bug, and stops the run."""
         assert frozen_digest(self.chunks) == self.frozen_digest, "a frozen weight has changed"
+        gather_parameters(self.chunks)
         with_optimizer = self.recipe.checkpoint.final_optimizer or not last
         state = RunState(
             step=self.step,

@@ -1,0 +1,35 @@
+"""run_distributed: results, environment, failures and time."""
+
+import os
+import time
+
+import pytest
+from rank_functions import describe_rank, fail_on, hang_on, vanish_on
+
+from megatron_lpr.testing.run_distributed import run_distributed
+
+
+def test_results_come_in_the_order_of_ranks():
+    results = run_distributed(describe_rank, 3, "x")
+    assert [result["rank"] for result in results] == [0, 1, 2]
+    assert len({result["process"] for result in results} | {os.getpid()}) == 4
+    for result in results:
+        assert result["argument"] == "x" and result["world_size"] == 3 and result["threads"] == "1"
+    assert len({result["port"] for result in results}) == 1
+
+
+def test_first_failing_rank_is_shown_and_the_others_are_killed():
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed:(.|\n)*fail_on(.|\n)*ValueError: on purpose"):
+        run_distributed(fail_on, 2, 1)  # rank 0 would sleep for minutes
+    assert time.monotonic() - start < 60
+
+
+def test_dead_rank_is_shown():
+    with pytest.raises(RuntimeError, match="rank 0 of 1 died: 3"):
+        run_distributed(vanish_on, 1, 0)
+
+
+def test_time_limit_names_the_ranks_that_are_missing():
+    with pytest.raises(RuntimeError, match=r"out of time: no result from ranks \[1\] of 2"):
+        run_distributed(hang_on, 2, 1, timeout_seconds=5)
