@@ -45,7 +45,7 @@ class ParallelConfig:
     virtual_pipeline: int = opt(1, "model chunks on each pipeline rank (interleaved schedule above 1)")
     first_stage_layers: int | None = opt(None, "layers of the first pipeline stage; without it an equal share")
     last_stage_layers: int | None = opt(None, "layers of the last pipeline stage; without it an equal share")
-    context: int = opt(1, "context-parallel size")
+    context: int = opt(1, "context-parallel size: ranks that share every sequence")
     expert: int = opt(1, "expert-parallel size; divides the number of new experts")
     expert_tensor: int = opt(1, "tensor-parallel size inside each new expert")
     dispatcher: Literal["alltoall", "allgather", "flex"] = opt("alltoall", "Megatron token dispatcher")
@@ -102,7 +102,7 @@ class OptimizerConfig:
     """AdamW with a warmed-up decay."""
 
     lr: float = opt(5e-5, "peak learning rate")
-    min_lr: float = opt(0.0, "learning rate at the last step")
+    min_lr: float = opt(0.0, "learning rate that the decay would reach one step after the last")
     schedule: Literal["cosine", "linear", "constant"] = opt("cosine", "shape of the decay")
     warmup_steps: int = opt(0, "steps of linear warm-up")
     beta1: float = opt(0.9, "Adam beta1")

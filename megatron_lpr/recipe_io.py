@@ -69,7 +69,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-    tree[leaf] = yaml.safe_load(value)
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def from_tree(cls: type[T], tree: Any, where: str) -> T:
@@ -125,9 +128,9 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise wrong from None
-    if hint is int and number != int(number):
+    if hint is int and not number.is_integer():
         raise wrong
-    return hint(number)
+    return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
 
 
 def describe(cls: type = Recipe, prefix: str = "") -> list[str]:

@@ -51,8 +51,6 @@ def _check_sizes(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     for field in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
         if getattr(sizes, field) < 1:
             raise UserError(f"parallel.{field}: {getattr(sizes, field)}; at least 1")
-    if sizes.context > 1:
-        raise UserError(f"parallel.context: {sizes.context}; context parallelism is not supported yet, use 1")
     if sizes.virtual_pipeline > 1 and sizes.pipeline == 1:
         raise UserError(f"parallel.virtual_pipeline: {sizes.virtual_pipeline} needs parallel.pipeline above 1")
     _divides("parallel.tensor", sizes.tensor, arch.num_attention_heads, "the number of attention heads")
@@ -60,7 +58,8 @@ def _check_sizes(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _divides("parallel.tensor", sizes.tensor, arch.ffn_hidden_size, "the FFN width")
     _divides("parallel.expert_tensor", sizes.expert_tensor, arch.ffn_hidden_size, "the FFN width")
     _check_layer_split(sizes, arch.num_layers)
-    _divides("parallel.tensor x parallel.pipeline", sizes.tensor * sizes.pipeline, world_size, "the number of ranks")
+    ranks = sizes.tensor * sizes.context * sizes.pipeline
+    _divides("parallel.tensor x context x pipeline", ranks, world_size, "the number of ranks")
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
     _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks")
 
@@ -125,8 +124,8 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
             "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
         )
-    _divides("parallel.tensor", sizes.tensor, recipe.data.seq_length, "data.seq_length")
-    data_parallel = world_size // (sizes.tensor * sizes.pipeline)
+    _check_seq_length(recipe.data.seq_length, sizes)
+    data_parallel = world_size // (sizes.tensor * sizes.context * sizes.pipeline)
     samples = train.micro_batch_size * data_parallel
     if train.global_batch_size % samples:
         below = train.global_batch_size // samples * samples
@@ -139,6 +138,19 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
         raise UserError(
             f"train.global_batch_size: the interleaved schedule needs micro-batches per rank "
             f"({train.global_batch_size // samples}) in multiples of parallel.pipeline ({sizes.pipeline})"
+        )
+
+
+def _check_seq_length(seq_length: int, sizes: ParallelConfig) -> None:
+    # a context-parallel rank has two chunks of the sequence
+    parts, of = sizes.tensor, f"parallel.tensor ({sizes.tensor})"
+    if sizes.context > 1:
+        parts, of = 2 * sizes.context * parts, f"2 x parallel.context ({sizes.context}) x {of}"
+    if seq_length < 1 or seq_length % parts:
+        below = seq_length // parts * parts
+        raise UserError(
+            f"data.seq_length: {seq_length} is no multiple of {of}; the nearest are "
+            f"{' and '.join(str(n) for n in (below, below + parts) if n > 0)}"
         )
 
 

@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from harness import make_plan, make_recipe, mixed_batch, scramble, unwrapped
+from torch.distributed import distributed_c10d
 
 from megatron_lpr.config import CheckpointConfig
 
@@ -53,9 +55,16 @@ def run_layouts(base: Path, source: Path, world_size: int, cases: list[tuple[str
 
     results = []
     with megatron():
-        from megatron.core import parallel_state
-
         for stage, parallel in cases:
             results.append(two_steps(base, stage, source, world_size, **parallel))
-            parallel_state.destroy_model_parallel()
+            leave_layout()
     return results
+
+
+def leave_layout() -> None:
+    """Give up Megatron's groups, so that the next layout can make its own; the run's own group stays."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map)[1:]:  # threads of gloo's groups add up otherwise
+        dist.destroy_process_group(group)

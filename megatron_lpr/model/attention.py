@@ -1,15 +1,21 @@
 """Causal core attention through torch's scaled_dot_product_attention.
 
 Megatron's local attention materialises all scores [batch, heads, seq, seq]; torch's kernels do not, on CPU and GPU.
-Shapes: S positions, B sequences, N heads and G key/value groups of this tensor-parallel rank, D head size.
+It also refuses context parallelism; here a rank gathers the keys and values of the whole sequence for its own queries.
+Shapes: S positions, B sequences, N heads and G key/value groups of this tensor-parallel rank, D head size; with
+context parallelism S are the positions of this rank (see `context_parallel`), K those of a prefix of the sequence.
 """
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_lpr.context_parallel import in_order, rank_chunks
 
 
 class SDPACoreAttention(MegatronModule):
@@ -23,12 +29,15 @@ class SDPACoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        *,
+        pg_collection,
         **kwargs,
     ) -> None:
         super().__init__(config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -43,14 +52,33 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D]. The mask is causal, whatever is passed."""
         assert attention_bias is None and packed_seq_params is None
-        q_BNSD, k_BGSD, v_BGSD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        repeats = q_BNSD.shape[1] // k_BGSD.shape[1]
+        if self.cp_group.size() == 1:
+            return self._attend(query, key, value)
+        key, value = self._gather_keys_and_values(key, value)
+        outputs = []
+        for chunk, queries in zip(rank_chunks(self.cp_group.rank(), self.cp_group.size()), query.chunk(2), strict=True):
+            visible = (chunk + 1) * len(queries)
+            outputs.append(self._attend(queries, key[:visible], value[:visible]))
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [S, B, N, D], key and value [K, B, G, D] -> [S, B, N*D]; the queries are the last S of K positions."""
+        q_BNSD, k_BGKD, v_BGKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        repeats = q_BNSD.shape[1] // k_BGKD.shape[1]
         if repeats > 1:
-            k_BGSD, v_BGSD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGSD, v_BGSD))
+            k_BGKD, v_BGKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGKD, v_BGKD))
+        # torch's own causal mask is aligned at the first query and the first key
+        mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
         out_BNSD = F.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, is_causal=True, scale=self.softmax_scale
+            q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
         return out_BNSD.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+    def _gather_keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the whole sequence, in its order; the backward pass sums their gradients over the ranks."""
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
+        key, value = in_order(both, self.cp_group.size()).split([key.shape[-1], value.shape[-1]], dim=-1)
+        return key, value
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

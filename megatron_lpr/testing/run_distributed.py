@@ -1,8 +1,10 @@
 """Run a function on several ranks of this machine: processes that know each other through torchrun's variables."""
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import time
 import traceback
@@ -36,15 +38,23 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
         sender.close()  # so that the end of the process closes the pipe
         processes.append(process)
         pipes.append(receiver)
+    deadline = time.monotonic() + timeout_seconds
     try:
-        return _collect(pipes, processes, time.monotonic() + timeout_seconds)
+        results = _collect(pipes, processes, deadline)
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))  # they may have children of their own to end
+        return results
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
 
 
 def _run_rank(environment: dict[str, str], payload: bytes, sender: Connection) -> None:
+    os.setpgrp()  # so that it can be killed together with its children, as Megatron's checkpoint writers
     os.environ.update(environment)  # before torch is imported with `func`
     try:
         func, args = pickle.loads(payload)

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
@@ -74,15 +75,21 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, RuntimeError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {reason}") from error
+    except (CheckpointingException, CheckpointException, RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if optimizer is not None:
         with cuda_type_names():
             optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; torch collects the failures of all ranks in one exception, of which the first is told."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:

@@ -85,6 +85,8 @@ class Trainer:
                 micro_batch_size=recipe.train.micro_batch_size,
                 data_parallel_rank=parallel_state.get_data_parallel_rank(),
                 data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                context_parallel_rank=parallel_state.get_context_parallel_rank(),
+                context_parallel_size=parallel_state.get_context_parallel_world_size(),
             )
             for _ in self.chunks
         ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from harness import make_plan, make_recipe, mixed_batch
+from layouts import leave_layout
 
 from megatron_lpr.testing.run_distributed import run_distributed
 
@@ -40,30 +41,24 @@ def write_and_read(base: Path, root: Path) -> dict:
     """On each rank: train, save and go on at every layout; then resume each of those checkpoints at every layout."""
     from megatron_lpr.platform import megatron
 
-    with megatron():
-        from megatron.core import parallel_state
-
+    def train(name: str, steps: int, *, resume: Path | None = None, save: bool = False):
         from megatron_lpr.training.train import Trainer
 
-        def trainer_at(name: str, *, resume: Path | None = None):
-            parallel_state.destroy_model_parallel()
-            trainer = Trainer(plan_at(LAYOUTS[name], base, root / name, resume))
-            for chunk in trainer.chunks:
-                chunk.train()
-            return trainer
-
-        uninterrupted = {}
-        for name in LAYOUTS:
-            trainer = trainer_at(name)
-            for _ in range(SAVED_STEP):
-                trainer.train_step()
+        trainer = Trainer(plan_at(LAYOUTS[name], base, root / name, resume))
+        for chunk in trainer.chunks:
+            chunk.train()
+        for _ in range(steps):
+            trainer.train_step()
+        if save:
             trainer.save(last=False)
-            uninterrupted[name] = one_more_step(trainer)
-        resumed = {
-            (saved, loaded): one_more_step(trainer_at(loaded, resume=checkpoint(root, saved)))
-            for saved in LAYOUTS
-            for loaded in LAYOUTS
-        }
+        result = one_more_step(trainer)
+        leave_layout()
+        return result
+
+    with megatron():
+        uninterrupted = {name: train(name, SAVED_STEP, save=True) for name in LAYOUTS}
+        pairs = [(saved, loaded) for saved in LAYOUTS for loaded in LAYOUTS]
+        resumed = {(saved, loaded): train(loaded, 0, resume=checkpoint(root, saved)) for saved, loaded in pairs}
     return {"uninterrupted": uninterrupted, "resumed": resumed}
 
 

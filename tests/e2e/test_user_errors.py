@@ -77,12 +77,12 @@ def test_empty_corpus(refused, project, tmp_path):
 
 
 def test_missing_text(refused, project, tmp_path):
-    corpora = f"[{{name: x, files: {tmp_path}/none.jsonl, language: x, role: expanded}}]"
-    output = f"preprocess.output={tmp_path}/data"
-    assert f"{tmp_path}/none.jsonl" in refused("preprocess", "upcycle", *changed(f"preprocess.corpora={corpora}", output))
-    corpora = changed(f"evaluation.corpora={corpora}")
+    text = tmp_path / "none.jsonl"
+    corpora = f"corpora=[{{name: x, files: {text}, language: x, role: expanded}}]"
+    settings = changed(f"preprocess.{corpora}", f"evaluation.{corpora}", f"preprocess.output={tmp_path}/data")
+    assert f"preprocess.corpora: x: no file {text}" in refused("preprocess", "upcycle", *settings)
     out = ["--name", "x", "--out", tmp_path / "x.json"]
-    assert f"{tmp_path}/none.jsonl" in refused("evaluate", "upcycle", *corpora, *out)
+    assert f"evaluation.corpora: x: no file {text}" in refused("evaluate", "upcycle", *settings, *out)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+"""One training step in any layout: its losses, and its gradients put together from all ranks.
+
+The pieces are found as a checkpoint finds them, by each parameter's sharded state, so that names, shapes and offsets
+are global ones. Several ranks may hold the same piece: they must agree on it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import EXPANDED, ORIGINAL, OTHER_ORIGINAL, PADDING, make_batch, make_plan, make_recipe
+
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]  # global name, global shape, offset, values
+STAGES = {
+    "stage1": {"train": {"trainable": "new_experts_and_routers"}, "balance": {"coeff": 0.5}},
+    "stage2": {
+        "train": {"trainable": "routers"},
+        "lpr": {"coeff": 0.5},
+        "data": {"mixture": {"expanded": 0.5, "original": 0.5}},
+    },
+    "moe_full": {"train": {"trainable": "all"}, "balance": {"coeff": 0.5}},
+    "dense": {"train": {"trainable": "all"}, "model": {"num_experts": 0}},
+}
+LOSSES = ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm")
+
+
+def unfair_batch(length: int = 16):
+    """Eight sequences: most without an original token, one with a single one, three padded."""
+    return make_batch(
+        [
+            [(EXPANDED, length)],
+            [(EXPANDED, 7), (ORIGINAL, 1), (EXPANDED, length - 8)],
+            [(ORIGINAL, 3), (PADDING, length - 3)],
+            [(EXPANDED, length)],
+            [(EXPANDED, 9), (PADDING, length - 9)],
+            [(OTHER_ORIGINAL, length)],
+            [(EXPANDED, length)],
+            [(EXPANDED, 5), (ORIGINAL, 4), (PADDING, length - 9)],
+        ]
+    )
+
+
+def recipe_of(base: Path, stage: str, output: Path, changes: Mapping[str, Mapping[str, Any]]):
+    """A stage with one frozen and four new experts, micro-batches of one sample, and `changes` on top."""
+    common = {
+        "model": {"num_experts": 5},
+        "train": {"micro_batch_size": 1},
+        "optimizer": {"lr": 1e-2, "clip_grad": 1e9},
+        "checkpoint": {"final_optimizer": False},
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for layer in (common, STAGES[stage], changes):
+        for name, section in layer.items():
+            sections[name] = sections.get(name, {}) | dict(section)
+    return make_recipe(base, unfair_batch(), output, sections)
+
+
+def trainer_of(base: Path, stage: str, output: Path, changes, *, source: Path | None = None, world_size: int = 1):
+    from megatron.core import parallel_state
+
+    from megatron_lpr.training.train import Trainer
+    from megatron_lpr.validation import check_recipe
+
+    parallel_state.destroy_model_parallel()
+    recipe = recipe_of(base, stage, output, changes)
+    plan = make_plan(recipe, unfair_batch(), world_size=world_size, source=None if stage == "dense" else source)
+    check_recipe(recipe, plan.arch, world_size)
+    trainer = Trainer(plan)
+    for chunk in trainer.chunks:
+        chunk.train()
+    return trainer
+
+
+def two_steps(base: Path, stage: str, source: Path, changes=None, *, world_size: int = 1):
+    """The metrics of two steps, and this rank's pieces of the second step's gradients."""
+    trainer = trainer_of(base, stage, source / "unused", changes or {}, source=source, world_size=world_size)
+    metrics = [trainer.train_step() for _ in range(2)]
+    return [{name: step[name] for name in LOSSES} for step in metrics], pieces(trainer)
+
+
+def pieces(trainer) -> list[Piece]:
+    """This rank's pieces of the gradients of all trainable parameters."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+
+    found = []
+    for chunk in trainer.chunks:
+        _gather_over_data_parallel(chunk)
+        gradients = {p.data_ptr(): p.main_grad for p in chunk.module.parameters() if p.requires_grad}
+        state = chunk.module.sharded_state_dict()
+        kept = {}
+        for name, entry in state.items():
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.data_ptr() in gradients:
+                entry.data = gradients.pop(entry.data.data_ptr())
+                kept[name] = entry
+        assert not gradients, "trainable parameters without a sharded state"
+        apply_factories(kept)
+        for part in nested_values(kept):
+            # values of a piece may have fewer dimensions: the leading ones are layers or experts
+            found.append((part.key, part.global_shape, part.global_offset, part.data.clone().numpy()))
+    return found
+
+
+def _gather_over_data_parallel(chunk) -> None:
+    """The distributed optimizer leaves each rank with its shard of the summed gradients."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+        for bucket in buffer.buckets:
+            size, rank = buffer.data_parallel_group.size(), buffer.data_parallel_group.rank()
+            shard = bucket.grad_data.chunk(size)[rank].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=buffer.data_parallel_group)
+
+
+def assemble(by_rank: list[list[Piece]]) -> dict[str, np.ndarray]:
+    """Whole gradients from the pieces of all ranks."""
+    whole: dict[str, np.ndarray] = {}
+    for key, shape, offset, values in (piece for rank in by_rank for piece in rank):
+        tensor = whole.setdefault(key, np.full(shape, np.nan, dtype=np.float64))
+        values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
+        place = tensor[tuple(slice(at, at + n) for at, n in zip(offset, values.shape, strict=True))]
+        if not np.isnan(place).all():
+            np.testing.assert_allclose(values, place, rtol=0, atol=1e-6 * np.abs(place).max(), err_msg=key)
+        place[...] = values
+    for key, tensor in whole.items():
+        assert not np.isnan(tensor).any(), f"{key}: parts of the gradient are nowhere"
+    return whole
+
+
+def assert_same(got, expected, case: str) -> None:
+    """(metrics of each step, gradients) equal to fp32 rounding."""
+    for step, (mine, theirs) in enumerate(zip(got[0], expected[0], strict=True)):
+        for name in LOSSES:
+            if theirs[name] is None:
+                assert mine[name] is None, (case, step, name)
+            else:
+                assert abs(mine[name] - theirs[name]) <= 1e-5 * abs(theirs[name]), (case, step, name, mine, theirs)
+    assert got[1].keys() == expected[1].keys(), case
+    for key, gradient in expected[1].items():
+        size = np.abs(gradient).max()
+        assert size > 0, key
+        np.testing.assert_allclose(got[1][key], gradient, rtol=0, atol=1e-5 * size, err_msg=f"{case}: {key}")
+
+
+def run_cases(base: Path, source: Path, world_size: int, cases: list[tuple[str, dict]]) -> list:
+    """On one rank of a distributed run: `two_steps` of every (stage, changes of the recipe)."""
+    from megatron_lpr.platform import megatron
+
+    results = []
+    with megatron():
+        for stage, changes in cases:
+            results.append(two_steps(base, stage, source, changes, world_size=world_size))
+            end_model_parallel()
+    return results
+
+
+def end_model_parallel() -> None:
+    """Megatron forgets its process groups but does not end them, and each of gloo's has threads on every rank."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    torch.distributed.barrier()  # no rank may be in a collective of a group that another one ends
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
+def write_source(base: Path, output: Path) -> Path:
+    """A checkpoint in which every expert has weights of its own."""
+    from harness import scramble, unwrapped
+
+    trainer = trainer_of(base, "moe_full", output, {})
+    scramble(unwrapped(trainer))
+    trainer.save(last=True)
+    return output / "checkpoints/step_00000000"

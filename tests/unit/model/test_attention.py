@@ -1,0 +1,95 @@
+"""SDPACoreAttention against a softmax over an explicit mask, whole and in context-parallel parts.
+
+Shapes: S positions, B sequences, N heads, G key/value groups, D head size.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+BATCH, HEADS, GROUPS, SIZE = 2, 4, 2, 8
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    """query, key, value and the gradient of the output; 24 positions."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(24, BATCH, *shape, generator=generator, dtype=torch.float64)
+
+    made = {"query": draw(HEADS, SIZE), "key": draw(GROUPS, SIZE), "value": draw(GROUPS, SIZE)}
+    for tensor in made.values():
+        tensor.requires_grad_()
+    return made | {"grad": draw(HEADS * SIZE)}
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Head by head, over all scores."""
+    length, heads = len(query), []
+    later_SS = torch.arange(length)[None, :] > torch.arange(length)[:, None]
+    for head in range(HEADS):
+        group = head // (HEADS // GROUPS)
+        scores_BSS = torch.einsum("sbd,tbd->bst", query[:, :, head], key[:, :, group]) / SIZE**0.5
+        weights_BSS = scores_BSS.masked_fill(later_SS, -torch.inf).softmax(-1)
+        heads.append(torch.einsum("bst,tbd->sbd", weights_BSS, value[:, :, group]))
+    return torch.cat(heads, dim=-1)
+
+
+def gradients(output: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, [tensors[name] for name in ("query", "key", "value")], tensors["grad"])
+
+
+def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
+    """The outputs of `size` context-parallel ranks, one after the other in this process, at their positions."""
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_lpr.model import attention
+
+    chunks = torch.arange(24).chunk(2 * size)
+    positions = [torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) for rank in range(size)]
+    both = torch.cat([tensors["key"], tensors["value"]], dim=-1)
+    monkeypatch.setattr(
+        attention,
+        "gather_from_sequence_parallel_region",
+        lambda local, group: torch.cat([both[own] for own in positions]),
+    )
+    output = torch.zeros_like(tensors["grad"])
+    for rank, own in enumerate(positions if size > 1 else [torch.arange(24)]):
+        group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
+        core = attention.SDPACoreAttention(
+            SimpleNamespace(attention_dropout=0.0),
+            layer_number=1,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            pg_collection=SimpleNamespace(cp=group),
+        )
+        local = (tensors[name][own] for name in ("query", "key", "value"))
+        output = output.index_add(0, own, core(*local, attention_mask=None))
+    return output
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_parts_make_the_whole(megatron, monkeypatch, tensors, size):
+    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"])
+    output = in_parts(tensors, size, monkeypatch)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_rank_reads_no_key_behind_its_last_query(megatron, monkeypatch, tensors):
+    """The first chunk's queries get the first chunk's keys only, not a masked whole."""
+    import torch.nn.functional as F
+
+    read, plain = [], F.scaled_dot_product_attention
+
+    def record(query, key, value, **kwargs):
+        read.append((query.shape[2], key.shape[2]))
+        return plain(query, key, value, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    in_parts(tensors, 2, monkeypatch)
+    assert [sizes for sizes in read if sizes[0] == 6] == [(6, 6), (6, 24), (6, 12), (6, 18)]

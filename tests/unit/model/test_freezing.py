@@ -1,0 +1,58 @@
+"""Which parameters each policy trains, by name and in a built model."""
+
+import pytest
+from harness import make_batch, make_plan, make_recipe, unwrapped
+
+from megatron_lpr.model.freezing import POLICIES
+
+LAYER = "decoder.layers.3."
+GROUPS = {
+    "new experts": [
+        LAYER + "mlp.experts.local_experts.0.linear_fc1.weight",
+        LAYER + "mlp.experts.local_experts.11.linear_fc2.weight",
+        LAYER + "mlp.experts.linear_fc1.weight2",
+        LAYER + "mlp.experts.linear_fc2.weight0",
+    ],
+    "routers": [LAYER + "mlp.router.weight"],
+    "frozen": [
+        LAYER + "mlp.frozen_experts.0.linear_fc1.weight",
+        LAYER + "mlp.frozen_experts.1.linear_fc2.weight",
+        LAYER + "mlp.linear_fc1.weight",
+        LAYER + "self_attention.linear_qkv.weight",
+        LAYER + "self_attention.linear_qkv.layer_norm_weight",
+        LAYER + "input_layernorm.weight",
+        LAYER + "pre_mlp_layernorm.weight",
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+        "decoder.final_layernorm.weight",
+    ],
+}
+TRAINED = {
+    "new_experts_and_routers": {"new experts", "routers"},
+    "routers": {"routers"},
+    "all": {"new experts", "routers", "frozen"},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_policy(policy, group):
+    for name in GROUPS[group]:
+        assert POLICIES[policy](name) == (group in TRAINED[policy]), name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megatron, toy_base, tmp_path, policy):
+    from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
+    from megatron_lpr.training.train import Trainer
+
+    batch = make_batch([[(1, 8)], [(2, 8)]])
+    trainer = Trainer(make_plan(make_recipe(toy_base, batch, tmp_path, {"train": {"trainable": policy}}), batch))
+    trainer.train_step()
+    trained = {name: p for name, p in unwrapped(trainer).named_parameters() if POLICIES[policy](name)}
+    for name, parameter in unwrapped(trainer).named_parameters():
+        assert parameter.requires_grad == hasattr(parameter, "main_grad") == (name in trained), name
+    count = sum(p.numel() for p in trained.values())
+    states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    assert sum(state["exp_avg"].numel() for state in states) == count
+    assert trainable_parameters(trainer.chunks) == optimizer_parameters(trainer.optimizer) == count

@@ -1,0 +1,56 @@
+"""The frozen experts against their formula, token by token."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CONFIG = SimpleNamespace(hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True)
+
+
+@pytest.fixture
+def experts(megatron):
+    from megatron_lpr.model.frozen_expert import FrozenExpert
+
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.nn.ModuleList(FrozenExpert(CONFIG) for _ in range(2))
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return experts
+
+
+def ffn(expert, x):
+    gate, up = expert.linear_fc1.weight.chunk(2)
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ expert.linear_fc2.weight.T
+
+
+def test_sum_over_the_experts_that_a_token_chose(experts):
+    from megatron_lpr.model.frozen_expert import add_frozen_experts
+
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    chosen = torch.tensor([[True, True], [True, False], [False, True], [False, False], [True, False]])
+    probs = torch.rand(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * chosen
+    probs.requires_grad_()
+    expected = sum(probs[:, j, None] * ffn(expert, x) for j, expert in enumerate(experts))
+    output = add_frozen_experts(experts, x, probs, chosen)
+    torch.testing.assert_close(output, expected)
+    (x_grad, probs_grad), (x_expected, probs_expected) = (
+        torch.autograd.grad(y.sin().sum(), [x, probs]) for y in (output, expected)
+    )
+    torch.testing.assert_close(x_grad, x_expected)
+    torch.testing.assert_close(probs_grad, probs_expected * chosen)
+
+
+def test_no_token_chose_a_frozen_expert(experts):
+    from megatron_lpr.model.frozen_expert import add_frozen_experts
+
+    x = torch.ones(3, 8, dtype=torch.float64)
+    none = torch.zeros(3, 2, dtype=torch.bool)
+    assert not add_frozen_experts(experts, x, none.double(), none).any()
+
+
+def test_weights_ask_for_no_gradient(experts):
+    for parameter in experts.parameters():
+        assert not parameter.requires_grad and parameter.sequence_parallel

@@ -1,0 +1,74 @@
+"""The router inside a model: its statistics, its precision, and the counts it divides by."""
+
+import pytest
+import torch
+from harness import as_tensors, make_plan, make_recipe, mixed_batch, scramble, unwrapped
+
+
+def make_trainer(base, tmp_path, **sections):
+    from megatron_lpr.training.train import Trainer
+
+    batch = mixed_batch()
+    trainer = Trainer(make_plan(make_recipe(base, batch, tmp_path, sections), batch))
+    for chunk in trainer.chunks:
+        chunk.train()
+    return trainer
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_token_is_counted_once(megatron, toy_base, tmp_path, recompute, monkeypatch):
+    from megatron_lpr.training import step_metrics
+
+    seen = []
+    reduce = step_metrics.reduce_stats
+    monkeypatch.setattr(step_metrics, "reduce_stats", lambda *a, **k: seen.append(reduce(*a, **k)) or seen[-1])
+    train = {"trainable": "new_experts_and_routers", "recompute": recompute, "micro_batch_size": 2}
+    trainer = make_trainer(toy_base, tmp_path, train=train, balance={"coeff": 0.1})
+    for _ in range(2):
+        trainer.train_step()
+        sums_NLC = seen.pop().sums_NLC
+        assert sums_NLC[:, :, 0].tolist() == [[21, 7, 16]] * 2  # tokens of each language, in both layers
+        assert sums_NLC[:, :, 3:].sum(-1).tolist() == [[42, 14, 32]] * 2  # two slots each
+
+
+def test_evaluation_collects_without_gradients_and_adds_no_loss(megatron, toy_base, tmp_path):
+    trainer = make_trainer(toy_base, tmp_path, lpr={"coeff": 0.1}, balance={"coeff": 0.1})
+    trainer.chunks[0].eval()
+    batch = as_tensors(mixed_batch())
+    with torch.no_grad():
+        trainer.chunks[0](batch["tokens_BS"], None, None, labels=batch["labels_BS"], padding_mask=batch["tags_BS"])
+    for router in trainer.routers:
+        sums, balance = router.stats.take()
+        assert sums[:, 0].tolist() == [21, 7, 16] and balance.item() == 0
+
+
+def test_routing_is_fp32_in_a_bf16_model(megatron, toy_base, tmp_path):
+    trainer = make_trainer(toy_base, tmp_path, model={"dtype": "bfloat16"})
+    scramble(unwrapped(trainer))
+    router = trainer.routers[0]
+    assert router.weight.dtype == torch.bfloat16
+    hidden = torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for needs_grad in (False, True):
+        logits = router.gating(hidden.clone().requires_grad_(needs_grad))
+        assert logits.dtype == torch.float32
+        exact = hidden.double() @ router.weight.double().T
+        torch.testing.assert_close(logits.double(), exact, rtol=1e-6, atol=1e-6)
+        probs, chosen = router(hidden.clone().requires_grad_(needs_grad))
+        assert probs.dtype == torch.float32 and chosen.dtype == torch.bool
+        torch.testing.assert_close(probs.sum(-1), torch.ones(12))
+        assert (chosen.sum(-1) == 2).all() and torch.equal(probs > 0, chosen)
+
+
+def test_all_routers_share_the_trainers_counts(megatron, toy_base, tmp_path):
+    trainer = make_trainer(toy_base, tmp_path)
+    assert len(trainer.routers) == 2
+    assert all(router.counts is trainer.counts for router in trainer.routers)
+    assert [router.layer_number for router in trainer.routers] == [1, 2]
+
+
+@pytest.mark.parametrize("group, expected", [("sequence", 4), ("micro_batch", 2)])
+def test_counts_of_a_step(megatron, toy_base, tmp_path, group, expected):
+    trainer = make_trainer(toy_base, tmp_path, balance={"group": group}, train={"micro_batch_size": 2})
+    trainer.train_step()
+    counts = trainer.counts
+    assert (counts.tokens, counts.original_tokens, counts.balance_groups) == (44, 23, expected)

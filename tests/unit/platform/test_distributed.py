@@ -1,0 +1,68 @@
+"""Ranks from the environments of torchrun and Slurm, and joining alone."""
+
+import pytest
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform import Ranks
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    def ranks(**environment):
+        for name in (*NAMES, *SLURM):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return Ranks.from_environment()
+
+    return ranks
+
+
+def test_alone(ranks):
+    assert ranks() == Ranks(rank=0, local_rank=0, world_size=1)
+
+
+def test_torchrun(ranks):
+    environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"} | MASTER
+    assert ranks(**environment) == Ranks(rank=5, local_rank=1, world_size=8)
+
+
+def test_slurm_step(ranks):
+    environment = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"} | MASTER
+    assert ranks(**environment) == Ranks(rank=5, local_rank=1, world_size=8)
+
+
+def test_torchrun_inside_slurm_wins(ranks):
+    environment = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"} | MASTER
+    environment |= {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+    assert ranks(**environment).world_size == 8
+
+
+def test_slurm_batch_shell_is_alone(ranks):
+    assert ranks(SLURM_PROCID="0", SLURM_LOCALID="0").world_size == 1
+    assert ranks(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1").world_size == 1
+
+
+@pytest.mark.parametrize("missing", [*NAMES[1:]])
+def test_incomplete_environment_names_what_is_missing(ranks, missing):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"} | MASTER
+    del environment[missing]
+    with pytest.raises(UserError, match=f"needs the environment variables {missing}: "):
+        ranks(**environment)
+
+
+def test_a_process_can_join_again_after_an_error(ranks):
+    import torch.distributed as dist
+
+    from megatron_lpr.platform import megatron
+
+    ranks()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), megatron() as joined:
+            assert joined.world_size == dist.get_world_size() == 1
+            raise ZeroDivisionError
+        assert not dist.is_initialized()

@@ -1,0 +1,82 @@
+"""Everything that check_recipe refuses, and what it lets pass."""
+
+import pytest
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.validation import check_recipe
+
+
+@pytest.fixture(scope="module")
+def arch(tmp_path_factory):
+    """2 layers, 4 heads, 2 key/value heads, FFN width 48."""
+    from megatron_lpr.testing.toy_models import write_toy_model
+
+    return read_architecture(write_toy_model(tmp_path_factory.mktemp("validation") / "base"))
+
+
+def recipe(**sections):
+    tree = {
+        "model": {"base": "b", "num_experts": 5},
+        "data": {"manifest": "m", "seq_length": 32, "mixture": {"expanded": 0.5, "original": 0.5}},
+        "train": {"trainable": "routers", "steps": 4, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+    for name, section in sections.items():
+        tree[name] = section if section is None else tree.get(name, {}) | section
+    return from_tree(Recipe, {"name": "x", "output": "o", **tree}, where="test")
+
+
+@pytest.mark.parametrize(
+    "world_size, sections",
+    [
+        (1, {}),
+        (1, {"lpr": {"coeff": 0.1}}),
+        (1, {"train": None, "data": None}),
+        (4, {"parallel": {"tensor": 2, "pipeline": 2}}),
+        (4, {"parallel": {"expert": 4}}),
+        (2, {"parallel": {"expert_tensor": 2}}),
+        (1, {"model": {"num_experts": 0}, "train": {"trainable": "all"}}),
+        (1, {"model": {"num_frozen_experts": 4, "topk": 5}}),
+    ],
+)
+def test_valid(arch, world_size, sections):
+    check_recipe(recipe(**sections), arch, world_size)
+
+
+@pytest.mark.parametrize(
+    "world_size, sections, expected",
+    [
+        (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: at least 1"),
+        (1, {"model": {"num_frozen_experts": 5}}, "leaves no new expert beside 5 frozen: at least 6"),
+        (1, {"model": {"topk": 6}}, "model.topk: 6 of 5 experts; choose 1 to 5"),
+        (1, {"model": {"topk": 0}}, "model.topk: 0 of 5 experts"),
+        (3, {"parallel": {"expert": 3}}, "parallel.expert: 3 does not divide the number of new experts"),
+        (3, {"parallel": {"expert": 3}}, "nearest valid are 1, 2, 4"),
+        (3, {"parallel": {"tensor": 3}}, "parallel.tensor: 3 does not divide the number of attention heads, 4"),
+        (4, {"parallel": {"tensor": 4}}, "number of key/value heads, 2"),
+        (5, {"parallel": {"expert_tensor": 5}}, "parallel.expert_tensor: 5 does not divide the FFN width, 48"),
+        (3, {"parallel": {"pipeline": 3}}, "number of layers, 2"),
+        (1, {"parallel": {"tensor": 2}}, "does not divide the number of ranks, 1"),
+        (6, {"parallel": {"expert": 4}}, "does not divide the number of ranks, 6"),
+        (1, {"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 needs parallel.pipeline above 1"),
+        (1, {"parallel": {"tensor": 0}}, "parallel.tensor: 0; at least 1"),
+        (1, {"model": {"num_experts": 0}}, "train.trainable: routers needs experts"),
+        (1, {"model": {"num_experts": 0}, "lpr": {"coeff": 0.1}}, "lpr.coeff: 0.1 has no effect on a dense model"),
+        (1, {"model": {"num_experts": 0}, "balance": {"coeff": 0.1}}, "balance.coeff: 0.1 has no effect"),
+        (2, {"model": {"num_experts": 0}, "parallel": {"expert": 2}}, "parallel.expert: 2 has no effect"),
+        (1, {"data": None}, "data: missing"),
+        (1, {"train": {"steps": 0}}, "train.steps: 0; at least 1"),
+        (1, {"train": {"micro_batch_size": 0}}, "train.micro_batch_size: 0; at least 1"),
+        (1, {"train": {"micro_batch_size": 3}}, "no multiple of micro_batch_size x data-parallel size = 3 x 1"),
+        (1, {"train": {"micro_batch_size": 3}}, "the nearest are 6 and 9"),
+        (3, {}, "= 2 x 3; the nearest are 6 and 12"),
+        (1, {"lpr": {"coeff": 0.1}, "data": {"mixture": {"expanded": 1}}}, "0.1 without original-language data"),
+        (2, {"parallel": {"tensor": 2}, "data": {"seq_length": 31}}, "data.seq_length"),
+    ],
+)
+def test_refused(arch, world_size, sections, expected):
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe(**sections), arch, world_size)
+    assert expected in str(error.value) and "\n" not in str(error.value)

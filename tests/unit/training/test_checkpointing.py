@@ -1,0 +1,102 @@
+"""Checkpoints are whole or not there, frozen weights are proven unchanged, and wrong ones are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from harness import make_plan, make_recipe, mixed_batch, unwrapped
+
+from megatron_lpr.config import CheckpointConfig
+from megatron_lpr.errors import UserError
+
+
+@pytest.fixture
+def make_trainer(megatron, toy_base, tmp_path):
+    def make(source=None, **sections):
+        from megatron.core import parallel_state
+
+        from megatron_lpr.training.train import Trainer
+
+        parallel_state.destroy_model_parallel()
+        recipe = make_recipe(toy_base, mixed_batch(), tmp_path / "run", sections)
+        recipe = dataclasses.replace(recipe, checkpoint=CheckpointConfig(keep=2, final_optimizer=False))
+        trainer = Trainer(make_plan(recipe, mixed_batch(), source=source))
+        for chunk in trainer.chunks:
+            chunk.train()
+        return trainer
+
+    return make
+
+
+ROUTERS = {"trainable": "routers"}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_oldest_checkpoints_are_dropped_and_leavings_replaced(make_trainer, tmp_path):
+    trainer = make_trainer(train=ROUTERS)
+    root = tmp_path / "run/checkpoints"
+    (root / ".writing_step_00000002").mkdir(parents=True)  # a save that was killed
+    (root / ".writing_step_00000002/part").touch()
+    for step in (1, 2, 3):
+        trainer.step = step
+        trainer.save(last=True)
+    assert names(root) == ["latest", "step_00000002", "step_00000003"]
+    assert (root / "latest").read_text() == "step_00000003"
+    assert not (root / "step_00000002/part").exists()
+
+
+def test_weights_come_back_as_they_were(make_trainer, tmp_path):
+    trainer = make_trainer(train={"trainable": "all"})
+    trainer.train_step()
+    trainer.save(last=True)
+    saved = {name: p.detach().clone() for name, p in unwrapped(trainer).named_parameters()}
+    loaded = make_trainer(source=tmp_path / "run/checkpoints/step_00000001")
+    for name, parameter in unwrapped(loaded).named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+
+
+def test_changed_frozen_weight_stops_the_save(make_trainer, tmp_path):
+    trainer = make_trainer(train=ROUTERS)
+    with torch.no_grad():
+        unwrapped(trainer).decoder.layers[1].mlp.frozen_experts[0].linear_fc2.weight[3, 4] += 1e-6
+    with pytest.raises(AssertionError, match="a frozen weight has changed"):
+        trainer.save(last=True)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_trained_weights_are_not_in_the_digest(make_trainer):
+    from megatron_lpr.training.weights import frozen_digest
+
+    trainer = make_trainer(train=ROUTERS)
+    before = frozen_digest(trainer.chunks)
+    trainer.train_step()
+    assert frozen_digest(trainer.chunks) == before
+    for name in ("decoder.final_layernorm.weight", "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"):
+        parameter = dict(unwrapped(trainer).named_parameters())[name]
+        with torch.no_grad():
+            parameter.view(-1)[-1].neg_()
+        assert frozen_digest(trainer.chunks) != before
+        with torch.no_grad():
+            parameter.view(-1)[-1].neg_()
+    assert frozen_digest(trainer.chunks) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
+def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, damage):
+    make_trainer(train=ROUTERS).save(last=True)
+    folder = tmp_path / "run/checkpoints/step_00000000"
+    model = {}
+    match damage:
+        case "missing":
+            (folder / "metadata.json").unlink()
+        case "truncated":
+            for part in folder.glob("*.distcp"):
+                part.write_bytes(part.read_bytes()[:100])
+        case "other model":
+            model = {"num_experts": 6}
+    with pytest.raises(UserError, match=f"checkpoint {folder}: ") as error:
+        make_trainer(source=folder, model=model)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,54 @@
+"""What a plan says: the resolved recipe, where it starts, what it reads, what a resumed run changes."""
+
+import dataclasses
+
+import pytest
+import yaml
+from harness import make_plan, make_recipe, mixed_batch
+
+from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training.plan import changed_settings, describe
+from megatron_lpr.training.run_state import RunState
+
+
+@pytest.fixture
+def recipe(toy_base, tmp_path):
+    return make_recipe(toy_base, mixed_batch(), tmp_path, {"train": {"steps": 3}})
+
+
+@pytest.fixture
+def plan(recipe):
+    # the real sampler knows any number of samples, the fixed one those of a batch
+    plan = make_plan(recipe, mixed_batch())
+    plan.sampler.batch = type(plan.sampler.batch)(
+        **{name: array.repeat(3, 0) for name, array in vars(plan.sampler.batch).items()}
+    )
+    return plan
+
+
+def test_description_is_the_recipe_and_what_it_comes_to(plan, recipe):
+    text = describe(plan)
+    resolved, _, summary = text.partition("\n\n")
+    assert yaml.safe_load(resolved) == to_tree(recipe)
+    assert f"base model {recipe.model.base}" in summary and "trains       all on 1 rank(s)" in summary
+    assert "12 samples, 132 tokens in 3 steps: qaa 63, qab 21, qac 48" in summary
+
+
+def test_description_names_the_checkpoint_it_starts_from(plan, tmp_path):
+    assert f"checkpoint {tmp_path}" in describe(dataclasses.replace(plan, source=tmp_path))
+    state = RunState(step=2, consumed_samples=8, has_optimizer=True, recipe={})
+    resumed = dataclasses.replace(plan, resume=tmp_path, state=state)
+    assert "step 2 of this run" in describe(resumed) and resumed.first_step == 2
+
+
+def test_languages_of_the_plan(plan):
+    assert plan.is_original == [False, True, True]
+
+
+def test_changed_settings(recipe):
+    old = RunState(step=1, consumed_samples=4, has_optimizer=True, recipe=to_tree(recipe))
+    assert changed_settings(recipe, old) == []
+    new = dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, steps=9), model=dataclasses.replace(recipe.model, load="x")
+    )
+    assert changed_settings(new, old) == ["model.load: None -> x", "train.steps: 3 -> 9"]

@@ -1,0 +1,36 @@
+"""Losses and router records from summed statistics."""
+
+import pytest
+import torch
+
+from megatron_lpr.training.step_metrics import ReducedStats, lpr_loss, router_record
+
+# per layer and language: tokens, sum of p_frozen, sum of the LPR loss, slots of three experts
+SUMS = torch.tensor(
+    [
+        [[4, 1.0, 8.0, 2, 3, 3], [2, 1.5, 1.0, 2, 1, 1], [0, 0, 0, 0, 0, 0]],
+        [[4, 2.0, 6.0, 4, 4, 0], [2, 1.0, 3.0, 1, 2, 1], [0, 0, 0, 0, 0, 0]],
+    ],
+    dtype=torch.float64,
+)
+STATS = ReducedStats(ntp_loss=1.0, sums_NLC=SUMS, balance_N=torch.zeros(2))
+
+
+def test_lpr_loss_is_the_mean_over_layers_and_original_tokens():
+    assert lpr_loss(STATS, [False, True, True]) == pytest.approx((1.0 + 3.0) / 2 / 2)
+    assert lpr_loss(STATS, [True, True, False]) == pytest.approx((9.0 + 9.0) / 2 / 6)
+
+
+def test_lpr_loss_without_original_tokens_is_none():
+    assert lpr_loss(STATS, [False, False, True]) is None
+
+
+@pytest.mark.parametrize("num_frozen, shares", [(1, [0.25, 0.5]), (2, [0.625, 1.0])])
+def test_router_record(num_frozen, shares):
+    record = router_record(SUMS, ("hu", "en", "es"), num_frozen)
+    assert record.keys() == {"hu", "en"}  # no token of es in this step
+    assert record["hu"] == {
+        "frozen_share": shares,
+        "p0": [0.25, 0.5],
+        "load": [[0.25, 0.375, 0.375], [0.5, 0.5, 0.0]],
+    }
