@@ -146,26 +146,14 @@ def assert_same(got, expected, case: str) -> None:
 
 def run_cases(base: Path, source: Path, world_size: int, cases: list[tuple[str, dict]]) -> list:
     """On one rank of a distributed run: `two_steps` of every (stage, changes of the recipe)."""
-    from megatron_lpr.platform import megatron
+    from megatron_lpr.platform import leave_layout, megatron
 
     results = []
     with megatron():
         for stage, changes in cases:
             results.append(two_steps(base, stage, source, changes, world_size=world_size))
-            end_model_parallel()
+            leave_layout()
     return results
-
-
-def end_model_parallel() -> None:
-    """Megatron forgets its process groups but does not end them, and each of gloo's has threads on every rank."""
-    from megatron.core import parallel_state
-    from torch.distributed import distributed_c10d
-
-    torch.distributed.barrier()  # no rank may be in a collective of a group that another one ends
-    parallel_state.destroy_model_parallel()
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
 
 
 def write_source(base: Path, output: Path) -> Path:

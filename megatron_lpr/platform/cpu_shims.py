@@ -102,7 +102,7 @@ def _let_gloo_take_tensor_splits() -> None:
 
 
 def _let_gloo_take_unequal_parts() -> None:
-    """Tensor parallelism inside experts gathers and scatters as many tokens as each rank has; gloo wants equal parts."""
+    """Tensor parallelism inside experts gathers and scatters the tokens of each rank; gloo wants equal parts."""
     plain_gather, plain_scatter = dist.all_gather, dist.reduce_scatter
 
     def all_gather(parts, part, group=None, async_op=False):

@@ -2,11 +2,13 @@
 
 import contextlib
 import datetime
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.device import backend, device, prepare
@@ -76,11 +78,30 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
     return ranks
 
 
-def leave() -> None:
-    """Leave the process group, and Megatron's groups with it."""
+_on_leave: list[Callable[[], None]] = []
+
+
+def on_leave(release: Callable[[], None]) -> None:
+    """Have `release` called when this process leaves the run: what keeps process groups, and their threads, alive."""
+    _on_leave.append(release)
+
+
+def leave_layout() -> None:
+    """Give up Megatron's groups and the models on them, so that the next layout can make its own in the same run."""
     from megatron.core import parallel_state
 
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    dist.barrier()  # no rank may still be in a collective of a group that another one ends
+    while _on_leave:
+        _on_leave.pop()()
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models and optimizers are full of cycles
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)  # Megatron only forgets it; gloo's threads would add up
 
+
+def leave() -> None:
+    """Leave the process group, and Megatron's groups with it."""
+    if dist.is_initialized():
+        leave_layout()
+        dist.destroy_process_group()

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.model.freezing import freeze
+from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.cpu_shims import cuda_type_names
 
 
@@ -34,6 +35,7 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    on_leave(functools.partial(_release, wrapped))
     config.finalize_model_grads_func = _sum_gradients
     if recipe.parallel.overlap_grad_reduce:
         config.no_sync_func = _per_chunk([chunk.no_sync for chunk in wrapped])
@@ -53,6 +55,19 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+def _release(wrapped: list[DistributedDataParallel]) -> None:
+    """Empty the wrappers, which no garbage collection would.
+
+    Megatron's DDP hangs hooks that hold it on gradient accumulators that hold the hooks, outside Python's sight: with
+    it the weights, the gradient buffers and the process groups (with gloo: their threads) would live for ever.
+    """
+    for chunk in wrapped:
+        for parameter in chunk.parameters():
+            parameter.main_grad = None
+            parameter.data = parameter.data.new_empty(0)
+        vars(chunk).clear()
 
 
 @functools.wraps(finalize_model_grads)

@@ -9,7 +9,6 @@ import time
 import pytest
 
 from megatron_lpr.training.metrics_log import read_metrics
-from megatron_lpr.training.train import Trainer
 
 TIMING = {"tokens_per_second", "seconds"}
 
@@ -24,19 +23,21 @@ def settings(output, steps, every=0):
     return [argument for key, value in assignments.items() for argument in ("--set", f"{key}={value}")]
 
 
-def kill_after_first_checkpoint(command, latest, seconds=120):
+def kill_after_first_checkpoint(command, latest, seconds=300):
     # a group of its own, to kill Megatron's checkpoint writers with it
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + seconds
-    while not latest.is_file():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    try:
+        while not latest.is_file():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
     assert process.returncode == -signal.SIGKILL
 
 
@@ -69,6 +70,8 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
 def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeypatch, stage, changes):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     project.run("train", stage, *settings(whole, 6), *changes)
+
+    from megatron_lpr.training.train import Trainer
 
     step = Trainer.train_step
 

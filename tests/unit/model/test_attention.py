@@ -81,15 +81,15 @@ def test_parts_make_the_whole(megatron, monkeypatch, tensors, size):
 
 
 def test_a_rank_reads_no_key_behind_its_last_query(megatron, monkeypatch, tensors):
-    """The first chunk's queries get the first chunk's keys only, not a masked whole."""
-    import torch.nn.functional as F
+    """Each chunk of queries gets the keys up to its own end, not a masked whole."""
+    from megatron_lpr.model.attention import SDPACoreAttention
 
-    read, plain = [], F.scaled_dot_product_attention
+    read, attend = [], SDPACoreAttention._attend
 
-    def record(query, key, value, **kwargs):
-        read.append((query.shape[2], key.shape[2]))
-        return plain(query, key, value, **kwargs)
+    def record(self, query, key, value):
+        read.append((len(query), len(key), len(value)))
+        return attend(self, query, key, value)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(SDPACoreAttention, "_attend", record)
     in_parts(tensors, 2, monkeypatch)
-    assert [sizes for sizes in read if sizes[0] == 6] == [(6, 6), (6, 24), (6, 12), (6, 18)]
+    assert read == [(6, 6, 6), (6, 24, 24), (6, 12, 12), (6, 18, 18)]
