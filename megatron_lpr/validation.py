@@ -69,7 +69,8 @@ def _check_layer_split(sizes: ParallelConfig, num_layers: int) -> None:
     given = {name: getattr(sizes, name) for name in ("first_stage_layers", "last_stage_layers")}
     given = {f"parallel.{name}": layers for name, layers in given.items() if layers is not None}
     if not given:
-        _divides("parallel.pipeline x parallel.virtual_pipeline", sizes.pipeline * chunks, num_layers, "the number of layers")
+        stages = sizes.pipeline * chunks
+        _divides("parallel.pipeline x parallel.virtual_pipeline", stages, num_layers, "the number of layers")
         return
     for field, layers in given.items():
         if sizes.pipeline == 1:
@@ -102,7 +103,7 @@ def _check_dispatcher(recipe: Recipe) -> None:
     if not torch.cuda.is_available():
         raise UserError("parallel.dispatcher: flex needs CUDA (it runs on DeepEP); use alltoall or allgather")
     if sizes.expert * sizes.expert_tensor == 1:
-        raise UserError("parallel.dispatcher: flex needs parallel.expert or parallel.expert_tensor above 1; use alltoall")
+        raise UserError("parallel.dispatcher: flex needs parallel.expert or expert_tensor above 1; use alltoall")
 
 
 def _check_training(recipe: Recipe, world_size: int) -> None:

@@ -65,6 +65,9 @@ def leave_layout() -> None:
     """Give up Megatron's groups, so that the next layout can make its own; the run's own group stays."""
     from megatron.core import parallel_state
 
+    from megatron_lpr.platform import release
+
+    release()
     parallel_state.destroy_model_parallel()
     for group in list(distributed_c10d._world.pg_map)[1:]:  # threads of gloo's groups add up otherwise
         dist.destroy_process_group(group)

@@ -81,9 +81,9 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
 _on_leave: list[Callable[[], None]] = []
 
 
-def on_leave(release: Callable[[], None]) -> None:
-    """Have `release` called when this process leaves the run: what keeps process groups, and their threads, alive."""
-    _on_leave.append(release)
+def on_leave(function: Callable[[], None]) -> None:
+    """Have `function` called when this process leaves the run, to drop what keeps process groups alive."""
+    _on_leave.append(function)
 
 
 def leave_layout() -> None:

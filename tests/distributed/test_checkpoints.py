@@ -1,4 +1,4 @@
-"""A checkpoint does not know its layout: written at one, it loads at any other and the run goes on as if nothing was."""
+"""A checkpoint does not know its layout: written at one it loads at any other, and the run goes on the same."""
 
 import dataclasses
 from pathlib import Path
@@ -52,6 +52,7 @@ def write_and_read(base: Path, root: Path) -> dict:
         if save:
             trainer.save(last=False)
         result = one_more_step(trainer)
+        del trainer
         leave_layout()
         return result
 
