@@ -4,11 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from harness import make_plan, make_recipe, mixed_batch, scramble, unwrapped
-from torch.distributed import distributed_c10d
 
 from megatron_lpr.config import CheckpointConfig
+from megatron_lpr.platform import leave_layout
 
 STAGES = {
     "stage1": {"train": {"trainable": "new_experts_and_routers"}, "balance": {"coeff": 0.5}},
@@ -59,15 +58,3 @@ def run_layouts(base: Path, source: Path, world_size: int, cases: list[tuple[str
             results.append(two_steps(base, stage, source, world_size, **parallel))
             leave_layout()
     return results
-
-
-def leave_layout() -> None:
-    """Give up Megatron's groups, so that the next layout can make its own; the run's own group stays."""
-    from megatron.core import parallel_state
-
-    from megatron_lpr.platform import release
-
-    release()
-    parallel_state.destroy_model_parallel()
-    for group in list(distributed_c10d._world.pg_map)[1:]:  # threads of gloo's groups add up otherwise
-        dist.destroy_process_group(group)

@@ -1,6 +1,6 @@
 """What the code runs on: CUDA with NCCL where there is a GPU, otherwise CPU with gloo."""
 
 from megatron_lpr.platform.device import backend, device, prepare
-from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave, release
+from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave
 
-__all__ = ["Ranks", "backend", "device", "join", "leave", "leave_layout", "megatron", "on_leave", "prepare", "release"]
+__all__ = ["Ranks", "backend", "device", "join", "leave", "leave_layout", "megatron", "on_leave", "prepare"]

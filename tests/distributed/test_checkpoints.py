@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from harness import make_plan, make_recipe, mixed_batch
-from layouts import leave_layout
 
+from megatron_lpr.platform import leave_layout
 from megatron_lpr.testing.run_distributed import run_distributed
 
 STAGE1 = {
