@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["export"]:
-        from megatron_lpr import cli
+        from megatron_lpr.cli import main as megatron_lpr
 
-        return cli.main(argv)
+        return megatron_lpr(argv)
     args = vars(build_parser().parse_args(argv))
     command = args.pop("command")
     try:
