@@ -79,14 +79,24 @@ def _check_layer_split(sizes: ParallelConfig, num_layers: int) -> None:
             multiple = f"a multiple of parallel.virtual_pipeline ({chunks})" if chunks > 1 else "at least 1"
             raise UserError(f"{field}: {layers}; {multiple}")
     taken, others = sum(given.values()), sizes.pipeline - len(given)
-    left, share = num_layers - taken, others * chunks
-    if (left % share or left < share) if others else left:
-        valid = range(num_layers - share, 0, -share) if others else [num_layers]
+    least, share = len(given) * chunks, others * chunks
+    valid = [n for n in range(least, num_layers + 1, chunks) if _shared_equally(num_layers - n, share)]
+    if not valid:
+        raise UserError(
+            f"parallel.pipeline x parallel.virtual_pipeline: {sizes.pipeline} x {chunks} model chunks cannot share "
+            f"{num_layers} layers, whatever {' and '.join(given)}; choose smaller ones"
+        )
+    if taken not in valid:
         near = sorted(sorted(valid, key=lambda n: (abs(n - taken), n))[:2])
         raise UserError(
-            f"{' + '.join(given)}: {taken} of {num_layers} layers leave {left} for the {others} other pipeline stages "
-            f"x {chunks} model chunks, which take equal shares; the nearest valid are {' and '.join(map(str, near))}"
+            f"{' + '.join(given)}: {taken} of {num_layers} layers leave {num_layers - taken} for {others} other "
+            f"pipeline stage(s) of {chunks} model chunk(s), which take equal shares; the nearest valid "
+            f"{'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
         )
+
+
+def _shared_equally(layers: int, chunks: int) -> bool:
+    return layers >= chunks and layers % chunks == 0 if chunks else layers == 0
 
 
 def _check_overlap(sizes: ParallelConfig) -> None:

@@ -4,13 +4,29 @@ The pieces are found as a checkpoint finds them, by each parameter's sharded sta
 are global ones. Several ranks may hold the same piece: they must agree on it.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import EXPANDED, ORIGINAL, OTHER_ORIGINAL, PADDING, make_batch, make_plan, make_recipe
+from harness import (
+    EXPANDED,
+    ORIGINAL,
+    OTHER_ORIGINAL,
+    PADDING,
+    make_batch,
+    make_plan,
+    make_recipe,
+    scramble,
+    unwrapped,
+)
+
+from megatron_lpr.testing.run_distributed import run_distributed
+from megatron_lpr.training.run_state import read_run_state
+from megatron_lpr.validation import check_recipe
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]  # global name, global shape, offset, values
 STAGES = {
@@ -24,6 +40,15 @@ STAGES = {
     "dense": {"train": {"trainable": "all"}, "model": {"num_experts": 0}},
 }
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A stage in a layout, and the layout in which it goes on from a checkpoint after the first step."""
+
+    stage: str
+    changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # sections of the recipe
+    resume_at: Mapping[str, Mapping[str, Any]] | None = None
 
 
 def unfair_batch(length: int = 16):
@@ -47,8 +72,9 @@ def recipe_of(base: Path, stage: str, output: Path, changes: Mapping[str, Mappin
     common = {
         "model": {"num_experts": 5},
         "train": {"micro_batch_size": 1},
-        "optimizer": {"lr": 1e-2, "clip_grad": 1e9},
-        "checkpoint": {"final_optimizer": False},
+        # far above rounding: Adam would make a whole step of the noise in a gradient that is next to nothing
+        "optimizer": {"lr": 1e-2, "clip_grad": 1e9, "eps": 1e-3},
+        "checkpoint": {"final_optimizer": False, "keep": 0},
     }
     sections: dict[str, dict[str, Any]] = {}
     for layer in (common, STAGES[stage], changes):
@@ -57,27 +83,38 @@ def recipe_of(base: Path, stage: str, output: Path, changes: Mapping[str, Mappin
     return make_recipe(base, unfair_batch(), output, sections)
 
 
-def trainer_of(base: Path, stage: str, output: Path, changes, *, source: Path | None = None, world_size: int = 1):
-    from megatron.core import parallel_state
-
+def trainer_of(base: Path, stage: str, output: Path, changes=None, *, source=None, resume=None, world_size: int = 1):
+    """A trainer ready to make a step: fresh, with weights from the checkpoint `source`, or resuming from `resume`."""
     from megatron_lpr.training.train import Trainer
-    from megatron_lpr.validation import check_recipe
 
-    parallel_state.destroy_model_parallel()
-    recipe = recipe_of(base, stage, output, changes)
+    recipe = recipe_of(base, stage, output, changes or {})
     plan = make_plan(recipe, unfair_batch(), world_size=world_size, source=None if stage == "dense" else source)
     check_recipe(recipe, plan.arch, world_size)
+    if resume is not None:
+        plan = dataclasses.replace(plan, resume=resume, state=read_run_state(resume))
     trainer = Trainer(plan)
     for chunk in trainer.chunks:
         chunk.train()
     return trainer
 
 
-def two_steps(base: Path, stage: str, source: Path, changes=None, *, world_size: int = 1):
+def two_steps(base: Path, case: Case, source: Path, output: Path, *, world_size: int = 1):
     """The metrics of two steps, and this rank's pieces of the second step's gradients."""
-    trainer = trainer_of(base, stage, source / "unused", changes or {}, source=source, world_size=world_size)
-    metrics = [trainer.train_step() for _ in range(2)]
-    return [{name: step[name] for name in LOSSES} for step in metrics], pieces(trainer)
+    from megatron_lpr.platform import leave_layout
+
+    trainer = trainer_of(base, case.stage, output, case.changes, source=source, world_size=world_size)
+    metrics = [trainer.train_step()]
+    if case.resume_at is not None:
+        trainer.save(last=False)
+        del trainer
+        leave_layout()
+        resume = output / "checkpoints/step_00000001"
+        trainer = trainer_of(base, case.stage, output, case.resume_at, resume=resume, world_size=world_size)
+    metrics.append(trainer.train_step())
+    found = [{name: step[name] for name in LOSSES} for step in metrics], pieces(trainer)
+    del trainer
+    leave_layout()
+    return found
 
 
 def pieces(trainer) -> list[Piece]:
@@ -144,23 +181,39 @@ def assert_same(got, expected, case: str) -> None:
         np.testing.assert_allclose(got[1][key], gradient, rtol=0, atol=1e-5 * size, err_msg=f"{case}: {key}")
 
 
-def run_cases(base: Path, source: Path, world_size: int, cases: list[tuple[str, dict]]) -> list:
-    """On one rank of a distributed run: `two_steps` of every (stage, changes of the recipe)."""
+def run_cases(base: Path, source: Path, world_size: int, cases: list[Case]) -> list:
+    """On one rank of a distributed run: `two_steps` of every case."""
+    from megatron_lpr.platform import megatron
+
+    with megatron():
+        return [
+            two_steps(base, case, source, source / f"case_{index}", world_size=world_size)
+            for index, case in enumerate(cases)
+        ]
+
+
+def compare_layouts(base: Path, folder: Path, world_size: int, cases: dict[str, Case]) -> tuple[dict, dict]:
+    """Results of every case on `world_size` ranks, and by stage what one process computes. One launch."""
     from megatron_lpr.platform import leave_layout, megatron
 
-    results = []
+    expected = {}
     with megatron():
-        for stage, changes in cases:
-            results.append(two_steps(base, stage, source, changes, world_size=world_size))
-            leave_layout()
-    return results
+        source = write_source(base, folder)
+        leave_layout()
+        for stage in {case.stage for case in cases.values()}:
+            metrics, found = two_steps(base, Case(stage=stage), source, folder)
+            expected[stage] = metrics, assemble([found])
+    by_rank = run_distributed(run_cases, world_size, base, source, world_size, list(cases.values()))
+    results = {}
+    for name, ranks in zip(cases, zip(*by_rank, strict=True), strict=True):
+        assert all(metrics == ranks[0][0] for metrics, _ in ranks), f"{name}: metrics differ between ranks"
+        results[name] = ranks[0][0], assemble([found for _, found in ranks])
+    return results, expected
 
 
 def write_source(base: Path, output: Path) -> Path:
     """A checkpoint in which every expert has weights of its own."""
-    from harness import scramble, unwrapped
-
-    trainer = trainer_of(base, "moe_full", output, {})
+    trainer = trainer_of(base, "moe_full", output)
     scramble(unwrapped(trainer))
     trainer.save(last=True)
     return output / "checkpoints/step_00000000"

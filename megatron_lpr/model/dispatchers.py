@@ -1,5 +1,7 @@
 """Token dispatchers for fewer slots than tokens * top-k: slots of frozen experts are not dispatched."""
 
+import math
+
 import torch
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
@@ -19,8 +21,26 @@ class NewExpertsAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         return tokens_per_expert
 
 
+class NewExpertsFlexDispatcher(MoEFlexTokenDispatcher):
+    """The flex dispatcher (CUDA, DeepEP), sending the slots of new experts only."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        send_chosen_slots_only(self._comm_manager)
+
+
+def send_chosen_slots_only(manager) -> None:
+    """Have Megatron's DeepEP manager send a token to the experts with a probability above 0, not to the k largest.
+
+    It does so for itself where tokens may be dropped, which a capacity factor says and nothing else reads; and there
+    may be fewer new experts than slots.
+    """
+    manager.capacity_factor = math.inf
+    manager.router_topk = min(manager.router_topk, manager.num_experts)
+
+
 DISPATCHERS = {
     "alltoall": NewExpertsAlltoAllDispatcher,
     "allgather": MoEAllGatherTokenDispatcher,
-    "flex": MoEFlexTokenDispatcher,
+    "flex": NewExpertsFlexDispatcher,
 }

@@ -1,5 +1,7 @@
 """Everything that check_recipe refuses, and what it lets pass."""
 
+import dataclasses
+
 import pytest
 
 from megatron_lpr.config import Recipe
@@ -83,9 +85,83 @@ def test_valid(arch, world_size, sections):
         (3, {"parallel": {"context": 2}}, "parallel.tensor x context x pipeline: 2 does not divide"),
         (2, {"parallel": {"context": 2}, "train": {"micro_batch_size": 3}}, "data-parallel size = 3 x 1"),
         (1, {"data": {"seq_length": 0}}, "data.seq_length: 0 is no multiple of parallel.tensor (1); the nearest are 1"),
+        (1, {"parallel": {"first_stage_layers": 1}}, "first_stage_layers: 1 needs parallel.pipeline above 1"),
+        (1, {"parallel": {"last_stage_layers": 1}}, "last_stage_layers: 1 needs parallel.pipeline above 1"),
+        (2, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}, "parallel.first_stage_layers: 0; at least 1"),
+        (1, {"parallel": {"overlap_param_gather": True}}, "needs parallel.overlap_grad_reduce: true"),
+        (
+            1,
+            {"parallel": {"overlap_param_gather": True, "distributed_optimizer": False}},
+            "parallel.overlap_param_gather: true needs parallel.distributed_optimizer: true",
+        ),
     ],
 )
 def test_refused(arch, world_size, sections, expected):
     with pytest.raises(UserError) as error:
         check_recipe(recipe(**sections), arch, world_size)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "number, parallel",
+    [
+        (6, {"pipeline": 2, "first_stage_layers": 1}),
+        (6, {"pipeline": 2, "last_stage_layers": 5}),
+        (6, {"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 4, "virtual_pipeline": 2}),
+        (6, {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}),
+        (7, {"pipeline": 4, "first_stage_layers": 1}),
+        (10, {"pipeline": 3, "virtual_pipeline": 2, "first_stage_layers": 2}),
+    ],
+)
+def test_uneven_splits(arch, number, parallel):
+    sections = {"parallel": parallel, "train": {"global_batch_size": 12}}
+    check_recipe(recipe(**sections), dataclasses.replace(arch, num_layers=number), parallel["pipeline"])
+
+
+@pytest.mark.parametrize(
+    "number, parallel, expected",
+    [
+        (6, {"pipeline": 2, "first_stage_layers": 6}, "6 of 6 layers leave 0 for 1 other pipeline stage(s)"),
+        (6, {"pipeline": 2, "first_stage_layers": 6}, "the nearest valid are 4 and 5"),
+        (6, {"pipeline": 3, "first_stage_layers": 3}, "which take equal shares; the nearest valid are 2 and 4"),
+        (6, {"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 3}, "the nearest valid is 6"),
+        (
+            6,
+            {"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 3},
+            "parallel.first_stage_layers + parallel.last_stage_layers: 5 of 6 layers",
+        ),
+        (
+            8,
+            {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 3},
+            "parallel.first_stage_layers: 3; a multiple of parallel.virtual_pipeline (2)",
+        ),
+        (
+            7,
+            {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2},
+            "2 x 2 model chunks cannot share 7 layers",
+        ),
+    ],
+)
+def test_uneven_splits_refused(arch, number, parallel, expected):
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe(parallel=parallel), dataclasses.replace(arch, num_layers=number), parallel["pipeline"])
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cuda, sizes, expected",
+    [
+        (False, {"expert": 2}, "flex needs CUDA (it runs on DeepEP); use alltoall or allgather"),
+        (True, {}, "flex needs parallel.expert or expert_tensor above 1; use alltoall"),
+        (True, {"expert": 2}, None),
+        (True, {"expert_tensor": 2}, None),
+    ],
+)
+def test_flex_dispatcher(arch, monkeypatch, cuda, sizes, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    checked = recipe(parallel={"dispatcher": "flex"} | sizes)
+    if expected is None:
+        return check_recipe(checked, arch, 2)
+    with pytest.raises(UserError, match="parallel.dispatcher: flex") as error:
+        check_recipe(checked, arch, 2)
     assert expected in str(error.value) and "\n" not in str(error.value)
