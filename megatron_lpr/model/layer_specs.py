@@ -72,10 +72,10 @@ def _te_layer(config: TransformerConfig) -> ModuleSpec:
 
 def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     moe = get_moe_module_spec(use_te=te, num_experts=config.num_moe_experts, moe_grouped_gemm=te)
-    submodules = _submodules(moe)
+    submodules = submodules_of(moe)
     submodules.router = LPRRouter
     if not te:
-        _submodules(submodules.experts).linear_fc1 = ExpertColumnParallelLinear
+        submodules_of(submodules.experts).linear_fc1 = ExpertColumnParallelLinear
     return ModuleSpec(
         module=LPRMoELayer,
         submodules=submodules,
@@ -84,5 +84,6 @@ def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     )
 
 
-def _submodules(spec):
+def submodules_of(spec):
+    """The submodules of a module's description, in either form."""
     return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
