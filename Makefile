@@ -3,12 +3,17 @@
 #   PYTHON           interpreter of the virtual environment, 3.11 or newer
 #   TORCH            what pip installs first on a machine without an NVIDIA GPU; where your package index offers a
 #                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
+#   MEGATRON         version of megatron-core, as 0.19.2; without it what pip chooses for this Python: 0.16.1 for 3.11.
+#                    Give such an environment a folder of its own: make test MEGATRON=0.19.2 VENV=.venv-megatron-0.19
+#   TESTS            what `make test` runs, as tests/unit
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+MEGATRON ?=
+TESTS ?= tests
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -27,7 +32,7 @@ quickstart: $(STAMP)
 	$(VENV)/bin/python examples/quickstart/run.py $(QUICKSTART_ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -q tests $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q $(TESTS) $(PYTEST_ARGS)
 
 venv: $(STAMP)
 
@@ -39,8 +44,12 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	command -v nvidia-smi >/dev/null || $(VENV)/bin/python -m pip install "$(TORCH)"
 	$(VENV)/bin/python -m pip install -e ".[quickstart,test]"
+ifneq ($(MEGATRON),)
+	@# from 0.17 on its metadata ask for Python 3.12, though its wheels for 3.11 run, and it imports triton unguarded
+	$(VENV)/bin/python -m pip install --ignore-requires-python --no-deps "megatron-core==$(MEGATRON)" triton
+endif
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
 	find megatron_lpr tests tools examples -name __pycache__ -prune -exec rm -rf {} +

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
+    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -27,6 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
 from megatron_lpr.training.run_state import RunState, write_run_state
+
+EXTRA_STATE = "_extra_state"
 
 
 def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, keep: int = 0) -> Path:
@@ -70,6 +74,8 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
     if optimizer is not None:
         content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
     try:
+        for index in range(len(chunks)):
+            content[f"model{index}"] = _without_absent_extra_state(content[f"model{index}"], folder)
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -78,11 +84,27 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
     except (CheckpointingException, CheckpointException, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
-        _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+        differing = _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
+        assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
         with cuda_type_names():
             optimizer.load_state_dict(loaded["optimizer"])
         scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _without_absent_extra_state(model: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Ask for the extra state (FP8 scales) of those modules only of which the checkpoint has some.
+
+    Transformer Engine's modules have one where the local ones have none, as in norms: without this a checkpoint
+    written with one spec would not load with the other.
+    """
+    present = load_sharded_metadata(str(folder))
+    return {
+        name: entry
+        for name, entry in model.items()
+        if not (isinstance(entry, ShardedObject) and name.endswith(EXTRA_STATE) and entry.unique_key not in present)
+    }
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,11 @@ def test_flex_sends_no_slot_of_a_frozen_expert(megatron, monkeypatch):
     monkeypatch.setattr(token_dispatcher, "fused_dispatch", lambda *a: None)  # DeepEP's
     monkeypatch.setattr(token_dispatcher, "set_deepep_num_sms", lambda *a: None)
     config = SimpleNamespace(
-        moe_router_dtype="fp32", moe_expert_capacity_factor=None, moe_permute_fusion=False, moe_deepep_num_sms=20
+        moe_router_dtype="fp32",
+        moe_expert_capacity_factor=None,
+        moe_permute_fusion=False,
+        moe_deepep_num_sms=20,
+        moe_flex_dispatcher_num_sms=None,  # its name from Megatron-Core 0.17 on
     )
     manager = token_dispatcher._DeepepManager(
         group=None, num_local_experts=2, router_topk=3, num_experts=2, config=config

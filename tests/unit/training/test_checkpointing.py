@@ -100,3 +100,58 @@ def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, d
     with pytest.raises(UserError, match=f"checkpoint {folder}: ") as error:
         make_trainer(source=folder, model=model)
     assert "\n" not in str(error.value)
+
+
+class ExtraState:
+    """What Transformer Engine's norms have and local ones have not."""
+
+    def get_extra_state(self):
+        return torch.tensor([1.0, 2.0])
+
+    def set_extra_state(self, state):
+        self.loaded_state = state
+
+
+@pytest.mark.parametrize("written_with, read_with", [(True, False), (False, True), (True, True)])
+def test_extra_state_is_taken_where_there_is_some(make_trainer, tmp_path, monkeypatch, written_with, read_with):
+    from megatron_lpr.model.attention import SequenceParallelRMSNorm
+
+    def equip(has_extra_state: bool) -> None:
+        for name in ("get_extra_state", "set_extra_state"):
+            method = getattr(ExtraState if has_extra_state else torch.nn.Module, name)
+            monkeypatch.setattr(SequenceParallelRMSNorm, name, method, raising=False)
+
+    equip(written_with)
+    trainer = make_trainer(train={"trainable": "all"})
+    trainer.train_step()
+    trainer.save(last=True)
+    saved = {name: p.detach().clone() for name, p in unwrapped(trainer).named_parameters()}
+    equip(read_with)
+    loaded = unwrapped(make_trainer(source=tmp_path / "run/checkpoints/step_00000001"))
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+    norm = loaded.decoder.layers[1].pre_mlp_layernorm
+    assert hasattr(norm, "loaded_state") == (written_with and read_with)
+
+
+def test_names_are_those_of_the_transformer_engine_spec(make_trainer, tmp_path):
+    """Which fuses the attention norm into the linear layer behind it, but not the norm of an MoE layer."""
+    from megatron.core import dist_checkpointing
+
+    trainer = make_trainer(train=ROUTERS)
+    trainer.save(last=True)
+    metadata = dist_checkpointing.load_tensors_metadata(str(tmp_path / "run/checkpoints/step_00000000"))
+    assert set(metadata) == {
+        "embedding.word_embeddings.weight",
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.self_attention.linear_qkv.weight",
+        "decoder.layers.self_attention.linear_proj.weight",
+        "decoder.layers.pre_mlp_layernorm.weight",
+        "decoder.layers.mlp.router.weight",
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+        "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+        "decoder.layers.mlp.frozen_experts.0.linear_fc1.weight",
+        "decoder.layers.mlp.frozen_experts.0.linear_fc2.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    }
