@@ -139,16 +139,15 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
     data_parallel = world_size // (sizes.tensor * sizes.context * sizes.pipeline)
     samples = train.micro_batch_size * data_parallel
     if train.global_batch_size % samples:
-        below = train.global_batch_size // samples * samples
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
-            f"size = {train.micro_batch_size} x {data_parallel}; the nearest are "
-            f"{' and '.join(str(n) for n in (below, below + samples) if n)}"
+            f"size = {train.micro_batch_size} x {data_parallel}; {_nearest(train.global_batch_size, samples)}"
         )
     if sizes.virtual_pipeline > 1 and (train.global_batch_size // samples) % sizes.pipeline:
         raise UserError(
-            f"train.global_batch_size: the interleaved schedule needs micro-batches per rank "
-            f"({train.global_batch_size // samples}) in multiples of parallel.pipeline ({sizes.pipeline})"
+            f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
+            f"size x pipeline = {train.micro_batch_size} x {data_parallel} x {sizes.pipeline}, as "
+            f"parallel.virtual_pipeline needs; {_nearest(train.global_batch_size, samples * sizes.pipeline)}"
         )
 
 
@@ -158,11 +157,14 @@ def _check_seq_length(seq_length: int, sizes: ParallelConfig) -> None:
     if sizes.context > 1:
         parts, of = 2 * sizes.context * parts, f"2 x parallel.context ({sizes.context}) x {of}"
     if seq_length < 1 or seq_length % parts:
-        below = seq_length // parts * parts
-        raise UserError(
-            f"data.seq_length: {seq_length} is no multiple of {of}; the nearest are "
-            f"{' and '.join(str(n) for n in (below, below + parts) if n > 0)}"
-        )
+        raise UserError(f"data.seq_length: {seq_length} is no multiple of {of}; {_nearest(seq_length, parts)}")
+
+
+def _nearest(number: int, multiple: int) -> str:
+    """The multiples on either side of a number, as the end of a sentence."""
+    below = number // multiple * multiple
+    found = [n for n in (below, below + multiple) if n > 0]
+    return f"the nearest {'are' if len(found) > 1 else 'is'} {' and '.join(map(str, found))}"
 
 
 def _divides(field: str, divisor: int, number: int, what: str) -> None:

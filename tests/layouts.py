@@ -1,6 +1,7 @@
 """Runs of every stage in every layout on one unfair global batch, and what must be the same in all of them."""
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ def run_cases(base: Path, source: Path, world_size: int, cases: list[Case], load
     from megatron_lpr.platform import megatron
 
     with megatron():
+        gc.freeze()  # what is imported stays: collections between the cases need not look at it
         weights = [loaded_weights(base, changes) for changes in loads]
         runs = [run_case(base, case, source, source / f"{world_size}_{i}", world_size) for i, case in enumerate(cases)]
     return runs, weights

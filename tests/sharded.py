@@ -44,7 +44,7 @@ def _pieces(models: list[torch.nn.Module], values_of: Callable[[torch.nn.Paramet
         apply_factories(kept)
         for part in nested_values(kept):
             # values of a piece may have fewer dimensions: the leading ones are layers or experts
-            found.append((part.key, part.global_shape, part.global_offset, part.data.clone().numpy()))
+            found.append((part.key, part.global_shape, part.global_offset, part.data.detach().cpu().clone().numpy()))
     return found
 
 

@@ -81,10 +81,10 @@ def test_valid(arch, world_size, sections):
         (2, {"parallel": {"tensor": 2}, "data": {"seq_length": 31}}, "parallel.tensor (2); the nearest are 30 and 32"),
         (2, {"parallel": {"context": 2}, "data": {"seq_length": 34}}, "2 x parallel.context (2) x parallel.tensor (1)"),
         (8, {"parallel": {"context": 4, "tensor": 2}, "data": {"seq_length": 24}}, "the nearest are 16 and 32"),
-        (8, {"parallel": {"context": 4, "tensor": 2}, "data": {"seq_length": 8}}, "the nearest are 16"),
+        (8, {"parallel": {"context": 4, "tensor": 2}, "data": {"seq_length": 8}}, "the nearest is 16"),
         (3, {"parallel": {"context": 2}}, "parallel.tensor x context x pipeline: 2 does not divide"),
         (2, {"parallel": {"context": 2}, "train": {"micro_batch_size": 3}}, "data-parallel size = 3 x 1"),
-        (1, {"data": {"seq_length": 0}}, "data.seq_length: 0 is no multiple of parallel.tensor (1); the nearest are 1"),
+        (1, {"data": {"seq_length": 0}}, "data.seq_length: 0 is no multiple of parallel.tensor (1); the nearest is 1"),
         (1, {"parallel": {"first_stage_layers": 1}}, "first_stage_layers: 1 needs parallel.pipeline above 1"),
         (1, {"parallel": {"last_stage_layers": 1}}, "last_stage_layers: 1 needs parallel.pipeline above 1"),
         (2, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}, "parallel.first_stage_layers: 0; at least 1"),
@@ -165,3 +165,10 @@ def test_flex_dispatcher(arch, monkeypatch, cuda, sizes, expected):
     with pytest.raises(UserError, match="parallel.dispatcher: flex") as error:
         check_recipe(checked, arch, 2)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_interleaved_schedule_needs_rounds_of_micro_batches(arch):
+    sections = {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "train": {"global_batch_size": 12}}
+    with pytest.raises(UserError) as error:
+        check_recipe(recipe(**sections), dataclasses.replace(arch, num_layers=4), 4)
+    assert "size x pipeline = 2 x 2 x 2, as parallel.virtual_pipeline needs; the nearest are 8 and 16" in str(error.value)

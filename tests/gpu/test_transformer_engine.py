@@ -1,0 +1,56 @@
+"""Transformer Engine's modules compute what the local ones compute, and their checkpoints load into each other."""
+
+import importlib.util
+
+import pytest
+import torch
+from layouts import STAGES, trainer_of, write_source
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
+]
+LOSSES = ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm")
+
+
+def with_spec(spec: str, dtype: str) -> dict:
+    return {"model": {"spec": spec, "dtype": dtype}}
+
+
+@pytest.fixture
+def source(megatron, toy_base, tmp_path):
+    return write_source(toy_base, tmp_path / "source")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-3), ("bfloat16", 5e-2)])  # fp32 products may be TF32
+def test_same_losses(source, toy_base, tmp_path, stage, dtype, tolerance):
+    from megatron_lpr.platform import leave_layout
+
+    metrics = {}
+    for spec in ("local", "te"):
+        trainer = trainer_of(toy_base, stage, tmp_path / spec, with_spec(spec, dtype), source=source)
+        metrics[spec] = [trainer.train_step() for _ in range(2)]
+        del trainer
+        leave_layout()
+    for local, te in zip(metrics["local"], metrics["te"], strict=True):
+        for name in LOSSES:
+            assert te[name] == (local[name] and pytest.approx(local[name], rel=tolerance)), name
+
+
+@pytest.mark.parametrize("written, read", [("local", "te"), ("te", "local"), ("te", "te")])
+def test_checkpoints_load_into_each_other(source, toy_base, tmp_path, written, read):
+    from megatron_lpr.platform import leave_layout
+
+    writer = trainer_of(toy_base, "stage1", tmp_path, with_spec(written, "bfloat16"), source=source)
+    writer.train_step()
+    writer.save(last=False)
+    expected = writer.train_step()
+    del writer
+    leave_layout()
+    resume = tmp_path / "checkpoints/step_00000001"
+    reader = trainer_of(toy_base, "stage1", tmp_path, with_spec(read, "bfloat16"), resume=resume)
+    got = reader.train_step()
+    for name in LOSSES:
+        assert got[name] == (expected[name] and pytest.approx(expected[name], rel=5e-2)), name
