@@ -171,4 +171,5 @@ def test_interleaved_schedule_needs_rounds_of_micro_batches(arch):
     sections = {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "train": {"global_batch_size": 12}}
     with pytest.raises(UserError) as error:
         check_recipe(recipe(**sections), dataclasses.replace(arch, num_layers=4), 4)
-    assert "size x pipeline = 2 x 2 x 2, as parallel.virtual_pipeline needs; the nearest are 8 and 16" in str(error.value)
+    expected = "size x pipeline = 2 x 2 x 2, as parallel.virtual_pipeline needs; the nearest are 8 and 16"
+    assert expected in str(error.value)

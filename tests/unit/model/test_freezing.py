@@ -1,6 +1,7 @@
 """Which parameters each policy trains, by name and in a built model."""
 
 import pytest
+import torch
 from harness import make_batch, make_plan, make_recipe, unwrapped
 
 from megatron_lpr.model.freezing import POLICIES
@@ -41,13 +42,15 @@ def test_policy(policy, group):
         assert POLICIES[policy](name) == (group in TRAINED[policy]), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megatron, toy_base, tmp_path, policy):
+def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megatron, toy_base, tmp_path, policy, dtype):
     from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
     from megatron_lpr.training.train import Trainer
 
     batch = make_batch([[(1, 8)], [(2, 8)]])
-    trainer = Trainer(make_plan(make_recipe(toy_base, batch, tmp_path, {"train": {"trainable": policy}}), batch))
+    sections = {"train": {"trainable": policy}, "model": {"num_experts": 4, "dtype": dtype}}
+    trainer = Trainer(make_plan(make_recipe(toy_base, batch, tmp_path, sections), batch))
     trainer.train_step()
     trained = {name: p for name, p in unwrapped(trainer).named_parameters() if POLICIES[policy](name)}
     for name, parameter in unwrapped(trainer).named_parameters():
@@ -55,4 +58,15 @@ def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megat
     count = sum(p.numel() for p in trained.values())
     states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
     assert sum(state["exp_avg"].numel() for state in states) == count
+    assert all(state["exp_avg"].dtype == torch.float32 for state in states)
+    buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    assert sum(p.numel() for buffer in buffers for p in buffer.params) == count
+    if dtype == "bfloat16":
+        masters = [m for part in trainer.optimizer.chained_optimizers for m in _masters(part)]
+        assert sum(master.numel() for master in masters) == count
     assert trainable_parameters(trainer.chunks) == optimizer_parameters(trainer.optimizer) == count
+
+
+def _masters(optimizer) -> list[torch.Tensor]:
+    """The fp32 copies of bf16 parameters."""
+    return [m for group in optimizer.shard_fp32_from_float16_groups for m in group]
