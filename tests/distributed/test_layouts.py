@@ -86,6 +86,20 @@ CASES = {
     for name, sizes in layouts.items()
     for stage in stages(sizes)
 }
+# written after the first step at one layout, read at another
+RESUMES = {
+    "tp2_pp2_ep2_to_dp4": ("tp2_pp2_ep2", "dp4"),
+    "dp4_to_cp2_tp2": ("dp4", "cp2_tp2"),
+    "cp4_to_etp2_ep2": ("cp4", "etp2_ep2"),
+    "etp2_ep2_to_pp4": ("etp2_ep2", "pp4"),
+    "pp4_to_tp2_etp2_ep2": ("pp4", "tp2_etp2_ep2"),
+    "etp4_to_pp2_vpp2": ("etp4", "pp2_vpp2"),
+    "pp2_vpp2_to_as_many_ranks_as_new_experts": ("pp2_vpp2", "as_many_ranks_as_new_experts"),
+}
+CASES |= {
+    name: (4, Case(stage="stage1", changes=sections(LAYOUTS[4][saved]), resume_at=sections(LAYOUTS[4][read]), steps=3))
+    for name, (saved, read) in RESUMES.items()
+}
 # what loading depends on
 LOADS = {
     world_size: {name: sections(sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP} & sizes.keys()}
