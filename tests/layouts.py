@@ -165,6 +165,12 @@ def run_cases(base: Path, source: Path, world_size: int, cases: list[Case], load
     return runs, weights
 
 
+def selected(request) -> set[str]:
+    """The parameter `name` of the tests of a module that this session runs: `-k tp2` need not run everything."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    return {item.callspec.params["name"] for item in items if "name" in item.callspec.params}
+
+
 class Comparison:
     """Cases and loads on any number of ranks against one process, which takes the whole batch at once."""
 

@@ -4,7 +4,7 @@ Four layers, one frozen and four new experts. What the sizes of a layout leave o
 """
 
 import pytest
-from layouts import STAGES, Case, Comparison
+from layouts import STAGES, Case, Comparison, selected
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -108,12 +108,15 @@ LOADS = {
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    root = tmp_path_factory.mktemp("layouts")
+def comparison(request, tmp_path_factory):
+    root, names = tmp_path_factory.mktemp("layouts"), selected(request)
     base = write_toy_model(root / "base", num_hidden_layers=4, tie_word_embeddings=True)
     comparison = Comparison(base, root / "runs", {name: case for name, (_, case) in CASES.items()})
-    for world_size, loads in LOADS.items():
-        comparison.run(world_size, [name for name, (ranks, _) in CASES.items() if ranks == world_size], loads)
+    for world_size, layouts in LOADS.items():
+        cases = [name for name, (ranks, _) in CASES.items() if ranks == world_size and name in names]
+        loads = {name: sizes for name, sizes in layouts.items() if name in names}
+        if cases or loads:
+            comparison.run(world_size, cases, loads)
     return comparison
 
 

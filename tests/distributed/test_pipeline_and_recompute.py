@@ -1,7 +1,7 @@
 """Pipelines (interleaved, uneven), recomputation, overlap and their checkpoints: gradients equal one process's."""
 
 import pytest
-from layouts import Case, Comparison, trainer_of, unfair_batch
+from layouts import Case, Comparison, selected, trainer_of, unfair_batch
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -50,11 +50,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
+def comparison(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
     base = write_toy_model(root / "base", num_hidden_layers=6)
     comparison = Comparison(base, root / "runs", CASES)
-    comparison.run(4, list(CASES))
+    comparison.run(4, [name for name in CASES if name in selected(request)])
     return comparison
 
 
