@@ -116,8 +116,18 @@ def compare(files: list[str]) -> None:
     print(retention_table([EvaluationResult.load(file) for file in files]))
 
 
-def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) -> None:
-    """Write a checkpoint as a stock Hugging Face model, then check it against the base model."""
+def export(
+    recipe: Recipe,
+    *,
+    checkpoint: str,
+    out: str,
+    graft_delta: list[str] | None = None,
+    verify: bool = True,
+    dry_run: bool = False,
+    command_line: str | None = None,
+) -> None:
+    """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
+    from megatron_lpr.conversion.export import export_checkpoint
     from megatron_lpr.conversion.folders import check_vacant
     from megatron_lpr.training.run_state import checkpoint_folder
 
@@ -127,13 +137,17 @@ def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) 
     if dry_run:
         print(f"would export {source} to {out}")
         return
-    with megatron():
-        from megatron_lpr.conversion.from_megatron import export_checkpoint
-
-        report = export_checkpoint(recipe, str(source), out)
-    print(report)
-    if not report.ok:
-        raise UserError(f"export {out}: does not pass its own checks (see above)")
+    export_checkpoint(
+        source,
+        out,
+        base_dir=recipe.model.base,
+        settings=recipe.export,
+        graft_delta=graft_delta,
+        on_verified=print if verify else None,
+        command=command_line,
+        progress=True,
+    )
+    print(f"exported {source} to {out}" + ("" if verify else "; not verified"))
 
 
 def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:

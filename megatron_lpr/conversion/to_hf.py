@@ -1,0 +1,64 @@
+"""Whole Megatron parameters to Hugging Face tensors, one parameter at a time; they may still be on disk."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from megatron_lpr.conversion.families import Architecture, Family, family_of
+from megatron_lpr.conversion.file_tensor import Narrowable
+from megatron_lpr.conversion.mappings import Mapping, take_apart
+from megatron_lpr.conversion.names import ParameterName, parse
+
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def to_hf(
+    parameters: Iterable[tuple[str, Narrowable]], arch: Architecture, *, num_frozen: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Renames and unpacks parameters; layers and new experts are numbered over the whole model."""
+    family = family_of(arch)
+    for megatron_name, parameter in parameters:
+        names = hf_names(megatron_name, arch, num_frozen=num_frozen)
+        assert names, f"the {family.name} table has no parameter '{megatron_name}'"
+        if parse(megatron_name).role == "router":
+            yield names[0], parameter.narrow(0, 0, parameter.shape[0])
+            continue
+        mapping = _mapping(family, parse(megatron_name))
+        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
+        parts = take_apart(parameter, mapping.kind, shapes, groups=arch.num_query_groups)
+        yield from zip(names, parts, strict=True)
+
+
+def hf_names(megatron_name: str, arch: Architecture, *, num_frozen: int) -> list[str]:
+    """The HF tensors that a parameter is made of; none for a parameter that the family does not have."""
+    family, name = family_of(arch), parse(megatron_name)
+    if name.role == "router":
+        return [family.router_name(name.layer)]
+    if name.role == "frozen_expert" and name.expert >= num_frozen:
+        return []
+    if name.role == "new_expert":
+        name = replace(name, expert=name.expert + num_frozen)
+    mapping = _mapping(family, name)
+    return family.hf_names(mapping, role=name.role, layer=name.layer, expert=name.expert) if mapping else []
+
+
+def has_shape_of(
+    parameter: Narrowable, megatron_name: str, arch: Architecture, *, num_experts: int
+) -> bool:
+    """Whether a parameter, of which `hf_names` knows the HF tensors, is as large as they are together."""
+    name, found = parse(megatron_name), tuple(parameter.shape)
+    if name.role == "router":
+        return found == (num_experts, arch.hidden_size)
+    mapping = _mapping(family_of(arch), name)
+    shapes, axis = [arch.shape(dims) for dims in mapping.hf.values()], mapping.kind.axis
+    rows = sum(shape[axis] for shape in shapes)
+    expected = (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
+    if len(found) == len(expected) and mapping.kind.padded and found[axis] >= rows:
+        return found[:axis] + found[axis + 1 :] == expected[:axis] + expected[axis + 1 :]
+    return found == expected
+
+
+def _mapping(family: Family, name: ParameterName) -> Mapping | None:
+    table = {"model": family.model, "layer": family.layer}.get(name.role, family.ffn)
+    return next((mapping for mapping in table if mapping.megatron == name.weight), None)
