@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     command, path, overrides = options.pop("command"), options.pop("recipe", None), options.pop("set", [])
     if command == "export":
-        overrides = [*overrides, *export_overrides(options)]
+        overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
         options["command_line"] = shlex.join(["megatron-lpr", *arguments])
     try:
         from megatron_lpr import commands
@@ -83,11 +83,10 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
 
-def export_overrides(options: dict) -> list[str]:
-    """Takes the export's settings out of parsed options, as overrides of a recipe."""
+def export_settings(options: dict) -> dict:
+    """Takes the settings of a recipe's `export` section out of parsed options, those that were given."""
     names = ("dtype", "max_shard_size", "processes", "results")
-    given = {name: value for name in names if (value := options.pop(name, None)) is not None}
-    return [f"export.{name}={json.dumps(value)}" for name, value in given.items()]
+    return {name: value for name in names if (value := options.pop(name, None)) is not None}
 
 
 def _add(commands, name: str, help_text: str) -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ those only the rows that are asked for are read, from the chunks that hold them.
 """
 
 import itertools
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
                 start = getattr(found.untyped_storage(), "_checkpoint_offset", None)
                 if start is None or not found.is_contiguous() or found.storage_offset():
                     return torch.load(self._reader._slice_file(file, info), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"checkpoint {self.folder}: {info.relative_path} cannot be read: {error}") from error
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = getattr(error, "strerror", None) or "its content is damaged"
+            raise UserError(f"checkpoint {self.folder}: {info.relative_path} cannot be read: {reason}") from error
         self._opened[index] = FileTensor(path, info.offset + start, found.dtype, tuple(found.shape))
         return self._opened[index]
 
