@@ -57,7 +57,8 @@ class ModelCard:
 
     def _made_of(self) -> Iterator[str]:
         if not self.num_experts:
-            yield f"`{self.base}`, post-trained as a dense model."
+            trained = self.provenance and self.provenance.stages
+            yield f"`{self.base}`, {'post-trained as a dense model' if trained else 'converted without training'}."
         else:
             yield (
                 f"Every feed-forward network of `{self.base}` became {self.num_experts} experts with "
@@ -71,7 +72,7 @@ class ModelCard:
             yield (
                 f"What instruction tuning changed in `{self.base}` was added at export (delta grafting, arXiv "
                 f"2605.18083): `{self.instruct}` minus `{self.base}`, once to attention, embeddings and norms, and to "
-                "the feed-forward network of every expert. The router has no such difference."
+                "every feed-forward network. The router has no such difference."
             )
 
     def _trained(self) -> str:

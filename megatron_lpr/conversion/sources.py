@@ -53,8 +53,8 @@ class CheckpointSource:
     def __init__(self, folder: str | Path, arch: Architecture, *, num_experts: int, num_frozen: int):
         self._checkpoint, self._num_frozen = DistCheckpoint(folder), num_frozen
         if num_experts:
-            routed = {parse(name).layer for name in self._checkpoint if parse(name).role == "router"}
-            arch = with_layers_kept_dense(arch, [layer for layer in range(arch.num_layers) if layer not in routed])
+            dense = {parse(name).layer for name in self._checkpoint if parse(name).role == "dense_ffn"}
+            arch = with_layers_kept_dense(arch, sorted(dense))
         self.arch = arch
         names = {name: hf_names(name, arch, num_frozen=num_frozen) for name in self._checkpoint}
         for name, tensors in names.items():

@@ -21,8 +21,11 @@ TENSORS = {
 CUTS = {
     "whole": {},
     "as Megatron cuts": {FC1: grid((2, 4, 6, 4), (2, 4, 2, 1)), ROUTER: grid((2, 3, 4), (2, 1, 1))},
-    "rows and columns": {FC1: grid((2, 4, 6, 4), (1, 2, 3, 2)), "embedding.word_embeddings.weight": grid((12, 4), (3, 2))},
-}  # fmt: skip
+    "rows and columns": {
+        FC1: grid((2, 4, 6, 4), (1, 2, 3, 2)),
+        "embedding.word_embeddings.weight": grid((12, 4), (3, 2)),
+    },
+}
 
 
 @pytest.mark.parametrize("cut", CUTS)
