@@ -59,15 +59,14 @@ def test_dense_checkpoint(toy_base, tmp_path):
     assert same(tensors(out), tensors(toy_base))
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_several_processes_and_shards_give_the_same_tensors(run, toy_base, tmp_path, dtype):
-    one = export_checkpoint(run, tmp_path / "one", base_dir=toy_base, settings=ExportConfig(dtype=dtype))
-    settings = ExportConfig(dtype=dtype, processes=3, max_shard_size="50KB")
+def test_several_processes_and_shards_give_the_same_tensors(run, toy_base, tmp_path):
+    one = export_checkpoint(run, tmp_path / "one", base_dir=toy_base, settings=ExportConfig(dtype="bfloat16"))
+    settings = ExportConfig(dtype="bfloat16", processes=2, max_shard_size="30KB")
     many = export_checkpoint(run, tmp_path / "many", base_dir=toy_base, settings=settings)
     assert same(tensors(one), tensors(many))
     shards = list(many.glob("*.safetensors"))
     largest = max(tensor.nbytes for tensor in tensors(many).values())
-    assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(s).values()) <= max(50_000, largest) for s in shards)
+    assert len(shards) > 2 and all(sum(t.nbytes for t in load_file(s).values()) <= max(30_000, largest) for s in shards)
     assert (one / "config.json").read_bytes() == (many / "config.json").read_bytes()
 
 
