@@ -141,12 +141,27 @@ class StoredParameter:
             raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.pieces[0].chunk.fqn}' are missing")
         return whole
 
+    def on_disk(self, dim: int, start: int, length: int) -> FileTensor | None:
+        """What `narrow` would read, where it lies in one piece in a file; None where it does not."""
+        wanted = [(0, size) for size in self.shape]
+        wanted[dim] = (start, start + length)
+        first, stop = wanted[0]
+        for piece in self.pieces:
+            if _overlap(piece, wanted) == wanted and wanted[1:] == [(0, size) for size in piece.sizes[1:]]:
+                chunk = self._opened(piece)
+                if isinstance(chunk, FileTensor):
+                    return chunk.rows(first - piece.offsets[0], stop - piece.offsets[0])
+        return None
+
     def _read(self, piece: _Piece, box: list[tuple[int, int]], dim: int) -> torch.Tensor:
+        first, stop = box[dim]
+        return self._opened(piece).narrow(dim, first - piece.offsets[dim], stop - first)
+
+    def _opened(self, piece: _Piece) -> FileTensor | torch.Tensor:
         chunk = self.checkpoint.open_chunk(piece.chunk)
         for index in piece.lead:
             chunk = chunk[index]
-        first, stop = box[dim]
-        return chunk.narrow(dim, first - piece.offsets[dim], stop - first)
+        return chunk
 
 
 def _overlap(piece: _Piece, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:

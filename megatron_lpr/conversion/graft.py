@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.file_tensor import FileTensor
 from megatron_lpr.conversion.hf_io import SafetensorsReader, torch_dtype
 from megatron_lpr.conversion.origins import Origin, origins
 from megatron_lpr.conversion.sources import Source
@@ -51,11 +52,13 @@ class GraftedSource:
         self._origins = origins(arch, num_experts)
         self._num_frozen, self._dtype = num_frozen if num_experts else 0, torch_dtype(dtype)
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
         for name, tensor in self._source.stream(units):
             yield name, self._graft(name, tensor, self._origins[name])
 
-    def _graft(self, name: str, tensor: torch.Tensor, origin: Origin) -> torch.Tensor:
+    def _graft(self, name: str, tensor: torch.Tensor | FileTensor, origin: Origin) -> torch.Tensor:
+        if isinstance(tensor, FileTensor):
+            tensor = tensor[:]
         if origin.kind != "copy":
             return tensor
         frozen = self._num_frozen and (origin.expert is None or origin.expert < self._num_frozen)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_lpr.conversion.file_tensor import FileTensor, Shape, tensor_bytes
+from megatron_lpr.conversion.file_tensor import FileTensor, Shape, tensor_bytes, write_at
 from megatron_lpr.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -176,15 +176,17 @@ class ShardedWriter:
         for name in names:
             self._place[name] = (file, start + header[name]["data_offsets"][0])
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Casts a tensor to the checkpoint's dtype and writes it. Each name is written once."""
+    def write(self, name: str, tensor: torch.Tensor | FileTensor) -> None:
+        """Writes a tensor, cast to the checkpoint's dtype; one on disk is copied there. Each name is written once."""
         assert name in self._missing, f"'{name}' is not a tensor of this checkpoint or was written before"
         assert tuple(tensor.shape) == tuple(self._shapes[name]), (name, tensor.shape, self._shapes[name])
         file, offset = self._place[name]
         try:
-            with open(self._folder / file, "r+b") as shard:
-                shard.seek(offset)
-                shard.write(tensor_bytes(tensor.to(self._dtype)))
+            with open(self._folder / file, "r+b", buffering=0) as shard:
+                if isinstance(tensor, FileTensor):
+                    tensor.copy_to(shard.fileno(), offset, self._dtype)
+                else:
+                    write_at(shard.fileno(), tensor_bytes(tensor.to(self._dtype)), offset)
         except OSError as error:
             raise UserError(f"cannot write '{self._folder / file}': {error.strerror}") from error
         self.mark_written(name)

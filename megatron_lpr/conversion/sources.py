@@ -12,6 +12,7 @@ import torch
 
 from megatron_lpr.conversion.dist_checkpoint import DistCheckpoint
 from megatron_lpr.conversion.families import Architecture, family_of
+from megatron_lpr.conversion.file_tensor import FileTensor
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.names import parse
 from megatron_lpr.conversion.origins import initial_tensor, origins, with_layers_kept_dense
@@ -25,7 +26,7 @@ class Source(Protocol):
 
     units: Mapping[str, list[str]]
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]: ...
 
 
 class UpcycledSource:
@@ -38,9 +39,13 @@ class UpcycledSource:
         self._origins = origins(arch, num_experts)
         self.units = {name: [name] for name in self._origins}
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
         for name in units:
-            yield name, initial_tensor(name, self._origins[name], self._reader, self._arch, **self._options)
+            origin = self._origins[name]
+            if origin.kind == "copy":
+                yield name, self._reader.slice(origin.base)
+            else:
+                yield name, initial_tensor(name, origin, self._reader, self._arch, **self._options)
 
 
 class CheckpointSource:
@@ -76,7 +81,7 @@ class CheckpointSource:
         position = {name: number for number, name in enumerate(self._shapes)}
         self.units = dict(sorted((names | self._zeros).items(), key=lambda unit: position[unit[1][0]]))
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
         for unit in units:
             if unit in self._zeros:
                 yield unit, torch.zeros(self._shapes[unit])

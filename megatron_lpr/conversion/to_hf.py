@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import torch
 
+from megatron_lpr.conversion.dist_checkpoint import StoredParameter
 from megatron_lpr.conversion.families import Architecture, Family, family_of
-from megatron_lpr.conversion.file_tensor import Narrowable
-from megatron_lpr.conversion.mappings import Mapping, take_apart
+from megatron_lpr.conversion.file_tensor import FileTensor, Narrowable
+from megatron_lpr.conversion.mappings import Mapping
 from megatron_lpr.conversion.names import ParameterName, parse
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -15,7 +16,7 @@ NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 def to_hf(
     parameters: Iterable[tuple[str, Narrowable]], arch: Architecture, *, num_frozen: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
     """Renames and unpacks parameters; layers and new experts are numbered over the whole model."""
     family = family_of(arch)
     for megatron_name, parameter in parameters:
@@ -25,9 +26,26 @@ def to_hf(
             yield names[0], parameter.narrow(0, 0, parameter.shape[0])
             continue
         mapping = _mapping(family, parse(megatron_name))
-        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
-        parts = take_apart(parameter, mapping.kind, shapes, groups=arch.num_query_groups)
-        yield from zip(names, parts, strict=True)
+        yield from zip(names, _take_apart(parameter, mapping, arch), strict=True)
+
+
+def _take_apart(parameter: Narrowable, mapping: Mapping, arch: Architecture) -> Iterator[torch.Tensor | FileTensor]:
+    """The HF tensors of a whole parameter, without its padding; one that lies in a file in one piece is left there."""
+    kind, shapes = mapping.kind, [arch.shape(dims) for dims in mapping.hf.values()]
+    lengths, rows = [shape[kind.axis] for shape in shapes], parameter.shape[kind.axis]
+    assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), f"{rows} rows are not made of {lengths}"
+    ranges: list[list[tuple[int, int]]] = [[] for _ in shapes]
+    row = 0
+    for source, start, stop in kind.segments(lengths, groups=arch.num_query_groups, rows=rows, rank=0, size=1):
+        ranges[source].append((row, stop - start))
+        row += stop - start
+    for first, *others in ranges:
+        stored = parameter.on_disk(kind.axis, *first) if isinstance(parameter, StoredParameter) and not others else None
+        if stored is not None:
+            yield stored
+        else:
+            pieces = [parameter.narrow(kind.axis, *piece) for piece in (first, *others)]
+            yield pieces[0] if not others else torch.cat(pieces, dim=kind.axis)
 
 
 def hf_names(megatron_name: str, arch: Architecture, *, num_frozen: int) -> list[str]:

@@ -1,11 +1,13 @@
 """The command line of tools/convert_hf.py: exit status and messages."""
 
 import importlib.util
-import sys
+import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from toy_run import write_run
+
+from megatron_lpr import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,12 +38,34 @@ def test_a_mistake_of_the_user_is_one_sentence(convert_hf, tmp_path, capsys):
 
 def test_export_is_forwarded_as_it_is(convert_hf, monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, "megatron_lpr.cli", SimpleNamespace(main=lambda argv: seen.append(argv) or 7))
+    monkeypatch.setattr(cli, "main", lambda argv: seen.append(argv) or 7)
     assert convert_hf(["export", "recipe.yaml", "--set", "a=1"]) == 7
     assert seen == [["export", "recipe.yaml", "--set", "a=1"]]
 
 
-@pytest.mark.parametrize("command", [[], ["upcycle"], ["verify"]])
+def test_checkpoint_to_hf(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run", recipe={"model": {"base": str(tmp_path / "moved"), "num_experts": 3}})
+    command = ["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert convert_hf(command) == 2
+    assert f"error: model folder '{tmp_path / 'moved'}' does not exist" in capsys.readouterr().err
+    options = ["--base", str(toy_base), "--dtype", "bfloat16", "--max-shard-size", "20KB"]
+    assert convert_hf([*command, *options]) == 0
+    assert "21 of 21 equal" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert shlex.join(["convert_hf.py", *command, *options]) in (tmp_path / "out/README.md").read_text()
+    assert convert_hf([*command, *options]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
+def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
+    write_run(toy_base, tmp_path / "run")
+    assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and option[1] in error
+
+
+@pytest.mark.parametrize("command", [[], ["upcycle"], ["hf-to-megatron"], ["megatron-to-hf"], ["verify"]])
 def test_help(convert_hf, capsys, command):
     with pytest.raises(SystemExit) as stop:
         convert_hf([*command, "--help"])

@@ -1,8 +1,12 @@
 """Reading ranges of a tensor at an odd offset of a file, against the tensor in memory."""
 
+import errno
+import os
+
 import pytest
 import torch
 
+from megatron_lpr.conversion import file_tensor
 from megatron_lpr.conversion.file_tensor import FileTensor, tensor_bytes
 from megatron_lpr.errors import UserError
 
@@ -39,3 +43,29 @@ def test_file_that_is_gone(pair):
     stored.path.unlink()
     with pytest.raises(UserError, match="cannot read .*No such file"):
         stored[:]
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["by_the_kernel", "in_blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_into_a_file(pair, tmp_path, monkeypatch, dtype, kernel):
+    values, stored = pair
+    if not kernel:
+
+        def elsewhere(*arguments):
+            raise OSError(errno.EXDEV, "another file system")
+
+        monkeypatch.setattr(os, "copy_file_range", elsewhere)
+    monkeypatch.setattr(file_tensor, "_BLOCK_BYTES", 60)
+    target = tmp_path / "target"
+    target.write_bytes(b"." * 7)
+    with open(target, "r+b") as file:
+        stored.rows(1, 4).copy_to(file.fileno(), 5, dtype)
+    assert target.read_bytes() == b"." * 5 + bytes(tensor_bytes(values[1:4].to(dtype)))
+
+
+def test_copy_of_a_file_that_was_cut_off(pair, tmp_path):
+    _, stored = pair
+    with open(stored.path, "r+b") as file:
+        file.truncate(20)
+    with open(tmp_path / "target", "wb") as file, pytest.raises(UserError, match="is truncated"):
+        stored.copy_to(file.fileno(), 0, stored.dtype)
