@@ -197,10 +197,8 @@ def export_checkpoint(
     model, untouched = saved.model, saved.untouched_experts if saved.model.num_experts else 0
     dtype = model.dtype if settings.dtype == "auto" else settings.dtype
     num_frozen = model.num_frozen_experts if model.num_experts else 0
-    source: Source = CheckpointSource(
-        folder, read_architecture(base_dir), num_experts=model.num_experts, num_frozen=num_frozen
-    )
-    arch, hf_dir = source.arch, Path(base_dir)
+    arch, hf_dir = read_architecture(base_dir), Path(base_dir)
+    source: Source = CheckpointSource(folder, arch, num_experts=model.num_experts, num_frozen=num_frozen)
     if graft_delta:
         check_own_base(graft_delta[0], base_dir)
         hf_dir = Path(graft_delta[1])

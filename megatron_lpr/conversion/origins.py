@@ -28,12 +28,6 @@ def check_upcycling(arch: Architecture, *, num_experts: int, num_frozen: int, to
         check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk)
 
 
-def with_layers_kept_dense(arch: Architecture, layers: list[int]) -> Architecture:
-    """The same model, of which these layers (from 0) get no experts."""
-    assert not layers
-    return arch
-
-
 def origins(arch: Architecture, num_experts: int) -> dict[str, Origin]:
     """Every tensor of the model with `num_experts` experts (0: dense), in file order."""
     family = family_of(arch)

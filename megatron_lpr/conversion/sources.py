@@ -14,8 +14,7 @@ from megatron_lpr.conversion.dist_checkpoint import DistCheckpoint
 from megatron_lpr.conversion.families import Architecture, family_of
 from megatron_lpr.conversion.file_tensor import FileTensor
 from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.names import parse
-from megatron_lpr.conversion.origins import initial_tensor, origins, with_layers_kept_dense
+from megatron_lpr.conversion.origins import initial_tensor, origins
 from megatron_lpr.conversion.to_hf import has_shape_of, hf_names, to_hf
 from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError
@@ -57,10 +56,7 @@ class CheckpointSource:
 
     def __init__(self, folder: str | Path, arch: Architecture, *, num_experts: int, num_frozen: int):
         self._checkpoint, self._num_frozen = DistCheckpoint(folder), num_frozen
-        if num_experts:
-            dense = {parse(name).layer for name in self._checkpoint if parse(name).role == "dense_ffn"}
-            arch = with_layers_kept_dense(arch, sorted(dense))
-        self.arch = arch
+        self._arch = arch
         names = {name: hf_names(name, arch, num_frozen=num_frozen) for name in self._checkpoint}
         for name, tensors in names.items():
             if not tensors or not has_shape_of(self._checkpoint[name], name, arch, num_experts=num_experts):
@@ -86,4 +82,4 @@ class CheckpointSource:
             if unit in self._zeros:
                 yield unit, torch.zeros(self._shapes[unit])
             else:
-                yield from to_hf([(unit, self._checkpoint[unit])], self.arch, num_frozen=self._num_frozen)
+                yield from to_hf([(unit, self._checkpoint[unit])], self._arch, num_frozen=self._num_frozen)
