@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_lpr.config import ExportConfig, Recipe
 from megatron_lpr.conversion.export_config import export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
@@ -23,7 +25,7 @@ from megatron_lpr.conversion.parallel_write import write_all
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.provenance import read_provenance
 from megatron_lpr.conversion.sizes import parse_size
-from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource
+from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource, zero_names
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
 from megatron_lpr.errors import UserError
@@ -108,6 +110,8 @@ def export_model(
     def fill(writer: ShardedWriter) -> None:
         for name, tensor in to_hf(((name, t.detach()) for name, t in tensors), arch, num_frozen=num_frozen):
             writer.write(name, tensor)
+        for name in zero_names(arch, num_experts):
+            writer.write(name, torch.zeros(family_of(arch).shapes(arch, num_experts)[name]))
 
     return _Export(
         arch=arch,
