@@ -2,9 +2,12 @@
 
 import importlib.util
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from toy_run import write_run
 
 from megatron_lpr import cli
@@ -55,6 +58,29 @@ def test_checkpoint_to_hf(convert_hf, toy_base, tmp_path, capsys):
     assert shlex.join(["convert_hf.py", *command, *options]) in (tmp_path / "out/README.md").read_text()
     assert convert_hf([*command, *options]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_grafted_export_of_nothing_is_the_export(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run")
+    for out, options in (("plain", ["--no-verify"]), ("grafted", ["--graft-delta", str(toy_base), str(toy_base)])):
+        assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "plain; not verified" in printed and "21 of 21 equal" in printed
+    plain, grafted = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "grafted"))
+    assert all(torch.equal(tensor, grafted[name]) for name, tensor in plain.items())
+
+
+def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run")
+    other = shutil.copytree(toy_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors")
+    assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(other)]) == 2
+    printed, error = capsys.readouterr()
+    assert "FAIL  frozen tensors 20 of 21" in printed
+    assert error.splitlines()[-1].startswith("error: ") and "was not written" in error.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
 @pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
