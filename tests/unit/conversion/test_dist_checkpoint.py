@@ -47,9 +47,12 @@ def test_parameters_are_the_slices_of_what_was_saved(tmp_path, cut, transposed):
         assert stored.shape == tuple(tensor.shape) and stored.dtype == tensor.dtype
         assert torch.equal(stored.narrow(0, 0, len(tensor)), tensor)
         assert torch.equal(stored.narrow(0, 1, 2), tensor[1:3])
-        in_place = stored.on_disk(0, 1, 2)
-        assert in_place is None or torch.equal(in_place[:], tensor[1:3])
-        assert in_place is not None or cut == "rows and columns" or transposed
+        ranges = [(start, stop) for stop in range(len(tensor) + 1) for start in range(stop)]
+        in_place = {(start, stop): stored.on_disk(0, start, stop - start) for start, stop in ranges}
+        for (start, stop), found in in_place.items():
+            assert torch.equal(stored.narrow(0, start, stop - start), tensor[start:stop])
+            assert found is None or torch.equal(found[:], tensor[start:stop])
+        assert any(in_place.values()) or cut == "rows and columns" or transposed
         if tensor.ndim == 2:
             in_place = stored.on_disk(1, 0, tensor.shape[1])
             assert in_place is None or torch.equal(in_place[:], tensor)

@@ -85,6 +85,17 @@ def test_every_tensor_is_the_sum(run, base, instruct, tmp_path, dtype):
     assert kinds == {"router": 2, "frozen": 21, "new": 12}
 
 
+def test_frozen_tensors_are_the_instruct_models_where_the_sum_rounds(toy_base, tmp_path):
+    instruct = write_toy_model(tmp_path / "instruct", seed=1)
+    write_run(toy_base, tmp_path / "run")
+    out = graft(tmp_path / "run", toy_base, instruct, tmp_path / "out")
+    got, old, new = (load_file(folder / "model.safetensors") for folder in (out, toy_base, instruct))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(old[name] + (new[name] - old[name]), new[name])
+    assert torch.equal(got["model.layers.0.block_sparse_moe.experts.0.w3.weight"], new[name])
+    assert torch.equal(got["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+
+
 def test_a_grafted_source_goes_to_another_process(run, base, instruct):
     arch = read_architecture(base)
     source = GraftedSource(
