@@ -1,6 +1,8 @@
 """The command line: `megatron-lpr preprocess|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +13,12 @@ from megatron_lpr.recipe_io import describe, load_recipe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: something the user can put right, told in one sentence)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
     command, path, overrides = options.pop("command"), options.pop("recipe", None), options.pop("set", [])
+    if command == "export":
+        overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
+        options["command_line"] = shlex.join(["megatron-lpr", *arguments])
     try:
         from megatron_lpr import commands
 
@@ -52,11 +58,35 @@ def _parser() -> argparse.ArgumentParser:
     export = _add(commands, "export", "write a checkpoint as a stock Hugging Face model")
     export.add_argument("--checkpoint", required=True, help="checkpoint, or output folder of a run")
     export.add_argument("--out", required=True, help="new folder")
+    export_options(export)
 
     verify = _add(commands, "verify", "check an export against the base model, and against its checkpoint")
     verify.add_argument("export_dir", metavar="EXPORT", help="folder that `export` wrote")
     verify.add_argument("--checkpoint", help="compare logits with this checkpoint too")
     return parser
+
+
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """What `export` can be told beside its recipe."""
+    for name, metavar, help_text in (
+        ("dtype", None, "dtype of the weights: auto (as trained), float32, bfloat16"),
+        ("max-shard-size", "SIZE", "largest safetensors file, as 500MB or 4GB"),
+        ("processes", "N", "processes that share the work"),
+    ):
+        parser.add_argument(f"--{name}", metavar=metavar, help=f"{help_text} (export.{name.replace('-', '_')})")
+    parser.add_argument(
+        "--results", nargs="+", metavar="JSON", help="evaluations for the model card, the base's first (export.results)"
+    )
+    parser.add_argument(
+        "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
+    )
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
+
+
+def export_settings(options: dict) -> dict:
+    """Takes the settings of a recipe's `export` section out of parsed options, those that were given."""
+    names = ("dtype", "max_shard_size", "processes", "results")
+    return {name: value for name in names if (value := options.pop(name, None)) is not None}
 
 
 def _add(commands, name: str, help_text: str) -> argparse.ArgumentParser:

@@ -44,19 +44,25 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
 
 
 def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
-    """Write the upcycled model as a checkpoint (step 0), each rank straight from the dense safetensors."""
+    """Write the upcycled model as a checkpoint (step 0)."""
+    if not recipe.model.num_experts:
+        raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")
+    import_hf(recipe, dry_run=dry_run)
+
+
+def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
+    """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
     from megatron_lpr.training.run_state import RunState, find_checkpoint
     from megatron_lpr.validation import check_recipe
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
     arch = read_architecture(recipe.model.base)
     check_recipe(recipe, arch, Ranks.from_environment().world_size)
-    if not recipe.model.num_experts:
-        raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")
     if find_checkpoint(recipe.output):
         raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
-        print(f"would upcycle {recipe.model.base} into {recipe.output}: {recipe.model.num_experts} experts")
+        print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
     with megatron() as ranks:
         from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -69,7 +75,7 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
-            print(f"upcycled {recipe.model.base}: {recipe.model.num_experts} experts per layer, saved {folder}")
+            print(f"converted {recipe.model.base}: {experts}, saved {folder}")
 
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
@@ -116,8 +122,18 @@ def compare(files: list[str]) -> None:
     print(retention_table([EvaluationResult.load(file) for file in files]))
 
 
-def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) -> None:
-    """Write a checkpoint as a stock Hugging Face model, then check it against the base model."""
+def export(
+    recipe: Recipe,
+    *,
+    checkpoint: str,
+    out: str,
+    graft_delta: list[str] | None = None,
+    verify: bool = True,
+    dry_run: bool = False,
+    command_line: str | None = None,
+) -> None:
+    """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
+    from megatron_lpr.conversion.export import export_checkpoint
     from megatron_lpr.conversion.folders import check_vacant
     from megatron_lpr.training.run_state import checkpoint_folder
 
@@ -127,13 +143,17 @@ def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) 
     if dry_run:
         print(f"would export {source} to {out}")
         return
-    with megatron():
-        from megatron_lpr.conversion.from_megatron import export_checkpoint
-
-        report = export_checkpoint(recipe, str(source), out)
-    print(report)
-    if not report.ok:
-        raise UserError(f"export {out}: does not pass its own checks (see above)")
+    export_checkpoint(
+        source,
+        out,
+        base_dir=recipe.model.base,
+        settings=recipe.export,
+        graft_delta=graft_delta,
+        on_verified=print if verify else None,
+        command=command_line,
+        progress=True,
+    )
+    print(f"exported {source} to {out}" + ("" if verify else "; not verified"))
 
 
 def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:

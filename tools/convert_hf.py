@@ -1,64 +1,148 @@
 #!/usr/bin/env python
-"""Conversion of Hugging Face checkpoints from the command line: a thin door to megatron_lpr.conversion."""
+"""Conversion between Hugging Face and Megatron from the command line: a thin door to megatron_lpr.conversion.
+
+hf-to-megatron is the only one that runs Megatron; start it with torchrun for a model that one process cannot hold. The
+checkpoint that it writes loads at every layout, whatever the sizes it was written with.
+"""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_lpr.conversion.export import MAX_SHARD_BYTES, upcycle_hf
+from megatron_lpr import cli, commands
+from megatron_lpr.config import ModelConfig, ParallelConfig, Recipe
+from megatron_lpr.conversion.export import upcycle_hf
+from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.hf_io import DTYPES
+from megatron_lpr.conversion.sizes import parse_size
 from megatron_lpr.conversion.verify import verify_export
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe_io import from_tree, to_tree
+from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
+
+LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="convert_hf.py"
+    )
+    doors = parser.add_subparsers(dest="door", required=True)
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
+    def door(name: str, help: str, *folders: str) -> argparse.ArgumentParser:
+        added = doors.add_parser(
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        for folder in folders:
+            added.add_argument(folder.lower(), metavar=folder, help=FOLDERS[folder])
+        return added
 
-    upcycle = command("upcycle", "dense HF model -> HF MoE model that computes the same, without Megatron")
-    upcycle.add_argument("base", metavar="BASE", help="folder of the dense model")
-    upcycle.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    upcycle = door("upcycle", "HF model -> HF MoE model, without Megatron", "BASE", "OUT")
     upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
-    upcycle.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
-    upcycle.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
-    upcycle.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
-    upcycle.add_argument("--seed", type=int, default=0, help="seed of the initial router")
+    _add_expert_options(upcycle)
     upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
-    upcycle.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="bytes of tensors per shard")
+    upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help="largest safetensors file")
+    upcycle.add_argument("--processes", metavar="N", type=int, default=1, help="processes that share the work")
+    upcycle.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
-    verify = command("verify", "check an exported HF model against the dense model it came from")
-    verify.add_argument("export", metavar="EXPORT", help="folder of the exported model")
-    verify.add_argument("base", metavar="BASE", help="folder of the dense model")
+    to_megatron = door("hf-to-megatron", "HF model, upcycled or as it is -> distributed checkpoint", "BASE", "OUT")
+    to_megatron.add_argument("--num-experts", type=int, default=0, help="experts per layer; 0: as many as BASE has")
+    _add_expert_options(to_megatron)
+    to_megatron.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="None: that of BASE")
+    for size in LAYOUT:
+        to_megatron.add_argument(f"--{size.replace('_', '-')}", type=int, default=1, help=f"{size}-parallel size")
+
+    to_hf = door("megatron-to-hf", "distributed checkpoint -> HF model", "CHECKPOINT", "OUT")
+    to_hf.add_argument("--base", default=None, help="folder of the base model; None: where training found it")
+    cli.export_options(to_hf)
+
+    verify = door("verify", "check an exported HF model against the model it came from", "EXPORT", "BASE")
     verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
 
-    commands.add_parser("export", add_help=False, help="trained Megatron checkpoint -> HF model (megatron-lpr export)")
+    doors.add_parser("export", add_help=False, help="the same as megatron-lpr export")
     return parser
 
 
+FOLDERS = {
+    "BASE": "folder of the HF model",
+    "OUT": "folder to write; must not exist, or be empty",
+    "CHECKPOINT": "checkpoint, or output folder of a run",
+    "EXPORT": "folder of the exported model",
+}
+
+
+def _add_expert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
+    parser.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
+    parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial router")
+
+
+def upcycle(options: dict, command_line: str) -> int:
+    base, out, verify = options.pop("base"), options.pop("out"), options.pop("verify")
+    max_shard_bytes = parse_size(options.pop("max_shard_size"))
+    upcycle_hf(
+        base,
+        out,
+        **options,
+        max_shard_bytes=max_shard_bytes,
+        on_verified=print if verify else None,
+        command=command_line,
+        progress=True,
+    )
+    print(f"wrote {out}")
+    return 0
+
+
+def hf_to_megatron(options: dict, command_line: str) -> int:
+    model = ModelConfig(
+        base=options["base"],
+        num_experts=options["num_experts"],
+        num_frozen_experts=options["num_frozen"],
+        topk=options["topk"],
+        router_init_std=options["router_std"],
+        router_init_seed=options["seed"],
+        dtype=options["dtype"] or read_architecture(options["base"]).dtype,
+    )
+    parallel = ParallelConfig(**{size: options[size] for size in LAYOUT})
+    recipe = Recipe(name="convert_hf", output=options["out"], model=model, parallel=parallel)
+    commands.import_hf(from_tree(Recipe, to_tree(recipe), where=command_line))
+    return 0
+
+
+def megatron_to_hf(options: dict, command_line: str) -> int:
+    checkpoint, base, settings = options.pop("checkpoint"), options.pop("base"), cli.export_settings(options)
+    folder = checkpoint_folder(checkpoint)
+    tree = read_run_state(folder).recipe
+    if base:
+        tree["model"]["base"] = base
+    tree["export"] |= settings
+    recipe = from_tree(Recipe, tree, where=str(folder))
+    commands.export(recipe, checkpoint=checkpoint, **options, command_line=command_line)
+    return 0
+
+
+def verify(options: dict, command_line: str) -> int:
+    report = verify_export(options["export"], options["base"], num_frozen=options["num_frozen"])
+    print(report)
+    return 0 if report.ok else 1
+
+
+DOORS = {"upcycle": upcycle, "hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf, "verify": verify}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
+    """Goes through one door; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["export"]:
-        from megatron_lpr.cli import main as megatron_lpr
-
-        return megatron_lpr(argv)
-    args = vars(build_parser().parse_args(argv))
-    command = args.pop("command")
+        return cli.main(argv)
+    options = vars(build_parser().parse_args(argv))
     try:
-        if command == "upcycle":
-            print(f"wrote {upcycle_hf(args.pop('base'), args.pop('out'), **args)}")
-            return 0
-        report = verify_export(args["export"], args["base"], num_frozen=args["num_frozen"])
+        return DOORS[options.pop("door")](options, shlex.join(["convert_hf.py", *argv]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report)
-    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":

@@ -1,28 +1,86 @@
 """Export: a stream of whole tensors becomes a stock Hugging Face checkpoint, or no folder at all.
 
-Two sources share one writer: the parameters of a trained Megatron model (`export_model`) and a dense HF
-checkpoint upcycled offline, without building a Megatron model (`upcycle_hf`).
+Three sources share one writer: a Megatron distributed checkpoint (`export_checkpoint`), a HF checkpoint upcycled
+offline (`upcycle_hf`), and parameters in memory (`export_model`). None of them needs a Megatron model or a GPU.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_lpr.config import ExportConfig, Recipe
 from megatron_lpr.conversion.export_config import export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
+from megatron_lpr.conversion.graft import GraftedSource, check_own_base
 from megatron_lpr.conversion.hf_config import read_config
-from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter, torch_dtype
-from megatron_lpr.conversion.mappings import take_apart
-from megatron_lpr.conversion.model_card import model_card
-from megatron_lpr.conversion.names import parse
-from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts, router_rows
+from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
+from megatron_lpr.conversion.model_card import ModelCard
+from megatron_lpr.conversion.origins import check_upcycling
+from megatron_lpr.conversion.parallel_write import write_all
+from megatron_lpr.conversion.progress import byte_progress
+from megatron_lpr.conversion.provenance import read_provenance
+from megatron_lpr.conversion.sizes import parse_size
+from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource, zero_names
+from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
+from megatron_lpr.conversion.verify import VerifyReport, verify_export
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = 4 * 10**9
 
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
+OnVerified = Callable[[VerifyReport], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Export:
+    """What is written beside the tensors, and what the folder must be.
+
+    hf_dir: the HF model whose config, tokenizer and frozen tensors the export has: the base, or the instruct model.
+    num_frozen: experts that were never trained; 0 where everything was.
+    on_verified: the folder is verified before it appears, and this is given the report.
+    """
+
+    arch: Architecture
+    hf_dir: Path
+    out_dir: Path
+    num_experts: int
+    num_frozen: int
+    topk: int
+    max_shard_bytes: int
+    card: ModelCard
+    on_verified: OnVerified | None
+
+    def write(self, fill: Callable[[ShardedWriter], None]) -> Path:
+        shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
+        config = export_config(
+            self.arch, read_config(self.hf_dir), num_experts=self.num_experts, topk=self.topk, dtype=self.card.dtype
+        )
+        with complete_folder(self.out_dir) as folder:
+            writer = ShardedWriter(
+                folder, shapes, dtype=torch_dtype(self.card.dtype), max_shard_bytes=self.max_shard_bytes
+            )
+            fill(writer)
+            writer.close()
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            copy_companions(self.hf_dir, folder)
+            report = self._verify(folder) if self.on_verified else None
+            card = dataclasses.replace(self.card, frozen_sha256=report and report.frozen_sha256)
+            (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
+        return self.out_dir
+
+    def _verify(self, folder: Path) -> VerifyReport:
+        report = verify_export(folder, self.hf_dir, num_frozen=self.num_frozen)
+        self.on_verified(report)
+        if not report.ok:
+            wrong = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
+            raise UserError(f"'{self.out_dir}' was not written, for it fails its own verification: {wrong}")
+        return report
 
 
 def export_model(
@@ -36,10 +94,8 @@ def export_model(
     topk: int = 2,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    original_languages: Sequence[str] = (),
-    expanded_languages: Sequence[str] = (),
 ) -> Path:
-    """Writes a trained model as the family's stock MoE class (`num_experts` > 0) or as its dense class again.
+    """Writes parameters in memory as the family's stock MoE class (`num_experts` > 0) or as its dense class again.
 
     tensors: (global Megatron name, whole tensor), each once, in any order. Layers are numbered globally;
         `...mlp.experts.local_experts.I...` counts I over all new experts, so it becomes expert `num_frozen +
@@ -49,25 +105,31 @@ def export_model(
     the frozen ones. Returns `out_dir`. UserError when it exists and is not empty, when the disk is full or
     when a tensor never came; then nothing is left behind.
     """
-    return _write_folder(
-        to_hf(tensors, arch, num_frozen=num_frozen),
-        arch,
-        base_dir=base_dir,
-        out_dir=out_dir,
+    check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
+
+    def fill(writer: ShardedWriter) -> None:
+        for name, tensor in to_hf(((name, t.detach()) for name, t in tensors), arch, num_frozen=num_frozen):
+            writer.write(name, tensor)
+        for name in zero_names(arch, num_experts):
+            writer.write(name, torch.zeros(family_of(arch).shapes(arch, num_experts)[name]))
+
+    return _Export(
+        arch=arch,
+        hf_dir=Path(base_dir),
+        out_dir=Path(out_dir),
         num_experts=num_experts,
         num_frozen=num_frozen,
         topk=topk,
-        dtype=dtype or arch.dtype,
         max_shard_bytes=max_shard_bytes,
-        card=model_card(
+        card=ModelCard(
             base=Path(base_dir).name,
             num_experts=num_experts,
             num_frozen=num_frozen,
             topk=topk,
-            original_languages=original_languages,
-            expanded_languages=expanded_languages,
+            dtype=dtype or arch.dtype,
         ),
-    )
+        on_verified=None,
+    ).write(fill)
 
 
 def upcycle_hf(
@@ -81,94 +143,117 @@ def upcycle_hf(
     seed: int = 0,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    processes: int = 1,
+    on_verified: OnVerified | None = None,
+    command: str | None = None,
+    progress: bool = False,
 ) -> Path:
-    """Upcycles a dense HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
+    """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
     The result computes what the dense model computes and equals what `load_dense` followed by `export_model`
-    writes.
+    writes. on_verified: verify the folder before it appears, and hand over the report. UserError as `export_model`.
     """
-    check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     arch = read_architecture(base_dir)
-    reader = SafetensorsReader(base_dir)
-    check_checkpoint(reader, arch)
-    return _write_folder(
-        _upcycled(reader, arch, num_experts=num_experts, router_std=router_std, seed=seed),
-        arch,
-        base_dir=base_dir,
-        out_dir=out_dir,
+    check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
+    source = UpcycledSource(base_dir, arch, num_experts=num_experts, router_std=router_std, seed=seed)
+    return _Export(
+        arch=arch,
+        hf_dir=Path(base_dir),
+        out_dir=Path(out_dir),
         num_experts=num_experts,
         num_frozen=num_frozen,
         topk=topk,
-        dtype=dtype or arch.dtype,
         max_shard_bytes=max_shard_bytes,
-        card=model_card(
-            base=Path(base_dir).name, num_experts=num_experts, num_frozen=num_frozen, topk=topk, trained=False
+        card=ModelCard(
+            base=Path(base_dir).resolve().name,
+            num_experts=num_experts,
+            num_frozen=num_frozen,
+            topk=topk,
+            dtype=dtype or arch.dtype,
+            router_seed=seed,
+            router_std=router_std,
+            command=command,
         ),
-    )
+        on_verified=on_verified,
+    ).write(_from(source, "upcycle", processes=processes, progress=progress))
 
 
-def to_hf(tensors: NamedTensors, arch: Architecture, *, num_frozen: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Renames and unpacks whole Megatron parameters into HF tensors, one parameter at a time."""
-    family = family_of(arch)
-    for megatron_name, tensor in tensors:
-        name = parse(megatron_name)
-        if name.role == "router":
-            yield family.router_name(name.layer), tensor
-            continue
-        mapping = family.find(name.role, name.weight)
-        expert = name.expert
-        if name.role == "frozen_expert":
-            assert expert < num_frozen, megatron_name
-        elif name.role == "new_expert":
-            expert += num_frozen
-        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
-        parts = take_apart(tensor.detach(), mapping.kind, shapes, groups=arch.num_query_groups)
-        yield from zip(family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True)
-
-
-def _upcycled(
-    reader: SafetensorsReader, arch: Architecture, *, num_experts: int, router_std: float, seed: int
-) -> Iterator[tuple[str, torch.Tensor]]:
-    family = family_of(arch)
-    dense = set(family.shapes(arch))
-    for layer in range(arch.num_layers):
-        for weight in (source for mapping in family.ffn for source in mapping.hf):
-            name = family.ffn_name(layer, weight, expert=None)
-            dense.remove(name)
-            tensor = reader.get(name)
-            for expert in range(num_experts):
-                yield family.ffn_name(layer, weight, expert), tensor
-        yield (
-            family.router_name(layer),
-            router_rows(arch, layer=layer, num_experts=num_experts, router_std=router_std, seed=seed),
-        )
-    for name in sorted(dense):
-        yield name, reader.get(name)
-
-
-def _write_folder(
-    hf_tensors: NamedTensors,
-    arch: Architecture,
+def export_checkpoint(
+    checkpoint: str | Path,
+    out_dir: str | Path,
     *,
     base_dir: str | Path,
-    out_dir: str | Path,
-    num_experts: int,
-    num_frozen: int,
-    topk: int,
-    dtype: str,
-    max_shard_bytes: int,
-    card: str,
+    settings: ExportConfig | None = None,
+    graft_delta: Sequence[str | Path] | None = None,
+    on_verified: OnVerified | None = None,
+    command: str | None = None,
+    progress: bool = False,
 ) -> Path:
-    if num_experts:
-        check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk)
-    shapes = family_of(arch).shapes(arch, num_experts)
-    config = export_config(arch, read_config(base_dir), num_experts=num_experts, topk=topk, dtype=dtype)
-    with complete_folder(out_dir) as folder:
-        writer = ShardedWriter(folder, shapes, dtype=torch_dtype(dtype), max_shard_bytes=max_shard_bytes)
-        for name, tensor in hf_tensors:
-            writer.write(name, tensor)
-        writer.close()
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(base_dir, folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    return Path(out_dir)
+    """Writes a distributed checkpoint, or the newest of a run, as a stock HF model; needs no Megatron and no GPU.
+
+    base_dir: the HF model that training started from. graft_delta: (BASE, INSTRUCT), see graft.py; the export then
+    has INSTRUCT's config, tokenizer and frozen tensors. on_verified: verify the folder before it appears, and hand
+    over the report. UserError as `export_model`, and when checkpoint and base do not belong together.
+    """
+    settings = settings or ExportConfig()
+    folder = checkpoint_folder(str(checkpoint))
+    saved = from_tree(Recipe, read_run_state(folder).recipe, where=f"checkpoint {folder}")
+    model, untouched = saved.model, saved.untouched_experts if saved.model.num_experts else 0
+    dtype = model.dtype if settings.dtype == "auto" else settings.dtype
+    num_frozen = model.num_frozen_experts if model.num_experts else 0
+    arch, hf_dir = read_architecture(base_dir), Path(base_dir)
+    source: Source = CheckpointSource(folder, arch, num_experts=model.num_experts, num_frozen=num_frozen)
+    if graft_delta:
+        check_own_base(graft_delta[0], base_dir)
+        hf_dir = Path(graft_delta[1])
+        source = GraftedSource(
+            source,
+            arch,
+            base_dir=graft_delta[0],
+            instruct_dir=hf_dir,
+            num_experts=model.num_experts,
+            num_frozen=untouched,
+            dtype=dtype,
+        )
+        arch = dataclasses.replace(arch, max_position_embeddings=read_architecture(hf_dir).max_position_embeddings)
+    provenance = read_provenance(folder)
+    return _Export(
+        arch=arch,
+        hf_dir=hf_dir,
+        out_dir=Path(out_dir),
+        num_experts=model.num_experts,
+        num_frozen=untouched,
+        topk=model.topk,
+        max_shard_bytes=parse_size(settings.max_shard_size),
+        card=ModelCard(
+            base=Path(base_dir).resolve().name,
+            num_experts=model.num_experts,
+            num_frozen=untouched,
+            topk=model.topk,
+            dtype=dtype,
+            provenance=provenance,
+            router_seed=provenance.router_seed,
+            router_std=provenance.router_std,
+            instruct=hf_dir.resolve().name if graft_delta else None,
+            results=_results(settings.results),
+            command=command,
+        ),
+        on_verified=on_verified,
+    ).write(_from(source, "export", processes=settings.processes, progress=progress))
+
+
+def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
+    def fill(writer: ShardedWriter) -> None:
+        with byte_progress(what, sum(writer.sizes.values()), show=progress) as bar:
+            write_all(source, writer, processes=processes, progress=bar.update)
+
+    return fill
+
+
+def _results(files: Sequence[str]) -> str | None:
+    """The table of evaluation results for the card. UserError as `retention_table`."""
+    if not files:
+        return None
+    from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
+
+    return retention_table([EvaluationResult.load(file) for file in files])

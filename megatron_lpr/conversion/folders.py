@@ -1,5 +1,6 @@
 """Output folders that are either complete or not there."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,21 +36,48 @@ def check_vacant(out_dir: str | Path) -> None:
 def complete_folder(out_dir: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `out_dir` when the block ends well, and vanishes when it does not.
 
-    UserError, before anything is done, when `out_dir` exists and is not empty.
+    It lies beside `out_dir` as `.NAME.incomplete`. A process that is killed leaves it, the next one replaces it.
+    UserError, before anything is done, when `out_dir` exists and is not empty, or while another process writes it;
+    and when the disk is full or the folder cannot be written.
     """
     check_vacant(out_dir)
     out = Path(out_dir).absolute()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.incomplete")
+    temporary = out.with_name(f".{out.name}.incomplete")
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot create '{temporary}': {error.strerror}") from error
     try:
-        yield temporary
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _lock(lock, out_dir)
+        check_vacant(out_dir)  # the other process may have just finished
+        _empty(temporary)
+        try:
+            yield temporary
+            os.fsync(lock)
+            temporary.rename(out)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write '{out_dir}': {error.strerror or error}") from error
+            raise
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int, out_dir: str | Path) -> None:
+    """Taken back by the system when the process ends, however it ends."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing '{out_dir}': wait for it, or choose another folder") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def copy_companions(base_dir: str | Path, out_dir: Path) -> list[str]:

@@ -5,6 +5,7 @@ laid out once, tensors may come in any order, and a checkpoint that lacks a tens
 """
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_lpr.conversion.file_tensor import FileTensor, Shape, tensor_bytes, write_at
 from megatron_lpr.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
@@ -30,11 +32,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, without a copy where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
 class SafetensorsReader:
     """The tensors of a HF folder by name, from `model.safetensors` or from the shards of its index.
 
@@ -45,7 +42,7 @@ class SafetensorsReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._open: dict[str, Any] = {}
+        self._headers: dict[str, dict[str, Any]] = {}
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -56,7 +53,7 @@ class SafetensorsReader:
                     f"'{self.folder}' holds neither {SINGLE_FILE} nor {INDEX_FILE}: "
                     "download the model in safetensors format"
                 )
-            return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
+            return dict.fromkeys(self._header(SINGLE_FILE), SINGLE_FILE)
         try:
             file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
@@ -66,15 +63,32 @@ class SafetensorsReader:
                 raise UserError(f"'{self.folder}' lacks the shard {shard} that its index names: download it again")
         return file_of
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
+    def _header(self, file: str) -> dict[str, Any]:
+        """A file's header: dtype, shape and byte range in the file (`start`) of each tensor."""
+        if file not in self._headers:
+            path = self.folder / file
             try:
-                self._open[name] = safe_open(str(self.folder / name), framework="pt")
+                safe_open(str(path), framework="pt")  # the library knows best whether a file is sound
+                with open(path, "rb") as opened:
+                    (size,) = struct.unpack("<Q", opened.read(8))
+                    header = json.loads(opened.read(size))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"'{self.folder / name}' is damaged or truncated ({error}): download it again"
-                ) from error
-        return self._open[name]
+                raise UserError(f"'{path}' is damaged or truncated ({error}): download it again") from error
+            header.pop("__metadata__", None)
+            self._headers[file] = {
+                name: entry | {"start": 8 + size + entry["data_offsets"][0]} for name, entry in header.items()
+            }
+        return self._headers[file]
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self._file_of:
+            raise UserError(f"'{self.folder}' holds no tensor '{name}'")
+        file = self._file_of[name]
+        if name not in self._header(file):
+            raise UserError(
+                f"'{self.folder / file}' lacks the tensor '{name}' that the index names: download it again"
+            )
+        return self._header(file)[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -82,26 +96,19 @@ class SafetensorsReader:
     def keys(self) -> list[str]:
         return list(self._file_of)
 
-    def slice(self, name: str) -> Any:
-        """A tensor still on disk: `[a:b]` and `[:, a:b]` read that part and nothing else."""
-        if name not in self._file_of:
-            raise UserError(f"'{self.folder}' holds no tensor '{name}'")
-        try:
-            return self._file(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(
-                f"'{self.folder / self._file_of[name]}' lacks the tensor '{name}' that the index names: "
-                "download it again"
-            ) from error
+    def slice(self, name: str) -> FileTensor:
+        """A tensor still on disk: `[a:b]` reads that part and nothing else."""
+        entry = self._entry(name)
+        return FileTensor(self.folder / self._file_of[name], entry["start"], self.dtype(name), tuple(entry["shape"]))
 
     def get(self, name: str) -> torch.Tensor:
         return self.slice(name)[:]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.slice(name).get_shape())
+    def shape(self, name: str) -> Shape:
+        return tuple(self._entry(name)["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        code = self.slice(name).get_dtype()
+        code = self._entry(name)["dtype"]
         if code not in _CODES:
             raise UserError(f"tensor '{name}' of '{self.folder}' is {code}; supported: {', '.join(_CODES)}")
         return _CODES[code]
@@ -111,8 +118,11 @@ class ShardedWriter:
     """Writes a safetensors checkpoint of one dtype, tensor by tensor, straight to its place in its shard.
 
     shapes: every tensor of the checkpoint, in file order. A shard holds at most `max_shard_bytes` of tensors
-    (a larger tensor gets a shard of its own). UserError when the disk is full, and on `close()` when a tensor
+    (a larger tensor gets a shard of its own). A copy of the writer (by pickle) writes to the same shards; what it
+    wrote is told to the original by `mark_written`. UserError when the disk is full, and on `close()` when a tensor
     was never written.
+
+    sizes: bytes of each tensor.
     """
 
     def __init__(
@@ -122,10 +132,10 @@ class ShardedWriter:
             raise UserError(f"a shard of at most {max_shard_bytes} bytes: give a positive number")
         self._folder, self._dtype = folder, dtype
         self._shapes = dict(shapes)
-        self._bytes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+        self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
         self._missing = set(shapes)
         self._place: dict[str, tuple[str, int]] = {}
-        total, free = sum(self._bytes.values()), shutil.disk_usage(folder).free
+        total, free = sum(self.sizes.values()), shutil.disk_usage(folder).free
         if total > free:
             raise UserError(
                 f"'{folder.parent}' has {free / 1e9:.1f} GB free, the checkpoint needs {total / 1e9:.1f} GB"
@@ -138,7 +148,7 @@ class ShardedWriter:
     def _plan(self, max_shard_bytes: int) -> Iterator[list[str]]:
         names: list[str] = []
         used = 0
-        for name, size in self._bytes.items():
+        for name, size in self.sizes.items():
             if names and used + size > max_shard_bytes:
                 yield names
                 names, used = [], 0
@@ -150,7 +160,7 @@ class ShardedWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
-            end = offset + self._bytes[name]
+            end = offset + self.sizes[name]
             header[name] = {
                 "dtype": _CODE_OF[self._dtype],
                 "shape": list(self._shapes[name]),
@@ -166,27 +176,36 @@ class ShardedWriter:
         for name in names:
             self._place[name] = (file, start + header[name]["data_offsets"][0])
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Casts a tensor to the checkpoint's dtype and writes it. Each name is written once."""
+    def write(self, name: str, tensor: torch.Tensor | FileTensor) -> None:
+        """Writes a tensor, cast to the checkpoint's dtype; one on disk is copied there. Each name is written once."""
         assert name in self._missing, f"'{name}' is not a tensor of this checkpoint or was written before"
         assert tuple(tensor.shape) == tuple(self._shapes[name]), (name, tensor.shape, self._shapes[name])
         file, offset = self._place[name]
         try:
-            with open(self._folder / file, "r+b") as shard:
-                shard.seek(offset)
-                shard.write(tensor_bytes(tensor.to(self._dtype)))
+            with open(self._folder / file, "r+b", buffering=0) as shard:
+                if isinstance(tensor, FileTensor):
+                    tensor.copy_to(shard.fileno(), offset, self._dtype)
+                else:
+                    write_at(shard.fileno(), tensor_bytes(tensor.to(self._dtype)), offset)
         except OSError as error:
             raise UserError(f"cannot write '{self._folder / file}': {error.strerror}") from error
+        self.mark_written(name)
+
+    def mark_written(self, name: str) -> None:
+        """Takes note of a tensor that a copy of this writer has written."""
         self._missing.remove(name)
 
     def close(self) -> None:
-        """Checks that every tensor was written, and writes the index where there is more than one shard."""
+        """Checks that every tensor was written and is on the disk; writes the index for more than one shard."""
         if self._missing:
             raise UserError(
                 f"the checkpoint is incomplete: {len(self._missing)} of {len(self._shapes)} tensors "
                 f"were never written, the first is '{min(self._missing)}'"
             )
         files = {name: file for name, (file, _) in self._place.items()}
+        for file in sorted(set(files.values())):
+            with open(self._folder / file, "rb") as shard:
+                os.fsync(shard.fileno())
         if len(set(files.values())) > 1:
-            index = {"metadata": {"total_size": sum(self._bytes.values())}, "weight_map": files}
+            index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": files}
             (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

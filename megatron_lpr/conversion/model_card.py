@@ -1,50 +1,127 @@
 """The README.md of an exported model: what it is made of and what was done to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import yaml
 
+from megatron_lpr import __version__
+from megatron_lpr.conversion.provenance import Provenance, Stage
 
-def model_card(
-    *,
-    base: str,
-    num_experts: int,
-    num_frozen: int,
-    topk: int,
-    original_languages: Sequence[str] = (),
-    expanded_languages: Sequence[str] = (),
-    trained: bool = True,
-) -> str:
-    """Markdown with the YAML header that model hubs read; `num_experts` = 0 describes a dense model."""
-    languages = [*original_languages, *expanded_languages]
-    header = {"base_model": base, "library_name": "transformers", "tags": ["megatron_lpr"]}
-    if languages:
-        header["language"] = languages
-    if num_experts:
-        header["tags"].append("moe")
-        made_of = (
-            f"Every feed-forward network of `{base}` became {num_experts} experts with top-{topk} routing "
-            f"(MoE-LPR, arXiv 2408.11396). Experts 0 to {num_frozen - 1} are the original one and were never "
-            f"trained, nor were attention, embeddings and norms. "
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a card says.
+
+    num_experts: 0 for a dense model. num_frozen: experts 0..n-1 that were never trained, with everything outside the
+        experts; 0 where everything was trained.
+    instruct: the model whose difference to the base was grafted on. results: table of evaluations, in Markdown.
+    frozen_sha256: `frozen_digest` of the export. command: that wrote it.
+    """
+
+    base: str
+    num_experts: int
+    num_frozen: int
+    topk: int
+    dtype: str
+    provenance: Provenance | None = None  # None: upcycled, not trained
+    router_seed: int | None = None
+    router_std: float | None = None
+    instruct: str | None = None
+    results: str | None = None
+    frozen_sha256: str | None = None
+    command: str | None = None
+
+    def markdown(self) -> str:
+        """With the YAML header that model hubs read."""
+        header = yaml.safe_dump(self._header(), sort_keys=False, allow_unicode=True).strip()
+        what = "grafted" if self.instruct else "expanded"
+        lines = ["---", header, "---", "", f"# {self.base}, {what}", "", *self._made_of()]
+        if self.provenance:
+            lines += self._languages(self.provenance)
+            lines += [line for stage in self.provenance.stages for line in _stage(stage)]
+        if self.results:
+            lines += ["", "## Results", "", self.results]
+        return "\n".join([*lines, *self._exported(), ""])
+
+    def _header(self) -> dict[str, object]:
+        header: dict[str, object] = {
+            "base_model": [self.base, self.instruct] if self.instruct else self.base,
+            "library_name": "transformers",
+            "tags": ["megatron_lpr", *(["moe"] if self.num_experts else [])],
+        }
+        if self.provenance:
+            languages = [*self.provenance.languages("original"), *self.provenance.languages("expanded")]
+            header |= {"language": languages} if languages else {}
+        return header
+
+    def _made_of(self) -> Iterator[str]:
+        if not self.num_experts:
+            trained = self.provenance and self.provenance.stages
+            yield f"`{self.base}`, {'post-trained as a dense model' if trained else 'converted without training'}."
+        else:
+            yield (
+                f"Every feed-forward network of `{self.base}` became {self.num_experts} experts with "
+                f"top-{self.topk} routing (MoE-LPR, arXiv 2408.11396). {self._trained()}"
+            )
+            if self.router_seed is not None:
+                yield ""
+                yield f"The routers started from N(0, {self.router_std:g}) with seed {self.router_seed}."
+        if self.instruct:
+            yield ""
+            yield (
+                f"What instruction tuning changed in `{self.base}` was added at export (delta grafting, arXiv "
+                f"2605.18083): `{self.instruct}` minus `{self.base}`, once to attention, embeddings and norms, and to "
+                "every feed-forward network. The router has no such difference."
+            )
+
+    def _trained(self) -> str:
+        if self.provenance is None or not self.provenance.stages:
+            return "The new experts are copies of it and the router is random: the function is the base's."
+        if not self.num_frozen:
+            return "Everything was trained."
+        which = "Expert 0 is" if self.num_frozen == 1 else f"Experts 0 to {self.num_frozen - 1} are"
+        new = self.num_experts - self.num_frozen
+        return (
+            f"{which} the original and was never trained, nor were attention, embeddings and norms. The {new} new "
+            "experts and the router were post-trained."
         )
-        made_of += (
-            f"The {num_experts - num_frozen} new experts and the router were post-trained."
-            if trained
-            else "The new experts are copies of it and the router is random: the function is the base's."
+
+    def _languages(self, provenance: Provenance) -> Iterator[str]:
+        for role, sentence in (("original", "already spoke"), ("expanded", "was expanded to")):
+            if languages := provenance.languages(role):
+                yield ""
+                yield f"Languages it {sentence}: {', '.join(languages)}."
+
+    def _exported(self) -> Iterator[str]:
+        yield ""
+        yield f"Exported by megatron_lpr {__version__} in {self.dtype}."
+        if self.frozen_sha256:
+            whose = self.instruct or self.base
+            yield ""
+            yield f"The frozen tensors equal those of `{whose}`; SHA-256 over all of them: `{self.frozen_sha256}`."
+        if self.command:
+            yield ""
+            yield f"    {self.command}"
+
+
+def _stage(stage: Stage) -> Iterator[str]:
+    yield ""
+    yield f"## {stage.name}"
+    yield ""
+    yield f"Trained `{stage.trainable}` for {stage.steps:,} steps ({stage.samples:,} samples) with {stage.objective}."
+    if stage.losses:
+        yield f"Losses of the last step: {', '.join(f'{name} {value:.4f}' for name, value in stage.losses.items())}."
+    if not stage.corpora:
+        return
+    yield ""
+    yield "| corpus | language | role | tokens | tokens of its language trained on | SHA-256 |"
+    yield "|---|---|---|---:|---:|---|"
+    for corpus in stage.corpora:
+        trained_on = stage.tokens_per_language.get(corpus.language, 0)
+        yield (
+            f"| {corpus.name} | {corpus.language} | {corpus.role} | {corpus.tokens:,} | {trained_on:,} | "
+            f"`{corpus.digest}` |"
         )
-    else:
-        made_of = f"`{base}`, post-trained as a dense model."
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {base}, expanded",
-        "",
-        made_of,
-    ]
-    if original_languages:
-        lines += ["", f"Languages it already spoke: {', '.join(original_languages)}."]
-    if expanded_languages:
-        lines += ["", f"Languages it was expanded to: {', '.join(expanded_languages)}."]
-    return "\n".join([*lines, "", "Exported by megatron_lpr.", ""])
+    yield ""
+    yield f"SHA-256 of the manifest: `{stage.manifest}`."

@@ -1,11 +1,16 @@
 """The command line of tools/convert_hf.py: exit status and messages."""
 
 import importlib.util
-import sys
+import shlex
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_run import write_run
+
+from megatron_lpr import cli
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,12 +41,57 @@ def test_a_mistake_of_the_user_is_one_sentence(convert_hf, tmp_path, capsys):
 
 def test_export_is_forwarded_as_it_is(convert_hf, monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, "megatron_lpr.cli", SimpleNamespace(main=lambda argv: seen.append(argv) or 7))
+    monkeypatch.setattr(cli, "main", lambda argv: seen.append(argv) or 7)
     assert convert_hf(["export", "recipe.yaml", "--set", "a=1"]) == 7
     assert seen == [["export", "recipe.yaml", "--set", "a=1"]]
 
 
-@pytest.mark.parametrize("command", [[], ["upcycle"], ["verify"]])
+def test_checkpoint_to_hf(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run", recipe={"model": {"base": str(tmp_path / "moved"), "num_experts": 3}})
+    command = ["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
+    assert convert_hf(command) == 2
+    assert f"error: model folder '{tmp_path / 'moved'}' does not exist" in capsys.readouterr().err
+    options = ["--base", str(toy_base), "--dtype", "bfloat16", "--max-shard-size", "20KB"]
+    assert convert_hf([*command, *options]) == 0
+    assert "21 of 21 equal" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert shlex.join(["convert_hf.py", *command, *options]) in (tmp_path / "out/README.md").read_text()
+    assert convert_hf([*command, *options]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_a_grafted_export_of_nothing_is_the_export(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run")
+    for out, options in (("plain", ["--no-verify"]), ("grafted", ["--graft-delta", str(toy_base), str(toy_base)])):
+        assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / out), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "plain; not verified" in printed and "21 of 21 equal" in printed
+    plain, grafted = (load_file(tmp_path / out / "model.safetensors") for out in ("plain", "grafted"))
+    assert all(torch.equal(tensor, grafted[name]) for name, tensor in plain.items())
+
+
+def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_path, capsys):
+    write_run(toy_base, tmp_path / "run")
+    other = shutil.copytree(toy_base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1e-3
+    save_file(tensors, other / "model.safetensors")
+    assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(other)]) == 2
+    printed, error = capsys.readouterr()
+    assert "FAIL  frozen tensors 20 of 21" in printed
+    assert error.splitlines()[-1].startswith("error: ") and "was not written" in error.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
+
+
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
+def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
+    write_run(toy_base, tmp_path / "run")
+    assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and option[1] in error
+
+
+@pytest.mark.parametrize("command", [[], ["upcycle"], ["hf-to-megatron"], ["megatron-to-hf"], ["verify"]])
 def test_help(convert_hf, capsys, command):
     with pytest.raises(SystemExit) as stop:
         convert_hf([*command, "--help"])

@@ -1,0 +1,159 @@
+"""Tensors that are still on disk: what is asked for is read or copied, and nothing stays behind.
+
+Bytes are read, not mapped: every page of a mapped file that was touched counts as this process' memory until the file
+is closed, so that converting a model through a mapping takes as much memory as the model.
+"""
+
+import errno
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+
+from megatron_lpr.errors import UserError
+
+Shape = tuple[int, ...]
+_BLOCK_BYTES = 2**24
+_NOT_HERE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+class Narrowable(Protocol):
+    """A tensor, or one still on disk: a range of rows or columns is all that conversion asks for."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def rows(self, start: int, stop: int) -> "FileTensor":
+        """A range of rows, not read yet."""
+        skipped = start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return FileTensor(self.path, self.offset + skipped, self.dtype, (stop - start, *self.shape[1:]))
+
+    def copy_to(self, file: int, offset: int, dtype: torch.dtype) -> None:
+        """Writes the tensor at `offset` of an open file, by the kernel where nothing is cast, in blocks otherwise.
+
+        OSError when it cannot be written, UserError when it cannot be read.
+        """
+        if dtype != self.dtype or not self._copied_by_kernel(file, offset):
+            row_bytes = max(math.prod(self.shape[1:]), 1) * self.dtype.itemsize
+            rows = max(_BLOCK_BYTES // row_bytes, 1)
+            for start in range(0, self.shape[0], rows):
+                block = tensor_bytes(self[start : start + rows].to(dtype))
+                write_at(file, block, offset)
+                offset += len(block)
+
+    def _copied_by_kernel(self, file: int, offset: int) -> bool:
+        left, start = math.prod(self.shape) * self.dtype.itemsize, self.offset
+        with _open(self.path) as source:
+            while left:
+                try:
+                    copied = os.copy_file_range(source.fileno(), file, left, start, offset)
+                except OSError as error:
+                    if error.errno in _NOT_HERE:
+                        return False
+                    raise
+                if not copied:
+                    raise _truncated(self.path)
+                left, start, offset = left - copied, start + copied, offset + copied
+        return True
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A row-major tensor at a byte offset of a file. Indexing reads: `t[a:b]`, `t[:, a:b]`; `t[i]` does not yet."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+
+    def __getitem__(self, index: "int | slice | tuple[slice, slice]") -> "FileTensor | torch.Tensor":
+        if isinstance(index, int):
+            assert 0 <= index < self.shape[0], (index, self.shape)
+            skipped = index * math.prod(self.shape[1:]) * self.dtype.itemsize
+            return FileTensor(self.path, self.offset + skipped, self.dtype, self.shape[1:])
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        return self._read(start, stop)[(slice(None), *columns)]
+
+    def rows(self, start: int, stop: int) -> "FileTensor":
+        """A range of rows, not read yet."""
+        skipped = start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return FileTensor(self.path, self.offset + skipped, self.dtype, (stop - start, *self.shape[1:]))
+
+    def copy_to(self, file: int, offset: int, dtype: torch.dtype) -> None:
+        """Writes the tensor at `offset` of an open file, by the kernel where nothing is cast, in blocks otherwise.
+
+        OSError when it cannot be written, UserError when it cannot be read.
+        """
+        if dtype != self.dtype or not self._copied_by_kernel(file, offset):
+            row_bytes = max(math.prod(self.shape[1:]), 1) * self.dtype.itemsize
+            rows = max(_BLOCK_BYTES // row_bytes, 1)
+            for start in range(0, self.shape[0], rows):
+                block = tensor_bytes(self[start : start + rows].to(dtype))
+                write_at(file, block, offset)
+                offset += len(block)
+
+    def _copied_by_kernel(self, file: int, offset: int) -> bool:
+        left, start = math.prod(self.shape) * self.dtype.itemsize, self.offset
+        with _open(self.path) as source:
+            while left:
+                try:
+                    copied = os.copy_file_range(source.fileno(), file, left, start, offset)
+                except OSError as error:
+                    if error.errno in _NOT_HERE:
+                        return False
+                    raise
+                if not copied:
+                    raise _truncated(self.path)
+                left, start, offset = left - copied, start + copied, offset + copied
+        return True
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """As torch.Tensor.narrow; along the first dimension nothing else is read."""
+        if dim == 0:
+            return self._read(start, start + length)
+        return self._read(0, self.shape[0]).narrow(dim, start, length)
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if rows.numel() == 0:
+            return rows
+        with _open(self.path) as file:
+            file.seek(self.offset + start * row_bytes)
+            buffer = tensor_bytes(rows)
+            while buffer:  # one call reads 2 GiB at most
+                read = file.readinto(buffer)
+                if not read:
+                    raise _truncated(self.path)
+                buffer = buffer[read:]
+        return rows
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def _truncated(path: Path) -> UserError:
+    return UserError(f"'{path}' is truncated: copy or download it again")
+
+
+def write_at(file: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset` of an open file. OSError when the disk is full."""
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, without a copy where it is contiguous on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

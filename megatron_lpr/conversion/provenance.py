@@ -1,0 +1,113 @@
+"""What was done to a model, as its checkpoint and the files of its run tell it: for the model card."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.training.run_state import RunState, checkpoint_folder, read_run_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Training text of one language; `digest` is the SHA-256 of its tokens on disk."""
+
+    name: str
+    language: str
+    role: str
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run. losses: of its last step, by name, those that were computed. manifest: digest of its data."""
+
+    name: str
+    trainable: str
+    steps: int
+    samples: int
+    objective: str
+    losses: dict[str, float]
+    tokens_per_language: dict[str, int]
+    manifest: str
+    corpora: tuple[Corpus, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a model came about; stages in the order in which they were run."""
+
+    router_seed: int | None = None
+    router_std: float | None = None
+    stages: tuple[Stage, ...] = field(default=())
+
+    def languages(self, role: str) -> list[str]:
+        """Languages of the training data that have this role, in order of appearance."""
+        corpora = [corpus for stage in self.stages for corpus in stage.corpora]
+        return list(dict.fromkeys(corpus.language for corpus in corpora if corpus.role == role))
+
+
+def read_provenance(checkpoint: Path) -> Provenance:
+    """Of a checkpoint, and of those that its run and the runs before it started from, as far as they are there."""
+    model = read_run_state(checkpoint).recipe["model"]
+    stages = [_stage(folder, state) for folder, state in _lineage(checkpoint) if state.recipe.get("train")]
+    return Provenance(
+        router_seed=model.get("router_init_seed") if model.get("num_experts") else None,
+        router_std=model.get("router_init_std") if model.get("num_experts") else None,
+        stages=tuple(reversed(stages)),
+    )
+
+
+def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:
+    seen: set[Path] = set()
+    folder: Path | None = checkpoint
+    while folder is not None and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        state = read_run_state(folder)
+        yield folder, state
+        load = state.recipe["model"].get("load")
+        try:
+            folder = checkpoint_folder(load) if load else None
+        except UserError:
+            folder = None  # it has been moved or deleted since
+
+
+def _stage(folder: Path, state: RunState) -> Stage:
+    recipe, data = state.recipe, state.data_state or {}
+    corpora = (
+        Corpus(name=name, **{key: corpus[key] for key in ("language", "role", "tokens", "digest")})
+        for name, corpus in data.get("corpora", {}).items()
+    )
+    return Stage(
+        name=recipe["name"],
+        trainable=recipe["train"]["trainable"],
+        steps=state.step,
+        samples=state.consumed_samples,
+        objective=_objective(recipe),
+        losses=_losses(folder.parent.parent / "metrics.jsonl", state.step),
+        tokens_per_language=state.tokens_per_language or {},
+        manifest=data.get("manifest", ""),
+        corpora=tuple(corpora),
+    )
+
+
+def _objective(recipe: dict[str, Any]) -> str:
+    terms = ["NTP"]
+    for section, name in (("balance", "balance"), ("lpr", "LPR")):
+        if coefficient := recipe.get(section, {}).get("coeff"):
+            terms.append(f"{coefficient:g} · {name}")
+    return " + ".join(terms)
+
+
+def _losses(metrics: Path, step: int) -> dict[str, float]:
+    """Of that step, of a metrics.jsonl that may be gone or broken: then there is nothing to tell."""
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        record = next(record for record in map(json.loads, reversed(lines)) if record["step"] == step)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return {}
+    losses = {"NTP": "ntp_loss", "balance": "balance_loss", "LPR": "lpr_loss"}
+    return {name: record[key] for name, key in losses.items() if record.get(key) is not None}
