@@ -4,6 +4,7 @@ Two sources share one writer: the parameters of a trained Megatron model (`expor
 checkpoint upcycled offline, without building a Megatron model (`upcycle_hf`).
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter, torc
 from megatron_lpr.conversion.mappings import take_apart
 from megatron_lpr.conversion.model_card import model_card
 from megatron_lpr.conversion.names import parse
-from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts, router_rows
+from megatron_lpr.conversion.origins import check_experts, check_upcycling, initial_tensor, origins
+from megatron_lpr.conversion.upcycle import check_checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -50,7 +52,7 @@ def export_model(
     when a tensor never came; then nothing is left behind.
     """
     return _write_folder(
-        to_hf(tensors, arch, num_frozen=num_frozen),
+        itertools.chain(to_hf(tensors, arch, num_frozen=num_frozen), zero_tensors(arch, num_experts)),
         arch,
         base_dir=base_dir,
         out_dir=out_dir,
@@ -87,8 +89,8 @@ def upcycle_hf(
     The result computes what the dense model computes and equals what `load_dense` followed by `export_model`
     writes.
     """
-    check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     arch = read_architecture(base_dir)
+    check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     reader = SafetensorsReader(base_dir)
     check_checkpoint(reader, arch)
     return _write_folder(
@@ -126,24 +128,20 @@ def to_hf(tensors: NamedTensors, arch: Architecture, *, num_frozen: int) -> Iter
         yield from zip(family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True)
 
 
+def zero_tensors(arch: Architecture, num_experts: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the MoE class has and Megatron's model has not."""
+    for name, shape in family_of(arch).zero_shapes(arch, num_experts).items():
+        yield name, torch.zeros(shape)
+
+
 def _upcycled(
     reader: SafetensorsReader, arch: Architecture, *, num_experts: int, router_std: float, seed: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    family = family_of(arch)
-    dense = set(family.shapes(arch))
-    for layer in range(arch.num_layers):
-        for weight in (source for mapping in family.ffn for source in mapping.hf):
-            name = family.ffn_name(layer, weight, expert=None)
-            dense.remove(name)
-            tensor = reader.get(name)
-            for expert in range(num_experts):
-                yield family.ffn_name(layer, weight, expert), tensor
-        yield (
-            family.router_name(layer),
-            router_rows(arch, layer=layer, num_experts=num_experts, router_std=router_std, seed=seed),
+    for name, origin in origins(arch, num_experts).items():
+        tensor = initial_tensor(
+            name, origin, reader, arch, num_experts=num_experts, router_std=router_std, seed=seed
         )
-    for name in sorted(dense):
-        yield name, reader.get(name)
+        yield name, tensor
 
 
 def _write_folder(

@@ -86,6 +86,8 @@ def _architecture(arch: Architecture) -> dict:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        # Megatron counts the positions to the left of a query, transformers counts its own too
+        window_size=(arch.sliding_window - 1, 0) if arch.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )

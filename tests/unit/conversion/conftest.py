@@ -2,69 +2,28 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-MODELS = {
-    "gqa": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-    "tied_llama3_head_dim": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **{**SIZES, "max_position_embeddings": 16384},
-            head_dim=16,
-            tie_word_embeddings=True,
-            rope_parameters={**LLAMA3_SCALING, "rope_theta": 1e5},
-        )
-    ),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, head_dim=8)),
-}
+from tiny_models import TINY, save_tiny
 
 
-def save_model(name, folder, dtype=torch.float32):
-    """Random weights, norms included, and a tokenizer file of arbitrary bytes."""
-    torch.manual_seed(sum(map(ord, name)))
-    model = MODELS[name]().to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 1.0))
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(b'{"not": "parsed"}  \n')
-    return folder
-
-
-@pytest.fixture(scope="session", params=list(MODELS))
+@pytest.fixture(scope="session", params=list(TINY))
 def base(request, tmp_path_factory):
     """The folder of each tiny dense model in turn, fp32."""
-    return save_model(request.param, tmp_path_factory.mktemp(request.param))
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    return save_model("gqa", tmp_path_factory.mktemp("llama"))
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def llama_bf16(tmp_path_factory):
-    return save_model("gqa", tmp_path_factory.mktemp("llama_bf16"), torch.bfloat16)
+    return save_tiny("llama", tmp_path_factory.mktemp("llama_bf16"), torch.bfloat16)
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory):
-    return save_model("tied_llama3_head_dim", tmp_path_factory.mktemp("tied"))
+    return save_tiny("llama_tied_llama3_head_dim", tmp_path_factory.mktemp("tied"))
 
 
 PADDING_MULTIPLE = 64
@@ -81,6 +40,11 @@ def shapes_of_rank(arch, *, tp=1, ep=1, etp=1, num_frozen, num_experts, layers, 
         norm = "self_attention.linear_qkv.layer_norm_weight" if te_names else "input_layernorm.weight"
         shapes[prefix + norm] = (hidden,)
         shapes[prefix + "self_attention.linear_qkv.weight"] = (qkv // tp, hidden)
+        if arch.qkv_bias:
+            shapes[prefix + "self_attention.linear_qkv.bias"] = (qkv // tp,)
+        if arch.qk_norm:
+            shapes[prefix + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
+            shapes[prefix + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
         shapes[prefix + "self_attention.linear_proj.weight"] = (
             hidden,
             arch.num_attention_heads * arch.head_dim // tp,
