@@ -49,7 +49,7 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
     from megatron_lpr.validation import check_recipe
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = read_architecture(recipe.model.base)
+    arch = read_architecture(recipe.model.base, recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, Ranks.from_environment().world_size)
     if not recipe.model.num_experts:
         raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")

@@ -4,6 +4,7 @@ import torch
 
 from megatron_lpr.config import ParallelConfig, Recipe
 from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.conversion.origins import check_upcycling
 from megatron_lpr.errors import UserError
 
 
@@ -14,6 +15,10 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         UserError: names the field, the value and the nearest valid ones.
     """
     _check_experts(recipe)
+    model = recipe.model
+    check_upcycling(
+        arch, num_experts=model.num_experts, num_frozen=model.num_frozen_experts, topk=model.topk
+    )
     _check_sizes(recipe, arch, world_size)
     _check_dispatcher(recipe)
     _check_overlap(recipe.parallel)

@@ -95,7 +95,7 @@ def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path
     tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="0" * 64, eod_id=0)
     return Plan(
         recipe=recipe,
-        arch=read_architecture(recipe.model.base),
+        arch=read_architecture(recipe.model.base, recipe.model.mlp_only_layers),
         manifest=Manifest(path="none", tokenizer=tokenizer, corpora=corpora),
         sampler=FixedSampler(batch),
         world_size=world_size,

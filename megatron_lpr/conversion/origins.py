@@ -15,8 +15,6 @@ matter which copy is.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -64,7 +62,7 @@ def check_upcycling(arch: Architecture, *, num_experts: int, num_frozen: int, to
     if old and num_experts > old and num_frozen < old:
         raise UserError(
             f"all {old} experts of the base model are frozen when it is expanded again: "
-            f"set num_frozen to {old}, not {num_frozen}"
+            f"set num_frozen_experts (--num-frozen) to {old}, not {num_frozen}"
         )
 
 
@@ -122,27 +120,3 @@ def router_rows(
     if old is None:
         return rows
     return torch.cat([old.float(), old[0].float() + rows[len(old) :]])
-
-
-def with_layers_kept_dense(arch: Architecture, layers: Sequence[int]) -> Architecture:
-    """The same model, of which these layers (from 0) get no experts when it is upcycled.
-
-    UserError where the MoE class has no such layers, or the base has its experts in others already.
-    """
-    if not layers:
-        return arch
-    family = family_of(arch)
-    if "mlp_only_layers" not in family.moe.fields:
-        raise UserError(
-            f"mlp_only_layers {sorted(layers)}: a {family.moe.architecture} has experts in every layer; "
-            "only models that are exported to a Qwen class can keep dense layers"
-        )
-    kept = tuple(sorted(set(layers)))
-    if kept[0] < 0 or kept[-1] >= arch.num_layers or len(kept) == arch.num_layers:
-        raise UserError(f"mlp_only_layers {list(kept)}: some, not all, of the layers 0 to {arch.num_layers - 1}")
-    if arch.num_experts and kept != arch.mlp_only_layers:
-        raise UserError(
-            f"mlp_only_layers {list(kept)}: the base model has experts already, in all layers but "
-            f"{list(arch.mlp_only_layers)}"
-        )
-    return replace(arch, mlp_only_layers=kept)

@@ -14,7 +14,7 @@ from megatron_lpr.conversion.families import Architecture, Family, family_of, re
 from megatron_lpr.conversion.folders import COMPANION_FILES
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader, tensor_bytes, torch_dtype
-from megatron_lpr.conversion.origins import Origin, check_experts, origins, with_layers_kept_dense
+from megatron_lpr.conversion.origins import Origin, check_experts, origins
 from megatron_lpr.conversion.stock_class import stock_shapes
 from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError
@@ -120,7 +120,7 @@ def _as_exported(arch: Architecture, config: dict[str, Any]) -> Architecture:
         size = config.get(fields["shared_expert_size"][0], arch.shared_expert_size)
         arch = replace(arch, shared_expert_size=size)
     if "mlp_only_layers" in fields:
-        arch = with_layers_kept_dense(arch, config.get("mlp_only_layers") or ())
+        arch = replace(arch, mlp_only_layers=tuple(config.get("mlp_only_layers") or ()))
     return arch
 
 

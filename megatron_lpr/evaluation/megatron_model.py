@@ -27,9 +27,10 @@ class MegatronModel:
         if source:
             saved = read_run_state(source).recipe["model"]
             experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
-            model = dataclasses.replace(model, **experts)
+            layers = tuple(saved.get("mlp_only_layers", ()))
+            model = dataclasses.replace(model, **experts, mlp_only_layers=layers)
         recipe = dataclasses.replace(recipe, model=model, parallel=ParallelConfig(), train=None)
-        self.recipe, self.arch = recipe, read_architecture(model.base)
+        self.recipe, self.arch = recipe, read_architecture(model.base, model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, self.arch)
         fill_weights(recipe, self.arch, chunks, source)

@@ -1,10 +1,11 @@
 """Model families, a table each. Nothing else in the package knows a Hugging Face tensor name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpr.conversion.families.llama import LLAMA, MISTRAL
 from megatron_lpr.conversion.families.qwen import QWEN2, QWEN3
-from megatron_lpr.conversion.families.reading import read_model
+from megatron_lpr.conversion.families.reading import read_model, with_mlp_only_layers
 from megatron_lpr.conversion.families.table import EMBEDDING, OUTPUT_LAYER, Architecture, Family, Shape
 
 __all__ = [
@@ -26,10 +27,12 @@ def family_of(arch: Architecture) -> Family:
     return FAMILIES[arch.family]
 
 
-def read_architecture(hf_dir: str | Path) -> Architecture:
+def read_architecture(hf_dir: str | Path, mlp_only_layers: Sequence[int] = ()) -> Architecture:
     """The architecture of a HF model folder, dense or already upcycled.
 
+    mlp_only_layers: layers (from 0) that get no experts when a dense model is upcycled.
     UserError: no folder, no config.json, an architecture that is not supported (the supported ones are
     named), a field that is missing, or a feature that the family cannot carry.
     """
-    return read_model(hf_dir, FAMILIES.values())
+    arch = read_model(hf_dir, FAMILIES.values())
+    return with_mlp_only_layers(arch, family_of(arch), mlp_only_layers) if mlp_only_layers else arch
