@@ -137,7 +137,8 @@ def export(recipe: Recipe, *, checkpoint: str, out: str, dry_run: bool = False) 
 
 
 def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:
-    """Check an export: keys, shapes, frozen tensors against the base model, logits against the checkpoint."""
+    """Check an export: keys, shapes and frozen tensors against the base model; tensors and logits against a checkpoint.
+    """
     from megatron_lpr.conversion.verify import verify_export
     from megatron_lpr.training.run_state import checkpoint_folder
 
@@ -151,11 +152,11 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
     if source:
         _single_process("verify --checkpoint")
         with megatron():
-            from megatron_lpr.conversion.from_megatron import compare_logits
+            from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
 
-            check = compare_logits(recipe, source, export_dir)
-        print(check)
-        ok = ok and check.ok
+            checks = compare_with_checkpoint(recipe, source, export_dir)
+        print(*checks, sep="\n")
+        ok = ok and all(check.ok for check in checks)
     if not ok:
         raise UserError(f"verify {export_dir}: failed (see above)")
 

@@ -159,6 +159,9 @@ class ExportConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "`auto` is the dtype that was trained")
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
+    shared_expert_size: int | None = opt(
+        None, "width of the zero shared expert that Qwen2Moe insists on; without it 128, or the base model's"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,20 +20,26 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
 
-    upcycle = command("upcycle", "dense HF model -> HF MoE model that computes the same, without Megatron")
-    upcycle.add_argument("base", metavar="BASE", help="folder of the dense model")
+    upcycle = command("upcycle", "HF model, dense or with experts -> HF MoE model with more, without Megatron")
+    upcycle.add_argument("base", metavar="BASE", help="folder of the model")
     upcycle.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
     upcycle.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
     upcycle.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
     upcycle.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
     upcycle.add_argument("--seed", type=int, default=0, help="seed of the initial router")
+    upcycle.add_argument(
+        "--mlp-only-layers", type=int, nargs="+", default=[], help="layers (from 0) that get no experts; Qwen only"
+    )
+    upcycle.add_argument(
+        "--shared-expert-size", type=int, default=None, help="width of the zero shared expert; Qwen2 only, None: 128"
+    )
     upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
     upcycle.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="bytes of tensors per shard")
 
-    verify = command("verify", "check an exported HF model against the dense model it came from")
+    verify = command("verify", "check an exported HF model against the model it came from")
     verify.add_argument("export", metavar="EXPORT", help="folder of the exported model")
-    verify.add_argument("base", metavar="BASE", help="folder of the dense model")
+    verify.add_argument("base", metavar="BASE", help="folder of the model it came from")
     verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
 
     commands.add_parser("export", add_help=False, help="trained Megatron checkpoint -> HF model (megatron-lpr export)")

@@ -81,15 +81,17 @@ def upcycle_hf(
     topk: int = 2,
     router_std: float = 0.02,
     seed: int = 0,
+    mlp_only_layers: Sequence[int] = (),
+    shared_expert_size: int | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Upcycles a dense HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
+    """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
-    The result computes what the dense model computes and equals what `load_dense` followed by `export_model`
-    writes.
+    The result computes what a dense model computes (for one that has experts already see origins.py) and equals
+    what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see `read_architecture`.
     """
-    arch = read_architecture(base_dir)
+    arch = read_architecture(base_dir, mlp_only_layers, shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     reader = SafetensorsReader(base_dir)
     check_checkpoint(reader, arch)

@@ -100,6 +100,35 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
     )
 
 
+def compare_tensors(export_dir: str | Path, expected: Iterable[tuple[str, torch.Tensor]]) -> Check:
+    """Every tensor of an export against the tensor (name, value) that a checkpoint says it is, bit for bit.
+
+    expected: in any order and of any floating dtype, cast to the export's as exporting does. What must be zero
+    (`Family.zero_shapes`) is in no checkpoint, and is not looked at here.
+    """
+    export, arch = SafetensorsReader(export_dir), read_architecture(export_dir)
+    unseen = set(export.keys()) - family_of(arch).zero_shapes(arch, arch.num_experts).keys()
+    wrong = []
+    for name, tensor in expected:
+        if name not in unseen:
+            wrong.append(f"{name} is not there")
+            continue
+        unseen.remove(name)
+        if not _same_bits(export.get(name), tensor):
+            wrong.append(name)
+    wrong += [f"{name} is in no checkpoint" for name in sorted(unseen)]
+    detail = f"{len(wrong)} tensors differ: {_listed(wrong)}" if wrong else "every tensor equals its own, bit for bit"
+    return Check(name="checkpoint", ok=not wrong, detail=detail)
+
+
+def _same_bits(there: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Also where `==` would not see it: in NaN and in the sign of zero."""
+    expected = expected.detach().cpu().to(there.dtype)
+    return there.shape == expected.shape and torch.equal(
+        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (there, expected))
+    )
+
+
 def _num_experts(config: dict[str, Any], family: Family, export_dir: str | Path) -> int:
     name = (config.get("architectures") or ["none"])[0]
     if name == family.dense.architecture:

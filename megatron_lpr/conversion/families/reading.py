@@ -92,6 +92,15 @@ def _architecture(
     )
 
 
+def with_shared_expert(arch: Architecture, family: Family, size: int) -> Architecture:
+    """The same model, exported with a zero shared expert of this width. UserError where the MoE class has none."""
+    if "shared_expert_size" not in family.moe.fields:
+        raise UserError(f"shared_expert_size {size}: a {family.moe.architecture} has no shared expert; leave it out")
+    if size < 0:
+        raise UserError(f"shared_expert_size {size}: at least 0, which leaves the shared expert's weights out")
+    return replace(arch, shared_expert_size=size)
+
+
 def _shared_expert_size(values: dict[str, Any], family: Family, hf_class: HFClass) -> int:
     if "shared_expert_size" not in family.moe.fields:
         return 0
