@@ -26,15 +26,19 @@ LAYOUTS = {
     },
 }
 # base folder, experts of the model, frozen ones of them
-SOURCES = {"dense": ("dense", 5, 1), "moe": ("moe", 5, 1), "again": ("moe", 9, 5)}
-ALL_TOGETHER = ("tp2_pp2_ep2",)
-# a dense base at every layout (Mistral's tensors are Llama's), one that has experts where everything comes together
+SOURCES = {"dense": ("dense", 5, 1), "moe": ("moe", 5, 1), "again": ("moe", 9, 5), "mixed": ("dense", 5, 1)}
+# a dense base at every layout, one that has experts where several sizes come together
+SOURCES_AT = {layout: ("dense",) for layout in LAYOUTS[2]} | {
+    "tp2_pp2_ep2": ("dense", "moe", "again"),
+    "pp2_vpp2_etp2": ("dense", "moe"),
+}
 CASES = [
     (family, layout, source)
     for family in FAMILIES
-    for layout in (ALL_TOGETHER if family == "mistral_window" else LAYOUTS[2] | LAYOUTS[4])
-    for source in (SOURCES if layout in ALL_TOGETHER else ("dense", "moe") if layout in LAYOUTS[4] else ("dense",))
-]
+    for layout, sources in SOURCES_AT.items()
+    for source in sources
+    if family != "mistral_window" or layout == "tp2_pp2_ep2"  # its tensors are Llama's
+] + [("qwen3", "pp2_vpp2_etp2", "mixed")]
 
 
 def recipe_of(root: Path, family: str, layout: str, source: str) -> Recipe:
@@ -46,12 +50,17 @@ def recipe_of(root: Path, family: str, layout: str, source: str) -> Recipe:
             "base": str(root / family / base),
             "num_experts": num_experts,
             "num_frozen_experts": num_frozen,
+            "mlp_only_layers": list(mlp_only_layers(source)),
             "router_init_std": 0.1,
             "router_init_seed": 3,
         },
         "parallel": (LAYOUTS[2] | LAYOUTS[4])[layout],
     }
     return from_tree(Recipe, tree, where="test")
+
+
+def mlp_only_layers(source: str) -> tuple[int, ...]:
+    return (1, 2) if source == "mixed" else ()
 
 
 def poison(chunks) -> None:
@@ -76,7 +85,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
 
         for case in cases:
             recipe = recipe_of(root, *case)
-            arch = read_architecture(recipe.model.base)
+            arch = read_architecture(recipe.model.base, recipe.model.mlp_only_layers)
             init_model_parallel(recipe.parallel)
             chunks = build_model(recipe, arch)
             poison(chunks)
@@ -96,9 +105,11 @@ def root(tmp_path_factory):
         save_tiny(family, root / family / "dense", num_hidden_layers=4)
         rewrite(upcycle_hf(root / family / "dense", root / family / "moe", num_experts=5), train_a_little)
         for source, (base, num_experts, num_frozen) in SOURCES.items():
+            if source == "mixed" and not family.startswith("qwen"):
+                continue
             upcycle_hf(
                 root / family / base, root / family / f"expected_{source}", num_experts=num_experts,
-                num_frozen=num_frozen, router_std=0.1, seed=3,
+                num_frozen=num_frozen, router_std=0.1, seed=3, mlp_only_layers=mlp_only_layers(source),
             )  # fmt: skip
     for world_size, layouts in LAYOUTS.items():
         run_distributed(convert, world_size, root, [case for case in CASES if case[1] in layouts])
