@@ -82,6 +82,8 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
     num_experts = _num_experts(config, family_of(arch), export_dir)
     has_frozen = num_experts > 0 and num_frozen > 0
     if has_frozen:
+        if num_experts > arch.num_experts:  # expanded, and so are all of the base's experts frozen
+            num_frozen = max(num_frozen, arch.num_experts)
         check_experts(num_experts=num_experts, num_frozen=num_frozen)
     arch = _as_exported(arch, config)
     shapes = family_of(arch).shapes(arch, num_experts)

@@ -184,11 +184,12 @@ def test_a_sound_export_of_every_family_and_of_a_second_round(tmp_path, name):
     base = save_tiny(name, tmp_path / "base")
     once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=3), train_a_little)
     twice = upcycle_hf(once, tmp_path / "twice", num_experts=5, num_frozen=3)
-    for report in (verify_export(once, base), verify_export(twice, once, num_frozen=3)):
+    for report in (verify_export(once, base), verify_export(twice, once, num_frozen=3), verify_export(twice, once)):
         assert report.ok, str(report)
     # trained in the first round, frozen in the second
     rewrite(twice, swap(*sorted(key for key in load_file(once / "model.safetensors") if EXPERT_2.search(key))))
-    assert failed(verify_export(twice, once, num_frozen=3)) == {"frozen tensors"}
+    for asked in ({"num_frozen": 3}, {}):
+        assert failed(verify_export(twice, once, **asked)) == {"frozen tensors"}
 
 
 @pytest.mark.parametrize(
