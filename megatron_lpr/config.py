@@ -35,8 +35,8 @@ class ModelConfig:
     )
     topk: int = opt(2, "experts that each token goes to")
     mlp_only_layers: tuple[int, ...] = opt((), "layers (from 0) that get no experts; Qwen models only")
-    router_init_std: float = opt(0.02, "standard deviation of the new routers' weights")
-    router_init_seed: int = opt(0, "seed of the new routers' weights")
+    router_init_std: float = opt(0.02, "standard deviation of a new router, or of the noise on new rows of an old one")
+    router_init_seed: int = opt(0, "seed of the same")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
 
@@ -160,7 +160,7 @@ class ExportConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "`auto` is the dtype that was trained")
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
     shared_expert_size: int | None = opt(
-        None, "width of the zero shared expert that Qwen2Moe insists on; without it 128, or the base model's"
+        None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128"
     )
 
 

@@ -91,6 +91,14 @@ def test_what_a_model_with_experts_cannot_become(tmp_path, asked, message):
         upcycle_hf(once, tmp_path / "out", **asked)
 
 
+def test_a_shared_expert_keeps_its_width(tmp_path):
+    moe = upcycle_hf(save_tiny("qwen2", tmp_path / "base"), tmp_path / "moe", num_experts=3, shared_expert_size=8)
+    with pytest.raises(UserError, match="has one of width 8 already"):
+        upcycle_hf(moe, tmp_path / "out", num_experts=5, num_frozen=3, shared_expert_size=128)
+    with pytest.raises(UserError, match="shared_expert_size -1: at least 0"):
+        upcycle_hf(tmp_path / "base", tmp_path / "out", num_experts=5, shared_expert_size=-1)
+
+
 @pytest.mark.parametrize("layers", [[-1], [2], [0, 1]])
 def test_layers_that_are_not_there(tmp_path, layers):
     base = save_tiny("qwen3", tmp_path / "base")

@@ -33,7 +33,7 @@ def read_architecture(
     """The architecture of a HF model folder, dense or already upcycled.
 
     mlp_only_layers: layers (from 0) that get no experts when a dense model is upcycled.
-    shared_expert_size: width of the zero shared expert of an export (Qwen2-MoE); without it the model's own, or 128.
+    shared_expert_size: width of the zero shared expert that a dense model gets (Qwen2-MoE); without it 128.
     UserError: no folder, no config.json, an architecture that is not supported (the supported ones are
     named), a field that is missing, or a feature that the family cannot carry.
     """

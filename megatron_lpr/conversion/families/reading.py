@@ -93,11 +93,13 @@ def _architecture(
 
 
 def with_shared_expert(arch: Architecture, family: Family, size: int) -> Architecture:
-    """The same model, exported with a zero shared expert of this width. UserError where the MoE class has none."""
+    """The same model, exported with a zero shared expert of this width. UserError where that cannot be."""
     if "shared_expert_size" not in family.moe.fields:
         raise UserError(f"shared_expert_size {size}: a {family.moe.architecture} has no shared expert; leave it out")
     if size < 0:
         raise UserError(f"shared_expert_size {size}: at least 0, which leaves the shared expert's weights out")
+    if arch.num_experts and size != arch.shared_expert_size:
+        raise UserError(f"shared_expert_size {size}: the base model has one of width {arch.shared_expert_size} already")
     return replace(arch, shared_expert_size=size)
 
 
