@@ -8,6 +8,7 @@ import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe, SourceConfig
 from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import Ranks, megatron
 from megatron_lpr.recipe_io import to_tree
@@ -49,7 +50,7 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
     from megatron_lpr.validation import check_recipe
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = read_architecture(recipe.model.base, recipe.model.mlp_only_layers)
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, Ranks.from_environment().world_size)
     if not recipe.model.num_experts:
         raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")

@@ -19,7 +19,15 @@ from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter, torc
 from megatron_lpr.conversion.mappings import take_apart
 from megatron_lpr.conversion.model_card import model_card
 from megatron_lpr.conversion.names import parse
-from megatron_lpr.conversion.origins import check_experts, check_upcycling, initial_tensor, origins
+from megatron_lpr.conversion.origins import (
+    check_experts,
+    check_upcycling,
+    initial_tensor,
+    origins,
+    with_layers_kept_dense,
+    with_shared_expert,
+    zero_tensors,
+)
 from megatron_lpr.conversion.upcycle import check_checkpoint
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -89,9 +97,10 @@ def upcycle_hf(
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
     The result computes what a dense model computes (for one that has experts already see origins.py) and equals
-    what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see `read_architecture`.
+    what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see
+    `with_layers_kept_dense` and `with_shared_expert`.
     """
-    arch = read_architecture(base_dir, mlp_only_layers, shared_expert_size)
+    arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     reader = SafetensorsReader(base_dir)
     check_checkpoint(reader, arch)
@@ -128,12 +137,6 @@ def to_hf(tensors: NamedTensors, arch: Architecture, *, num_frozen: int) -> Iter
         shapes = [arch.shape(dims) for dims in mapping.hf.values()]
         parts = take_apart(tensor.detach(), mapping.kind, shapes, groups=arch.num_query_groups)
         yield from zip(family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert), parts, strict=True)
-
-
-def zero_tensors(arch: Architecture, num_experts: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the MoE class has and Megatron's model has not."""
-    for name, shape in family_of(arch).zero_shapes(arch, num_experts).items():
-        yield name, torch.zeros(shape)
 
 
 def _upcycled(

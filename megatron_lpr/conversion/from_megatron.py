@@ -5,7 +5,7 @@ Import it after `platform.prepare()`.
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.export import export_model
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.origins import with_shared_expert
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.megatron_model import MegatronModel
@@ -20,7 +20,7 @@ def export_checkpoint(recipe: Recipe, checkpoint: str, out: str) -> VerifyReport
         UserError: the folder exists, the size is no size, or the disk is full.
     """
     model = MegatronModel(recipe, checkpoint)
-    arch = read_architecture(recipe.model.base, model.arch.mlp_only_layers, recipe.export.shared_expert_size)
+    arch = with_shared_expert(model.arch, recipe.export.shared_expert_size)
     experts, dtype = model.recipe.model, recipe.export.dtype
     export_model(
         model.module.named_parameters(),

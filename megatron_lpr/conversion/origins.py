@@ -15,6 +15,8 @@ matter which copy is.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -120,3 +122,49 @@ def router_rows(
     if old is None:
         return rows
     return torch.cat([old.float(), old[0].float() + rows[len(old) :]])
+
+
+def zero_tensors(arch: Architecture, num_experts: int) -> Iterator[tuple[str, Tensor]]:
+    """What the MoE class has on disk and Megatron's model has not."""
+    for name, shape in family_of(arch).zero_shapes(arch, num_experts).items():
+        yield name, torch.zeros(shape)
+
+
+def with_layers_kept_dense(arch: Architecture, layers: Sequence[int]) -> Architecture:
+    """The same model, of which these layers (from 0) get no experts when it is upcycled; none: as it is.
+
+    UserError where the MoE class has no such layers, or the base has its experts in others already.
+    """
+    if not layers:
+        return arch
+    kept, family = tuple(sorted(set(layers))), family_of(arch)
+    if "mlp_only_layers" not in family.moe.fields:
+        raise UserError(
+            f"mlp_only_layers {list(kept)}: a {family.moe.architecture} has experts in every layer; "
+            "only models that are exported to a Qwen class can keep dense layers"
+        )
+    if kept[0] < 0 or kept[-1] >= arch.num_layers or len(kept) == arch.num_layers:
+        raise UserError(f"mlp_only_layers {list(kept)}: some, not all, of the layers 0 to {arch.num_layers - 1}")
+    if arch.num_experts and kept != arch.mlp_only_layers:
+        raise UserError(
+            f"mlp_only_layers {list(kept)}: the base model has experts already, in all layers but "
+            f"{list(arch.mlp_only_layers)}"
+        )
+    return replace(arch, mlp_only_layers=kept)
+
+
+def with_shared_expert(arch: Architecture, size: int | None) -> Architecture:
+    """The same model, which gets a zero shared expert of this width when it is exported; None: as it is.
+
+    UserError where the MoE class has none, or the base has one already.
+    """
+    if size is None:
+        return arch
+    family = family_of(arch)
+    if "shared_expert_size" not in family.moe.fields:
+        raise UserError(f"shared_expert_size {size}: a {family.moe.architecture} has no shared expert; leave it out")
+    if size < 0:
+        raise UserError(f"shared_expert_size {size}: at least 0, which leaves the shared expert's weights out")
+    if arch.num_experts and size != arch.shared_expert_size:
+        raise UserError(f"shared_expert_size {size}: the base model has one of width {arch.shared_expert_size} already")
+    return replace(arch, shared_expert_size=size)

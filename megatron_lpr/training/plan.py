@@ -8,6 +8,7 @@ import yaml
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.data.tokenize import load_tokenizer
@@ -53,7 +54,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     """
     if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run")
-    arch = read_architecture(recipe.model.base, recipe.model.mlp_only_layers)
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)

@@ -13,6 +13,7 @@ from tiny_models import rewrite, save_tiny, train_a_little
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.export import upcycle_hf
 from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe_io import from_tree, to_tree
 from megatron_lpr.testing.run_distributed import run_distributed
@@ -85,7 +86,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
 
         for case in cases:
             recipe = recipe_of(root, *case)
-            arch = read_architecture(recipe.model.base, recipe.model.mlp_only_layers)
+            arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
             init_model_parallel(recipe.parallel)
             chunks = build_model(recipe, arch)
             poison(chunks)

@@ -1,7 +1,6 @@
 """From a config.json to an `Architecture`, by the family tables."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,39 +91,7 @@ def _architecture(
     )
 
 
-def with_shared_expert(arch: Architecture, family: Family, size: int) -> Architecture:
-    """The same model, exported with a zero shared expert of this width. UserError where that cannot be."""
-    if "shared_expert_size" not in family.moe.fields:
-        raise UserError(f"shared_expert_size {size}: a {family.moe.architecture} has no shared expert; leave it out")
-    if size < 0:
-        raise UserError(f"shared_expert_size {size}: at least 0, which leaves the shared expert's weights out")
-    if arch.num_experts and size != arch.shared_expert_size:
-        raise UserError(f"shared_expert_size {size}: the base model has one of width {arch.shared_expert_size} already")
-    return replace(arch, shared_expert_size=size)
-
-
 def _shared_expert_size(values: dict[str, Any], family: Family, hf_class: HFClass) -> int:
     if "shared_expert_size" not in family.moe.fields:
         return 0
     return values["shared_expert_size"] if hf_class is family.moe else SHARED_EXPERT_SIZE
-
-
-def with_mlp_only_layers(arch: Architecture, family: Family, layers: Sequence[int]) -> Architecture:
-    """The same model, of which these layers get no experts when it is upcycled.
-
-    UserError where the MoE class has no such layers, or the base has its experts in others already.
-    """
-    kept = tuple(sorted(set(layers)))
-    if "mlp_only_layers" not in family.moe.fields:
-        raise UserError(
-            f"mlp_only_layers {list(kept)}: a {family.moe.architecture} has experts in every layer; "
-            "only models that are exported to a Qwen class can keep dense layers"
-        )
-    if kept[0] < 0 or kept[-1] >= arch.num_layers or len(kept) == arch.num_layers:
-        raise UserError(f"mlp_only_layers {list(kept)}: some, not all, of the layers 0 to {arch.num_layers - 1}")
-    if arch.num_experts and kept != arch.mlp_only_layers:
-        raise UserError(
-            f"mlp_only_layers {list(kept)}: the base model has experts already, in all layers but "
-            f"{list(arch.mlp_only_layers)}"
-        )
-    return replace(arch, mlp_only_layers=kept)
