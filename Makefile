@@ -6,27 +6,31 @@
 #   MEGATRON         version of megatron-core, as 0.19.2; without it what pip chooses for this Python: 0.16.1 for 3.11.
 #                    Give such an environment a folder of its own: make test MEGATRON=0.19.2 VENV=.venv-megatron-0.19
 #   TESTS            what `make test` runs, as tests/unit
+#   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV4 := .venv-transformers4
 TORCH ?= torch==2.13.0
 MEGATRON ?=
 TESTS ?= tests
+TRANSFORMERS4 ?= transformers==4.57.6
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
 
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv quickstart test clean
+.PHONY: help venv venv-transformers4 quickstart test clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
 	@echo "make test        run the tests"
 	@echo "make venv        only install, into $(VENV)"
-	@echo "make clean       remove $(VENV) and everything built; keeps runs/"
+	@echo "make venv-transformers4  install transformers 4 into $(VENV4), for the tests that read exports with it"
+	@echo "make clean       remove the environments and everything built; keeps runs/"
 
 quickstart: $(STAMP)
 	$(VENV)/bin/python examples/quickstart/run.py $(QUICKSTART_ARGS)
@@ -50,6 +54,15 @@ ifneq ($(MEGATRON),)
 endif
 	@touch $@
 
+# Not in $(VENV): two versions of transformers cannot be in one environment. Its tests are skipped without it.
+venv-transformers4: $(VENV4)/.installed
+
+$(VENV4)/.installed:
+	$(PYTHON) -m venv $(VENV4)
+	command -v nvidia-smi >/dev/null || $(VENV4)/bin/python -m pip install "$(TORCH)"
+	$(VENV4)/bin/python -m pip install torch "$(TRANSFORMERS4)"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV4) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
 	find megatron_lpr tests tools examples -name __pycache__ -prune -exec rm -rf {} +

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = _add(commands, "verify", "check an export against the base model, and against its checkpoint")
     verify.add_argument("export_dir", metavar="EXPORT", help="folder that `export` wrote")
-    verify.add_argument("--checkpoint", help="compare logits with this checkpoint too")
+    verify.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
     return parser
 
 

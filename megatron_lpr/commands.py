@@ -8,6 +8,7 @@ import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe, SourceConfig
 from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import Ranks, megatron
 from megatron_lpr.recipe_io import to_tree
@@ -56,7 +57,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     from megatron_lpr.validation import check_recipe
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = read_architecture(recipe.model.base)
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, Ranks.from_environment().world_size)
     if find_checkpoint(recipe.output):
         raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
@@ -157,7 +158,8 @@ def export(
 
 
 def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:
-    """Check an export: keys, shapes, frozen tensors against the base model, logits against the checkpoint."""
+    """Check an export: keys, shapes and frozen tensors against the base model; tensors and logits against a checkpoint.
+    """
     from megatron_lpr.conversion.verify import verify_export
     from megatron_lpr.training.run_state import checkpoint_folder
 
@@ -171,11 +173,11 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
     if source:
         _single_process("verify --checkpoint")
         with megatron():
-            from megatron_lpr.conversion.from_megatron import compare_logits
+            from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
 
-            check = compare_logits(recipe, source, export_dir)
-        print(check)
-        ok = ok and check.ok
+            checks = compare_with_checkpoint(recipe, source, export_dir)
+        print(*checks, sep="\n")
+        ok = ok and all(check.ok for check in checks)
     if not ok:
         raise UserError(f"verify {export_dir}: failed (see above)")
 

@@ -23,15 +23,20 @@ def required(doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The dense base model and its upcycling."""
+    """The base model and its upcycling."""
 
-    base: str = required("folder of the dense Hugging Face model (safetensors, config.json, tokenizer)")
+    base: str = required(
+        "folder of the Hugging Face model (safetensors, config.json, tokenizer): dense, or upcycled before"
+    )
     load: str | None = opt(None, "checkpoint folder to start from; without it the weights come from `base`")
     num_experts: int = opt(0, "experts of each MoE layer, frozen ones included; 0 keeps the model dense")
-    num_frozen_experts: int = opt(1, "experts 0..n-1 that are never trained: the original FFN first")
+    num_frozen_experts: int = opt(
+        1, "experts 0..n-1 that are never trained: the original FFN first, or all of a base that has experts"
+    )
     topk: int = opt(2, "experts that each token goes to")
-    router_init_std: float = opt(0.02, "standard deviation of the new routers' weights")
-    router_init_seed: int = opt(0, "seed of the new routers' weights")
+    mlp_only_layers: tuple[int, ...] = opt((), "layers (from 0) that get no experts; Qwen models only")
+    router_init_std: float = opt(0.02, "standard deviation of a new router, or of the noise on new rows of an old one")
+    router_init_seed: int = opt(0, "seed of the same")
     dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
 
@@ -156,6 +161,9 @@ class ExportConfig:
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
     processes: int = opt(1, "processes that read the checkpoint and write the shards")
     results: tuple[str, ...] = opt((), "evaluation results (JSON) for the model card, the base model's first")
+    shared_expert_size: int | None = opt(
+        None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

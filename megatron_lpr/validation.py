@@ -4,6 +4,7 @@ import torch
 
 from megatron_lpr.config import ParallelConfig, Recipe
 from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.conversion.origins import check_upcycling
 from megatron_lpr.errors import UserError
 
 
@@ -14,6 +15,10 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         UserError: names the field, the value and the nearest valid ones.
     """
     _check_experts(recipe)
+    model = recipe.model
+    check_upcycling(
+        arch, num_experts=model.num_experts, num_frozen=model.num_frozen_experts, topk=model.topk
+    )
     _check_sizes(recipe, arch, world_size)
     _check_dispatcher(recipe)
     _check_overlap(recipe.parallel)
@@ -58,6 +63,8 @@ def _check_sizes(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _divides("parallel.tensor", sizes.tensor, arch.ffn_hidden_size, "the FFN width")
     _divides("parallel.expert_tensor", sizes.expert_tensor, arch.ffn_hidden_size, "the FFN width")
     _check_layer_split(sizes, arch.num_layers)
+    if arch.mlp_only_layers and recipe.train is not None and recipe.train.trainable != "all":
+        _check_something_learns(sizes, arch)
     ranks = sizes.tensor * sizes.context * sizes.pipeline
     _divides("parallel.tensor x context x pipeline", ranks, world_size, "the number of ranks")
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
@@ -93,6 +100,30 @@ def _check_layer_split(sizes: ParallelConfig, num_layers: int) -> None:
             f"pipeline stage(s) of {chunks} model chunk(s), which take equal shares; the nearest valid "
             f"{'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
         )
+
+
+def _check_something_learns(sizes: ParallelConfig, arch: Architecture) -> None:
+    """A model chunk of frozen layers alone has an output without a gradient, where the first backward pass fails."""
+    for layers in _layers_of_chunks(sizes, arch.num_layers):
+        if not set(layers) & set(arch.moe_layers()):
+            raise UserError(
+                f"model.mlp_only_layers: {list(arch.mlp_only_layers)} leave nothing to learn in the pipeline stage of "
+                f"layers {layers[0]} to {layers[-1]}; use fewer stages or another split (parallel.first_stage_layers)"
+            )
+
+
+def _layers_of_chunks(sizes: ParallelConfig, num_layers: int) -> list[range]:
+    """The layers of every model chunk, in the order of the layers."""
+    first, last = sizes.first_stage_layers, sizes.last_stage_layers
+    taken = (first or 0) + (last or 0)
+    share = (num_layers - taken) // max(1, sizes.pipeline - (first is not None) - (last is not None))
+    stages = [share] * sizes.pipeline
+    stages[0], stages[-1] = first or stages[0], last or stages[-1]
+    chunks, start = [], 0
+    for layers in stages * sizes.virtual_pipeline:
+        chunks.append(range(start, start + layers // sizes.virtual_pipeline))
+        start = chunks[-1].stop
+    return chunks
 
 
 def _shared_equally(layers: int, chunks: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.replay_sampler import Batch, BatchCounts
 from megatron_lpr.recipe_io import from_tree
@@ -95,7 +96,7 @@ def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path
     tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="0" * 64, eod_id=0)
     return Plan(
         recipe=recipe,
-        arch=read_architecture(recipe.model.base),
+        arch=with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers),
         manifest=Manifest(path="none", tokenizer=tokenizer, corpora=corpora),
         sampler=FixedSampler(batch),
         world_size=world_size,

@@ -38,9 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
             added.add_argument(folder.lower(), metavar=folder, help=FOLDERS[folder])
         return added
 
-    upcycle = door("upcycle", "HF model -> HF MoE model, without Megatron", "BASE", "OUT")
+    upcycle = door("upcycle", "HF model, dense or with experts -> HF MoE model, without Megatron", "BASE", "OUT")
     upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
     _add_expert_options(upcycle)
+    upcycle.add_argument(
+        "--shared-expert-size", type=int, default=None, help="width of the zero shared expert; Qwen2 only, None: 128"
+    )
     upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
     upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help="largest safetensors file")
     upcycle.add_argument("--processes", metavar="N", type=int, default=1, help="processes that share the work")
@@ -77,6 +80,9 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
     parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial router")
+    parser.add_argument(
+        "--mlp-only-layers", type=int, nargs="+", default=[], help="layers (from 0) that get no experts; Qwen only"
+    )
 
 
 def upcycle(options: dict, command_line: str) -> int:
@@ -103,6 +109,7 @@ def hf_to_megatron(options: dict, command_line: str) -> int:
         topk=options["topk"],
         router_init_std=options["router_std"],
         router_init_seed=options["seed"],
+        mlp_only_layers=tuple(options["mlp_only_layers"]),
         dtype=options["dtype"] or read_architecture(options["base"]).dtype,
     )
     parallel = ParallelConfig(**{size: options[size] for size in LAYOUT})

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from megatron_lpr.config import ExportConfig, Recipe
 from megatron_lpr.conversion.export_config import export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
@@ -20,12 +18,17 @@ from megatron_lpr.conversion.graft import GraftedSource, check_own_base
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
 from megatron_lpr.conversion.model_card import ModelCard
-from megatron_lpr.conversion.origins import check_upcycling
+from megatron_lpr.conversion.origins import (
+    check_upcycling,
+    with_layers_kept_dense,
+    with_shared_expert,
+    zero_tensors,
+)
 from megatron_lpr.conversion.parallel_write import write_all
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.provenance import read_provenance
 from megatron_lpr.conversion.sizes import parse_size
-from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource, zero_names
+from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
 from megatron_lpr.errors import UserError
@@ -110,8 +113,8 @@ def export_model(
     def fill(writer: ShardedWriter) -> None:
         for name, tensor in to_hf(((name, t.detach()) for name, t in tensors), arch, num_frozen=num_frozen):
             writer.write(name, tensor)
-        for name in zero_names(arch, num_experts):
-            writer.write(name, torch.zeros(family_of(arch).shapes(arch, num_experts)[name]))
+        for name, tensor in zero_tensors(arch, num_experts):
+            writer.write(name, tensor)
 
     return _Export(
         arch=arch,
@@ -141,6 +144,8 @@ def upcycle_hf(
     topk: int = 2,
     router_std: float = 0.02,
     seed: int = 0,
+    mlp_only_layers: Sequence[int] = (),
+    shared_expert_size: int | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     processes: int = 1,
@@ -150,10 +155,12 @@ def upcycle_hf(
 ) -> Path:
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
-    The result computes what the dense model computes and equals what `load_dense` followed by `export_model`
-    writes. on_verified: verify the folder before it appears, and hand over the report. UserError as `export_model`.
+    The result computes what a dense model computes (for one that has experts already see origins.py) and equals what
+    `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see `with_layers_kept_dense`
+    and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over the report. UserError as
+    `export_model`.
     """
-    arch = read_architecture(base_dir)
+    arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     source = UpcycledSource(base_dir, arch, num_experts=num_experts, router_std=router_std, seed=seed)
     return _Export(
@@ -201,7 +208,8 @@ def export_checkpoint(
     model, untouched = saved.model, saved.untouched_experts if saved.model.num_experts else 0
     dtype = model.dtype if settings.dtype == "auto" else settings.dtype
     num_frozen = model.num_frozen_experts if model.num_experts else 0
-    arch, hf_dir = read_architecture(base_dir), Path(base_dir)
+    arch, hf_dir = with_layers_kept_dense(read_architecture(base_dir), model.mlp_only_layers), Path(base_dir)
+    arch = with_shared_expert(arch, settings.shared_expert_size)
     source: Source = CheckpointSource(folder, arch, num_experts=model.num_experts, num_frozen=num_frozen)
     if graft_delta:
         check_own_base(graft_delta[0], base_dir)

@@ -7,6 +7,7 @@ and falls back to its defaults without a word when they are absent. So all three
 from typing import Any
 
 from megatron_lpr.conversion.families import Architecture, family_of
+from megatron_lpr.conversion.families.table import FIELDS
 
 # What says nothing about the model's shape and stays as it is in the base model.
 CARRIED_OVER = (
@@ -23,32 +24,28 @@ def export_config(
     arch: Architecture, base_config: dict[str, Any], *, num_experts: int, topk: int, dtype: str
 ) -> dict[str, Any]:
     """The config.json of an export: the family's MoE class, or (num_experts = 0) its dense class again."""
-    family = family_of(arch)
-    shared = {
+    hf_class = family_of(arch).hf_class(num_experts)
+    values = {**vars(arch), "num_experts": num_experts, "topk": topk}
+    fields = {
         **_rope_fields(arch.rope_theta, arch.rope_scaling),
-        **_dtype_fields(dtype),
-        "head_dim": arch.head_dim,
+        # under its name in transformers 4 and in transformers 5
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        **{
+            name: list(values[attribute]) if isinstance(values[attribute], tuple) else values[attribute]
+            for attribute, names in {**FIELDS, **hf_class.fields}.items()
+            for name in names
+        },
     }
     if not num_experts:
-        return {**base_config, **shared}
+        return {**base_config, **fields}
     return {
-        "architectures": [family.moe.architecture],
-        "model_type": family.moe.model_type,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "hidden_act": "silu",
-        "max_position_embeddings": arch.max_position_embeddings,
-        "rms_norm_eps": arch.rms_norm_eps,
-        "tie_word_embeddings": arch.tie_word_embeddings,
-        **shared,
+        "architectures": [hf_class.architecture],
+        "model_type": hf_class.model_type,
+        **fields,
         **{key: base_config[key] for key in CARRIED_OVER if key in base_config},
-        **{field_name: num_experts for field_name in family.moe.num_experts_fields},
-        "num_experts_per_tok": topk,
-        **family.moe.config,
+        **{key: value for key, value in hf_class.required.items() if value is not None},
+        "output_router_logits": False,
     }
 
 
@@ -59,8 +56,3 @@ def _rope_fields(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]
         "rope_scaling": scaling,
         "rope_parameters": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
     }
-
-
-def _dtype_fields(dtype: str) -> dict[str, str]:
-    """The dtype under its name in transformers 4 and in transformers 5."""
-    return {"torch_dtype": dtype, "dtype": dtype}

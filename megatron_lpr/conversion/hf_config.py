@@ -6,8 +6,11 @@ from typing import Any
 
 from megatron_lpr.errors import UserError
 
-# Megatron's rotary embedding knows the scaling of Llama 3, with these numbers and any factor.
-LLAMA3_SCALING = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+# Kinds of RoPE scaling that can be computed (model/rope.py), and the numbers that each needs.
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def read_config(hf_dir: str | Path) -> dict[str, Any]:
@@ -50,6 +53,18 @@ def read_rope(config: dict[str, Any], default_theta: float) -> tuple[float, dict
     scaling = _normalised_scaling(new or old)
     if len(thetas) > 1 or (old and new and _normalised_scaling(old) != scaling):
         raise UserError("config.json contradicts itself: rope_parameters and rope_theta/rope_scaling differ")
-    if scaling and {**scaling, **LLAMA3_SCALING, "rope_type": "llama3"} != scaling:
-        raise UserError(f"RoPE scaling {scaling} is not supported; supported: none, or llama3 with {LLAMA3_SCALING}")
+    if scaling:
+        _check_scaling(scaling)
     return thetas.pop() if thetas else default_theta, scaling
+
+
+def _check_scaling(scaling: dict[str, Any]) -> None:
+    kind = scaling["rope_type"]
+    if kind not in ROPE_SCALINGS:
+        raise UserError(f"RoPE scaling '{kind}' is not supported; supported: default, {', '.join(ROPE_SCALINGS)}")
+    for key in ROPE_SCALINGS[kind]:
+        value = scaling.get(key)
+        if not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"RoPE scaling '{kind}' in config.json has {key} = {value!r}: it must be a positive number")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError("RoPE scaling 'llama3' in config.json: low_freq_factor must be below high_freq_factor")

@@ -32,6 +32,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_on_disk(folder: str | Path) -> str:
+    """Name of the dtype of a checkpoint's first tensor; float32 where there is no checkpoint yet."""
+    if not any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+        return "float32"
+    reader = SafetensorsReader(folder)
+    dtype = reader.dtype(reader.keys()[0])
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 class SafetensorsReader:
     """The tensors of a HF folder by name, from `model.safetensors` or from the shards of its index.
 

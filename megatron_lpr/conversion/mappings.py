@@ -5,7 +5,8 @@ tensor. The segments of a rank's slice say what to read on import; those of the 
 backwards, say what to write on export. So each kind of mapping is written once and is its own inverse.
 
 Sizes in the names of dimensions:
-V vocabulary, H hidden, F FFN width, Q heads * head_dim, K query groups * head_dim, D head_dim, E experts.
+V vocabulary, H hidden, F FFN width, Q heads * head_dim, K query groups * head_dim, D head_dim, E experts,
+S width of a shared expert, 1 one.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,9 @@ def stock_shapes(hf_dir: str | Path) -> dict[str, tuple[int, ...]]:
     tensors = model.state_dict()
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    return {name: tuple(tensor.shape) for name, tensor in _as_on_disk(model, tensors).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _as_on_disk(model, tensors).items()}
+    # a shared expert of width 0: nothing is missing where its tensors are, and vLLM has no place for them
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
 
 
 def _as_on_disk(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

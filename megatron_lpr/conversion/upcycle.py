@@ -1,53 +1,49 @@
-"""Virtual upcycling: every rank fills its own parameters straight from the dense safetensors, experts too.
+"""Virtual upcycling: every rank fills its own parameters straight from the base's safetensors, experts too.
 
-There is no second model and no intermediate checkpoint. A frozen expert and a new expert are both the dense
-FFN; only the router is new, and because the gates of a token sum to one its values do not change what the
-model computes.
+There is no second model and no intermediate checkpoint; what each parameter is made of says origins.py.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
-from megatron_lpr.conversion.families import EMBEDDING, OUTPUT_LAYER, Architecture, Family, family_of
-from megatron_lpr.conversion.hf_io import SafetensorsReader
+from megatron_lpr.conversion.families import EMBEDDING, OUTPUT_LAYER, Architecture, family_of
+from megatron_lpr.conversion.hf_io import SafetensorsReader, torch_dtype
 from megatron_lpr.conversion.mappings import fill
 from megatron_lpr.conversion.names import ParameterName, parse
+from megatron_lpr.conversion.origins import check_experts, check_upcycling, router_rows, source_expert
 from megatron_lpr.errors import UserError
 
-
-def check_experts(*, num_experts: int, num_frozen: int, topk: int = 1) -> None:
-    """UserError unless the numbers of experts make sense together."""
-    if not 1 <= num_frozen < num_experts:
-        raise UserError(f"{num_experts} experts with {num_frozen} frozen: at least one must be frozen and one new")
-    if not 1 <= topk <= num_experts:
-        raise UserError(f"top-{topk} routing over {num_experts} experts: top-k must lie between 1 and {num_experts}")
+__all__ = ["check_checkpoint", "check_experts", "load_dense", "router_rows"]
 
 
 def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
-    """UserError unless the dense checkpoint holds exactly the tensors and shapes that its config promises."""
-    shapes = family_of(arch).shapes(arch)
+    """UserError unless the checkpoint holds exactly the tensors, shapes and dtype that its config promises."""
+    family, dtype = family_of(arch), torch_dtype(arch.dtype)
+    shapes = family.shapes(arch, arch.num_experts)
     for name, shape in shapes.items():
         if reader.shape(name) != shape:
             raise UserError(
                 f"tensor '{name}' of '{reader.folder}' has shape {reader.shape(name)}, but its config says {shape}"
             )
-        reader.dtype(name)
+        if reader.dtype(name) != dtype:
+            raise UserError(
+                f"tensor '{name}' of '{reader.folder}' is {reader.dtype(name)}, but its config says {dtype}: "
+                "correct `dtype` in config.json, or cast the tensor"
+            )
+    for name in family.zero_shapes(arch, arch.num_experts):
+        if reader.get(name).any():
+            raise UserError(
+                f"tensor '{name}' of '{reader.folder}' is not zero: a model that was trained with it cannot be "
+                "converted; an upcycled one can"
+            )
     for name in reader.keys():
         # Old versions of transformers save rotary frequencies; a tied head is the embedding again.
         tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
         if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not tied_head:
             raise UserError(f"'{reader.folder}' holds the tensor '{name}', which has no place in a {arch.family} model")
-
-
-def router_rows(arch: Architecture, *, layer: int, num_experts: int, router_std: float, seed: int) -> torch.Tensor:
-    """The initial router of a layer, `[E, H]` fp32 from N(0, router_std), the same in every layout."""
-    digest = hashlib.sha256(f"router {seed} {layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(num_experts, arch.hidden_size, generator=generator) * router_std
 
 
 @torch.no_grad()
@@ -72,11 +68,13 @@ def load_dense(
 
     named_parameters: as `GPTModel.named_parameters()` gives them (local or TE spec), layers numbered from 0
         within the chunk; the global layer is that number + `layer_offset`.
-    num_experts, num_frozen: of an upcycled model; 0 and 0 for a dense one.
+    num_experts, num_frozen: of the model to fill; 0 and 0 for a dense one. A base that has experts already keeps
+        them as the first ones.
     Returns the parsed name of every parameter, each filled exactly once, layers numbered globally and new
     experts by their global index among the new ones. Raises UserError when the checkpoint does not hold what
     its config promises or the new experts cannot be divided over the expert-parallel ranks.
     """
+    check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen)
     check_checkpoint(reader, arch)
     num_local = _experts_per_rank(num_experts, num_frozen, ep_size)
     first_new = ep_rank * num_local
@@ -86,13 +84,17 @@ def load_dense(
         name = _globally(parse(local_name), layer_offset=layer_offset, first_new=first_new)
         if name.role == "router":
             assert parameter.shape == (num_experts, arch.hidden_size), (local_name, parameter.shape)
-            rows = router_rows(arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed)
-            parameter.copy_(rows)
+            old = reader.get(family_of(arch).router_name(name.layer)) if arch.num_experts else None
+            parameter.copy_(
+                router_rows(arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed, old=old)
+            )
         else:
             rank, size = ranks.get(name.role, (tp_rank, tp_size))
-            _fill_from_dense(parameter, name, reader, arch, rank=rank, size=size)
+            _fill_from_base(parameter, name, reader, arch, num_frozen=num_frozen, rank=rank, size=size)
         filled.append(name)
-    _check_complete(filled, family_of(arch), num_frozen=num_frozen, first_new=first_new, num_local=num_local)
+    _check_complete(
+        filled, arch, num_experts=num_experts, num_frozen=num_frozen, first_new=first_new, num_local=num_local
+    )
     return filled
 
 
@@ -105,21 +107,25 @@ def _globally(name: ParameterName, *, layer_offset: int, first_new: int) -> Para
     return name
 
 
-def _fill_from_dense(
+def _fill_from_base(
     parameter: torch.Tensor,
     name: ParameterName,
     reader: SafetensorsReader,
     arch: Architecture,
     *,
+    num_frozen: int,
     rank: int,
     size: int,
 ) -> None:
-    """Fills one parameter from the dense tensors that it is made of; any expert's are the dense FFN's."""
-    family = family_of(arch)
+    """Fills one parameter from the base's tensors that it is made of."""
+    family, expert = family_of(arch), None
+    if name.expert is not None:
+        expert = source_expert(arch, name.expert + (num_frozen if name.role == "new_expert" else 0))
     # The last pipeline stage of a model with tied embeddings holds a copy of the embedding as its head.
     tied_head = name.weight == OUTPUT_LAYER and arch.tie_word_embeddings
     mapping = family.find(name.role, EMBEDDING if tied_head else name.weight)
-    slices = [reader.slice(source) for source in family.hf_names(mapping, role=name.role, layer=name.layer)]
+    sources = family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert)
+    slices = [reader.slice(source) for source in sources]
     fill(
         parameter,
         slices,
@@ -134,7 +140,6 @@ def _fill_from_dense(
 def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:
     if not num_experts:
         return 0
-    check_experts(num_experts=num_experts, num_frozen=num_frozen)
     if (num_experts - num_frozen) % ep_size:
         raise UserError(
             f"{num_experts - num_frozen} new experts cannot be divided over {ep_size} expert-parallel ranks"
@@ -143,7 +148,13 @@ def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:
 
 
 def _check_complete(
-    filled: list[ParameterName], family: Family, *, num_frozen: int, first_new: int, num_local: int
+    filled: list[ParameterName],
+    arch: Architecture,
+    *,
+    num_experts: int,
+    num_frozen: int,
+    first_new: int,
+    num_local: int,
 ) -> None:
     """Each layer that was met got all of its parameters, each once."""
     assert len(set(filled)) == len(filled), "a parameter was given twice"
@@ -151,6 +162,7 @@ def _check_complete(
     for name in filled:
         if name.layer is not None:
             by_layer[name.layer].add((name.role, name.weight, name.expert))
+    family = family_of(arch)
     ffn = [mapping.megatron for mapping in family.ffn]
     attention = {("layer", mapping.megatron, None) for mapping in family.layer}
     dense = attention | {("dense_ffn", weight, None) for weight in ffn}
@@ -158,5 +170,5 @@ def _check_complete(
     upcycled |= {("frozen_expert", weight, expert) for weight in ffn for expert in range(num_frozen)}
     upcycled |= {("new_expert", weight, first_new + expert) for weight in ffn for expert in range(num_local)}
     for layer, names in by_layer.items():
-        expected = upcycled if any(role == "router" for role, _, _ in names) else dense
+        expected = upcycled if num_experts and layer not in arch.mlp_only_layers else dense
         assert names == expected, f"layer {layer}: {sorted(map(str, names ^ expected))} missing or unexpected"

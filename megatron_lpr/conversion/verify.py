@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ from megatron_lpr.conversion.families import Architecture, Family, family_of, re
 from megatron_lpr.conversion.folders import COMPANION_FILES
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader, tensor_bytes, torch_dtype
+from megatron_lpr.conversion.origins import Origin, check_experts, origins
 from megatron_lpr.conversion.stock_class import stock_shapes
-from megatron_lpr.conversion.upcycle import check_checkpoint, check_experts
+from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError
 
 _NAMED_IN_REPORT = 5
@@ -67,7 +68,7 @@ def _digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:
 
 
 def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: int = 1) -> VerifyReport:
-    """Checks an export, MoE or dense, against the dense HF model it was made from.
+    """Checks an export, MoE or dense, against the HF model it was made from, which may have experts itself.
 
     Frozen tensors (attention, norms, embeddings, experts 0..num_frozen-1) are compared by SHA-256 after
     casting the base's to the export's dtype, which is exact whenever that is at least as wide. A dense export
@@ -81,11 +82,14 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
     num_experts = _num_experts(config, family_of(arch), export_dir)
     has_frozen = num_experts > 0 and num_frozen > 0
     if has_frozen:
+        if num_experts > arch.num_experts:  # expanded, and so are all of the base's experts frozen
+            num_frozen = max(num_frozen, arch.num_experts)
         check_experts(num_experts=num_experts, num_frozen=num_frozen)
+    arch = _as_exported(arch, config)
     shapes = family_of(arch).shapes(arch, num_experts)
     dtype = torch_dtype(config.get("dtype", "float32"))
     sound = [name for name, shape in shapes.items() if name in export and export.shape(name) == shape]
-    scan = _scan(export, base, _origins(arch, num_experts, num_frozen), sound, dtype)
+    scan = _scan(export, base, origins(arch, num_experts), sound, dtype, num_frozen if has_frozen else 0)
     return VerifyReport(
         checks=(
             _check_config(config, arch, read_config(base_dir), num_experts),
@@ -98,37 +102,57 @@ def verify_export(export_dir: str | Path, base_dir: str | Path, *, num_frozen: i
     )
 
 
+def compare_tensors(export_dir: str | Path, expected: Iterable[tuple[str, torch.Tensor]]) -> Check:
+    """Every tensor of an export against the tensor (name, value) that a checkpoint says it is, bit for bit.
+
+    expected: in any order and of any floating dtype, cast to the export's as exporting does. What must be zero
+    (`Family.zero_shapes`) is in no checkpoint, and is not looked at here.
+    """
+    export, arch = SafetensorsReader(export_dir), read_architecture(export_dir)
+    unseen = set(export.keys()) - family_of(arch).zero_shapes(arch, arch.num_experts).keys()
+    wrong = []
+    for name, tensor in expected:
+        if name not in unseen:
+            wrong.append(f"{name} is not there")
+            continue
+        unseen.remove(name)
+        if not _same_bits(export.get(name), tensor):
+            wrong.append(name)
+    wrong += [f"{name} is in no checkpoint" for name in sorted(unseen)]
+    detail = f"{len(wrong)} tensors differ: {_listed(wrong)}" if wrong else "every tensor equals its own, bit for bit"
+    return Check(name="checkpoint", ok=not wrong, detail=detail)
+
+
+def _same_bits(there: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Also where `==` would not see it: in NaN and in the sign of zero."""
+    expected = expected.detach().cpu().to(there.dtype)
+    return there.shape == expected.shape and torch.equal(
+        *(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (there, expected))
+    )
+
+
 def _num_experts(config: dict[str, Any], family: Family, export_dir: str | Path) -> int:
     name = (config.get("architectures") or ["none"])[0]
-    if name == family.architecture:
+    if name == family.dense.architecture:
         return 0
-    num_experts = config.get(family.moe.num_experts_fields[0])
-    if name != family.moe.architecture or not isinstance(num_experts, int):
+    num_experts = config.get(family.moe.fields["num_experts"][0])
+    if name != family.moe.architecture or not isinstance(num_experts, int) or num_experts < 1:
         raise UserError(
             f"'{export_dir}' is a {name} with {num_experts} experts; "
-            f"an export of a {family.architecture} is a {family.moe.architecture}, or dense again"
+            f"an export of a {family.dense.architecture} is a {family.moe.architecture}, or dense again"
         )
     return num_experts
 
 
-class _Origin(NamedTuple):
-    """Where a tensor comes from: the base's tensor (None for a router), and whether it was frozen."""
-
-    base: str | None
-    frozen: bool
-
-
-def _origins(arch: Architecture, num_experts: int, num_frozen: int) -> dict[str, _Origin]:
-    family = family_of(arch)
-    origins = {name: _Origin(name, num_experts > 0 and num_frozen > 0) for name in family.shapes(arch)}
-    for layer in range(arch.num_layers if num_experts else 0):
-        origins[family.router_name(layer)] = _Origin(None, False)
-        for weight in (source for mapping in family.ffn for source in mapping.hf):
-            dense = family.ffn_name(layer, weight, expert=None)
-            del origins[dense]
-            for expert in range(num_experts):
-                origins[family.ffn_name(layer, weight, expert)] = _Origin(dense, expert < num_frozen)
-    return origins
+def _as_exported(arch: Architecture, config: dict[str, Any]) -> Architecture:
+    """The base with what was chosen for the export: which layers stayed dense, how wide the zero shared expert is."""
+    fields = family_of(arch).moe.fields
+    if "shared_expert_size" in fields:
+        size = config.get(fields["shared_expert_size"][0], arch.shared_expert_size)
+        arch = replace(arch, shared_expert_size=size)
+    if "mlp_only_layers" in fields:
+        arch = replace(arch, mlp_only_layers=tuple(config.get("mlp_only_layers") or ()))
+    return arch
 
 
 class _Scan(NamedTuple):
@@ -137,35 +161,37 @@ class _Scan(NamedTuple):
     frozen: dict[str, str]  # SHA-256 by name
     changed: list[str]  # frozen, and not the base's
     trained: dict[str, bool]  # trained on from the base's: name -> differs from it
-    not_finite: list[str]
-    zeroed: list[str]  # zero everywhere, where the base is not
+    wrong: list[str]  # what no tensor may be: not finite, zero where the base is not, not zero where it must be
 
 
 def _scan(
     export: SafetensorsReader,
     base: SafetensorsReader,
-    origins: dict[str, _Origin],
+    origins: dict[str, Origin],
     names: list[str],
     dtype: torch.dtype,
+    num_frozen: int,
 ) -> _Scan:
-    found = _Scan({}, [], {}, [], [])
+    found = _Scan({}, [], {}, [])
     for name in names:
         tensor, origin = export.get(name), origins[name]
         # One reduction answers both questions: NaN and infinities reach the extremes.
         low, high = (extreme.item() for extreme in tensor.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
-            found.not_finite.append(name)
-        if origin.base is None:
+            found.wrong.append(f"{name} is not finite")
+        if origin.kind == "zeros" and not low == high == 0:
+            found.wrong.append(f"{name} is not zero")
+        if origin.kind != "copy":
             continue
         expected = base.get(origin.base).to(dtype)
-        if origin.frozen:
+        if num_frozen and (origin.expert is None or origin.expert < num_frozen):
             found.frozen[name] = _sha256(tensor)
             if found.frozen[name] != _sha256(expected):
                 found.changed.append(name)
         else:
             found.trained[name] = tensor.dtype != dtype or not torch.equal(tensor, expected)
         if low == high == 0 and expected.any():
-            found.zeroed.append(name)
+            found.wrong.append(f"{name} is all zero")
     return found
 
 
@@ -211,11 +237,10 @@ def _check_census(
 
 
 def _check_values(scan: _Scan, has_frozen: bool) -> list[Check]:
-    bad = [f"{name} is not finite" for name in scan.not_finite] + [f"{name} is all zero" for name in scan.zeroed]
     changed = sum(scan.trained.values())
     what = "new experts" if has_frozen else "trained"
     checks = [
-        Check(name="values", ok=not bad, detail=_listed(bad) or "all finite, none zeroed"),
+        Check(name="values", ok=not scan.wrong, detail=_listed(scan.wrong) or "all finite, none zeroed"),
         Check(name=what, ok=True, detail=f"{changed} of {len(scan.trained)} tensors differ from the base model"),
     ]
     if has_frozen:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_lpr.config import ParallelConfig, Recipe
 from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.platform import device
@@ -27,9 +28,11 @@ class MegatronModel:
         if source:
             saved = read_run_state(source).recipe["model"]
             experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
-            model = dataclasses.replace(model, **experts)
+            layers = tuple(saved.get("mlp_only_layers", ()))
+            model = dataclasses.replace(model, **experts, mlp_only_layers=layers)
         recipe = dataclasses.replace(recipe, model=model, parallel=ParallelConfig(), train=None)
-        self.recipe, self.arch = recipe, read_architecture(model.base)
+        self.recipe = recipe
+        self.arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, self.arch)
         fill_weights(recipe, self.arch, chunks, source)

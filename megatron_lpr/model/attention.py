@@ -19,7 +19,10 @@ from megatron_lpr.context_parallel import in_order, rank_chunks
 
 
 class SDPACoreAttention(MegatronModule):
-    """softmax(q k^T / sqrt(D)) v over earlier positions; no dropout, no key/value cache."""
+    """softmax(q k^T / sqrt(D)) v over earlier positions, or the window of them that `config.window_size` says.
+
+    No dropout, no key/value cache.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class SDPACoreAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.softmax_scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None  # positions, the query's own included
         self.cp_group = pg_collection.cp
 
     def forward(
@@ -67,12 +71,35 @@ class SDPACoreAttention(MegatronModule):
         repeats = q_BNSD.shape[1] // k_BGKD.shape[1]
         if repeats > 1:
             k_BGKD, v_BGKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGKD, v_BGKD))
-        # torch's own causal mask is aligned at the first query and the first key
-        mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
-        out_BNSD = F.scaled_dot_product_attention(
-            q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
-        )
+        if self.window is not None and self.window < len(key):
+            out_BNSD = self._attend_within_window(q_BNSD, k_BGKD, v_BGKD, self.window)
+        else:
+            # torch's own causal mask is aligned at the first query and the first key
+            mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
+            out_BNSD = F.scaled_dot_product_attention(
+                q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+            )
         return out_BNSD.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
+
+    def _attend_within_window(self, q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, window: int) -> Tensor:
+        """[B, N, S, D]; a window's worth of queries at a time, which see two windows' worth of keys at most."""
+        length, before = q_BNSD.shape[2], k_BNKD.shape[2] - q_BNSD.shape[2]
+        outputs = []
+        for start in range(0, length, window):
+            stop = min(start + window, length)
+            first, last = max(0, before + start - window + 1), before + stop
+            query_S1 = torch.arange(before + start, last, device=q_BNSD.device)[:, None]
+            key_K = torch.arange(first, last, device=q_BNSD.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q_BNSD[:, :, start:stop],
+                    k_BNKD[:, :, first:last],
+                    v_BNKD[:, :, first:last],
+                    attn_mask=(key_K <= query_S1) & (key_K > query_S1 - window),
+                    scale=self.softmax_scale,
+                )
+            )
+        return torch.cat(outputs, dim=2)
 
     def _gather_keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the whole sequence, in its order; the backward pass sums their gradients over the ranks."""

@@ -9,6 +9,7 @@ from megatron_lpr.conversion.families import Architecture
 from megatron_lpr.losses import GlobalCounts
 from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
 from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel, padded_vocab_size
 
@@ -27,10 +28,7 @@ def init_model_parallel(sizes: ParallelConfig) -> None:
 
 
 def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
-    """Build the chunks of this pipeline rank with uninitialised weights: load_dense or a checkpoint fills them.
-
-    Llama-3 RoPE scaling is Megatron's (low_freq_factor 1, high_freq_factor 4, 8192 original positions).
-    """
+    """Build the chunks of this pipeline rank with uninitialised weights: load_dense or a checkpoint fills them."""
     te = use_transformer_engine(recipe.model.spec)
     config = transformer_config(recipe, arch, te)
     virtual = recipe.parallel.virtual_pipeline
@@ -48,11 +46,10 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
-            rope_scaling=arch.rope_scaling is not None,
-            rope_scaling_factor=(arch.rope_scaling or {}).get("factor", 1.0),
             vp_stage=vp_stage,
         )
+        frequencies = inverse_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
         for router in routers(chunk):
             router.counts = counts
         if config.recompute_granularity and chunk.pre_process:

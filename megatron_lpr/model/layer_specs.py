@@ -16,6 +16,7 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
@@ -23,6 +24,7 @@ from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.model.transformer_config import layer_has_experts
 
 
 def use_transformer_engine(spec: str) -> bool:
@@ -34,9 +36,20 @@ def use_transformer_engine(spec: str) -> bool:
 
 
 def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this rank's model chunk, all alike."""
-    layer = _te_layer(config) if te else _local_layer(config)
-    if config.num_moe_experts:
+    """The layers of this rank's model chunk: dense ones, and ones with experts where the model has them."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    here = layer_has_experts(config)[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    kinds = {has_experts: _layer(config, te, has_experts) for has_experts in set(here)}
+    if te:
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        norm = SequenceParallelRMSNorm
+    return TransformerBlockSubmodules([kinds[has_experts] for has_experts in here], layer_norm=norm)
+
+
+def _layer(config: TransformerConfig, te: bool, has_experts: bool) -> ModuleSpec:
+    layer = _te_layer(config, has_experts) if te else _local_layer(config)
+    if has_experts:
         layer.submodules.mlp = _lpr_moe(config, te)
         # Without this a local-spec checkpoint names the MoE layer's norm as if it were fused into a linear layer,
         # and a TE-spec model could not load it.
@@ -45,12 +58,7 @@ def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None)
             for key, name in (layer.submodules.sharded_state_dict_keys_map or {}).items()
             if not key.startswith("pre_mlp_layernorm")
         }
-    if te:
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        norm = SequenceParallelRMSNorm
-    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules([layer] * layers, layer_norm=norm)
+    return layer
 
 
 def _local_layer(config: TransformerConfig) -> ModuleSpec:
@@ -63,8 +71,8 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     return layer
 
 
-def _te_layer(config: TransformerConfig) -> ModuleSpec:
-    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=True) if config.num_moe_experts else {}
+def _te_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=True) if has_experts else {}
     return copy.deepcopy(
         get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
     )

@@ -74,7 +74,7 @@ class LPRRouter(TopKRouter):
         )
 
     def _attach_losses(self, probs_TE: Tensor, logits_TE: Tensor, chosen_TE: Tensor, tags_SB: Tensor) -> Tensor:
-        config, num_layers = self.config, self.config.num_layers
+        config, num_layers = self.config, self.config.num_moe_layers
         if config.lpr_coeff:
             loss = lpr_loss(self._token_loss(logits_TE), tags_SB.reshape(-1), self.counts)
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss * (config.lpr_coeff / num_layers))

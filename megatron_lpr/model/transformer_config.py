@@ -21,9 +21,21 @@ class LPRTransformerConfig(TransformerConfig):
     lpr_double_softmax: bool = False
 
     @property
+    def num_moe_layers(self) -> int:
+        """Layers with experts; the auxiliary losses are means over them."""
+        return sum(layer_has_experts(self))
+
+    @property
     def num_all_experts(self) -> int:
         """Outputs of the router: frozen and new experts."""
         return self.num_frozen_experts + self.num_moe_experts
+
+
+def layer_has_experts(config: TransformerConfig) -> list[bool]:
+    """For every layer of the model. (Megatron's other form of `moe_layer_freq`, every n-th layer, is not used here.)"""
+    if isinstance(config.moe_layer_freq, list):
+        return [bool(has) for has in config.moe_layer_freq]
+    return [bool(config.num_moe_experts)] * config.num_layers
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,6 +69,8 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         num_moe_experts=recipe.model.num_experts - recipe.model.num_frozen_experts,
         num_frozen_experts=recipe.model.num_frozen_experts,
         moe_ffn_hidden_size=arch.ffn_hidden_size,
+        # Megatron names the layers of a checkpoint one by one where this is a list
+        moe_layer_freq=[int(n in arch.moe_layers()) for n in range(arch.num_layers)] if arch.mlp_only_layers else 1,
         moe_grouped_gemm=te,
         moe_router_topk=recipe.model.topk,
         # Megatron insists for top-1, and LPRRouter, which always renormalises over the chosen experts, does not read it
@@ -86,6 +100,8 @@ def _architecture(arch: Architecture) -> dict:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        # Megatron counts the positions to the left of a query, transformers counts its own too
+        window_size=(arch.sliding_window - 1, 0) if arch.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )

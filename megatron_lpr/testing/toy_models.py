@@ -36,7 +36,7 @@ LETTERS = {"qaa": "áéíőűzsgyk", "qab": "thewindco", "qac": "lñquimar"}
 
 
 def write_toy_model(folder: str | Path, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
-    """Write a random Llama model with a byte-level tokenizer; `config` overrides fields of its config.json.
+    """Write a random model with a byte-level tokenizer: a dense Llama, but for the config.json fields in `config`.
 
     Matrices have the standard deviation 1/sqrt(inputs), so that logits are of order one.
     """
@@ -48,9 +48,12 @@ def write_toy_model(folder: str | Path, *, dtype: str = "float32", seed: int = 0
     arch = read_architecture(folder)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in family_of(arch).shapes(arch).items():
+    zeros = family_of(arch).zero_shapes(arch, arch.num_experts)
+    for name, shape in family_of(arch).shapes(arch, arch.num_experts).items():
         values = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
+        if name in zeros:
+            values.zero_()
+        elif len(shape) == 1:
             values = 1 + 0.1 * values
         else:
             values /= shape[1] ** 0.5

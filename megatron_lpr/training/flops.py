@@ -56,11 +56,11 @@ def step_flops(
 
     for layer in range(arch.num_layers):
         # does anything below this layer's FFN, or in the layers before, learn? The embedding does with everything.
-        below = everything or layer > 0
+        below = everything or any(layer > moe for moe in arch.moe_layers())
         product(tokens, (queries + 2 * keys) * hidden, below_learns=below, learns=everything)
         product(tokens, queries * hidden, below_learns=below, learns=everything)
         ffn = arch.ffn_hidden_size * hidden
-        if not model.num_experts:
+        if not model.num_experts or layer in arch.mlp_only_layers:
             product(tokens, 3 * ffn, below_learns=below, learns=everything)
             continue
         product(tokens, model.num_experts * hidden, below_learns=below, learns=True)

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.data.tokenize import load_tokenizer
@@ -53,7 +54,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     """
     if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run")
-    arch = read_architecture(recipe.model.base)
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
@@ -112,10 +113,10 @@ def _check_resume(recipe: Recipe, state: RunState, sampler: ReplaySampler) -> No
 
 def _check_same_model(recipe: Recipe, source: Path) -> None:
     there = read_run_state(source).recipe["model"]
-    for field in ("num_experts", "num_frozen_experts", "topk"):
-        here = getattr(recipe.model, field)
-        if there[field] != here:
-            raise UserError(f"model.{field}: {here}, but the checkpoint {source} has {there[field]}")
+    here = to_tree(recipe.model)
+    for field in ("num_experts", "num_frozen_experts", "topk", "mlp_only_layers"):
+        if there.get(field, here[field]) != here[field]:
+            raise UserError(f"model.{field}: {here[field]}, but the checkpoint {source} has {there[field]}")
 
 
 def changed_settings(recipe: Recipe, state: RunState) -> list[str]:

@@ -1,9 +1,10 @@
 """The numbers of one step, the same at every layout: one all-reduce of a few hundred doubles.
 
-Shapes: N layers, L languages, C columns of `RouterStats`, E experts.
+Shapes: N layers with experts, L languages, C columns of `RouterStats`, E experts.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +26,22 @@ class ReducedStats:
 
 
 def reduce_stats(
-    routers: list[LPRRouter], *, num_layers: int, num_languages: int, num_experts: int, ntp_loss: float
+    routers: list[LPRRouter], *, moe_layers: Sequence[int], num_languages: int, num_experts: int, ntp_loss: float
 ) -> ReducedStats:
-    """Sum over all ranks what each knows: its own layers, its own tokens, its share of L_NTP."""
+    """Sum over all ranks what each knows: its own layers, its own tokens, its share of L_NTP.
+
+    moe_layers: numbers of all layers that have a router, from 0.
+    """
+    num_layers = len(moe_layers)
     shape = (num_layers, num_languages, SLOTS + num_experts)
     packed = torch.zeros(1 + num_layers + math.prod(shape), dtype=torch.float64, device=device())
     ntp, balance_N, sums_NLC = packed[:1], packed[1 : 1 + num_layers], packed[1 + num_layers :].view(shape)
     ntp[0] = ntp_loss
     for router in routers:
         sums_LC, balance = router.stats.take()
-        sums_NLC[router.layer_number - 1] += sums_LC.to(packed.device)
-        balance_N[router.layer_number - 1] += balance.to(packed.device)
+        n = moe_layers.index(router.layer_number - 1)
+        sums_NLC[n] += sums_LC.to(packed.device)
+        balance_N[n] += balance.to(packed.device)
     dist.all_reduce(packed)
     packed = packed.cpu()
     return ReducedStats(

@@ -103,7 +103,7 @@ class Trainer:
         recipe, plan = self.recipe, self.plan
         stats = step_metrics.reduce_stats(
             self.routers,
-            num_layers=plan.arch.num_layers,
+            moe_layers=plan.arch.moe_layers(),
             num_languages=len(plan.manifest.languages),
             num_experts=recipe.model.num_experts,
             ntp_loss=result.ntp_loss,

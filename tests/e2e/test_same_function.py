@@ -1,12 +1,15 @@
 """The same function before and after: dense and upcycled at step 0, Megatron and the export after training."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from harness import make_batch
+from tiny_models import rewrite
 from transformers import AutoModelForCausalLM
 
+from megatron_lpr import cli
 from megatron_lpr.config import Recipe
 from megatron_lpr.recipe_io import from_tree, load_recipe
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -95,6 +98,47 @@ def test_trained_model_scores_the_same_as_its_export(project, trained):
 def test_verify_agrees(project, trained):
     printed = project.run("verify", "stage2", project.root / "hf_stage2", "--checkpoint", project.root / "stage2")
     assert "FAIL" not in printed and "logits" in printed and "frozen tensors" in printed
+
+
+EXPERTS = "model.layers.1.block_sparse_moe."
+
+
+def swap(tensors, one, other):
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def swap_new_experts(tensors):
+    for weight in ("w1", "w2", "w3"):
+        swap(tensors, f"{EXPERTS}experts.1.{weight}.weight", f"{EXPERTS}experts.2.{weight}.weight")
+
+
+def zero_new_expert(tensors):
+    for weight in ("w1", "w2", "w3"):
+        tensors[f"{EXPERTS}experts.2.{weight}.weight"].zero_()
+
+
+DAMAGE = {
+    "new_experts_swapped": swap_new_experts,
+    "new_expert_zeroed": zero_new_expert,
+    "router_rows_permuted": lambda t: t.update({f"{EXPERTS}gate.weight": t[f"{EXPERTS}gate.weight"].roll(1, 0)}),
+    "k_and_v_swapped": lambda t: swap(
+        t, "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+    ),
+    "gate_and_up_swapped": lambda t: swap(t, f"{EXPERTS}experts.1.w1.weight", f"{EXPERTS}experts.1.w3.weight"),
+    "norm_off": lambda t: t["model.layers.0.input_layernorm.weight"].add_(1e-3),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_finds_damage(project, trained, tmp_path, capsys, damage):
+    """By the checkpoint's tensors and by the logits, and says so in its exit status."""
+    export = rewrite(shutil.copytree(project.root / "hf_stage2", tmp_path / "broken"), DAMAGE[damage])
+    status = cli.main(
+        ["verify", str(project.recipes["stage2"]), str(export), "--checkpoint", str(project.root / "stage2")]
+    )
+    printed = capsys.readouterr().out
+    assert status != 0
+    assert {"checkpoint", "logits"} <= {line.split()[1] for line in printed.splitlines() if line.startswith("FAIL")}
 
 
 def test_recipe_of_the_run_is_kept(project, trained):

@@ -173,3 +173,25 @@ def test_interleaved_schedule_needs_rounds_of_micro_batches(arch):
         check_recipe(recipe(**sections), dataclasses.replace(arch, num_layers=4), 4)
     expected = "size x pipeline = 2 x 2 x 2, as parallel.virtual_pipeline needs; the nearest are 8 and 16"
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "layers, parallel, stage",
+    [
+        ((0, 1), {"pipeline": 2}, None),
+        ((0, 1, 2), {"pipeline": 2}, "layers 0 to 2"),
+        ((0, 1, 2), {"pipeline": 2, "last_stage_layers": 2}, None),
+        ((4, 5), {"pipeline": 2, "last_stage_layers": 2}, "layers 4 to 5"),
+        ((2,), {"pipeline": 3, "virtual_pipeline": 2}, "layers 2 to 2"),
+    ],
+)
+def test_layers_without_experts_leave_each_stage_something_to_learn(arch, layers, parallel, stage):
+    arch = dataclasses.replace(arch, num_layers=6, mlp_only_layers=layers)
+    sections = {"parallel": parallel, "train": {"global_batch_size": 12}}
+    if stage is None:
+        check_recipe(recipe(**sections), arch, parallel["pipeline"])
+    else:
+        with pytest.raises(UserError, match=f"mlp_only_layers: .* {stage}"):
+            check_recipe(recipe(**sections), arch, parallel["pipeline"])
+    sections["train"]["trainable"] = "all"
+    check_recipe(recipe(**sections), arch, parallel["pipeline"])

@@ -1,127 +1,37 @@
-"""Tiny random dense models, saved by transformers itself; names and shapes of what a Megatron rank holds."""
+"""Tiny random dense models, and the parameters that a Megatron rank holds."""
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-MODELS = {
-    "gqa": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
-    "tied_llama3_head_dim": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **{**SIZES, "max_position_embeddings": 16384},
-            head_dim=16,
-            tie_word_embeddings=True,
-            rope_parameters={**LLAMA3_SCALING, "rope_theta": 1e5},
-        )
-    ),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, head_dim=8)),
-}
+from rank_shapes import empty_parameters, shapes_of_rank
+from tiny_models import TINY, save_tiny
 
 
-def save_model(name, folder, dtype=torch.float32):
-    """Random weights, norms included, and a tokenizer file of arbitrary bytes."""
-    torch.manual_seed(sum(map(ord, name)))
-    model = MODELS[name]().to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 1.0))
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(b'{"not": "parsed"}  \n')
-    return folder
-
-
-@pytest.fixture(scope="session", params=list(MODELS))
+@pytest.fixture(scope="session", params=list(TINY))
 def base(request, tmp_path_factory):
     """The folder of each tiny dense model in turn, fp32."""
-    return save_model(request.param, tmp_path_factory.mktemp(request.param))
+    return save_tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
-    return save_model("gqa", tmp_path_factory.mktemp("llama"))
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="session")
 def llama_bf16(tmp_path_factory):
-    return save_model("gqa", tmp_path_factory.mktemp("llama_bf16"), torch.bfloat16)
+    return save_tiny("llama", tmp_path_factory.mktemp("llama_bf16"), torch.bfloat16)
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory):
-    return save_model("tied_llama3_head_dim", tmp_path_factory.mktemp("tied"))
-
-
-PADDING_MULTIPLE = 64
-
-
-def shapes_of_rank(arch, *, tp=1, ep=1, etp=1, num_frozen, num_experts, layers, te_names=False):
-    """Parameters of one rank with `layers` decoder layers that is first and last stage."""
-    hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
-    qkv = (arch.num_attention_heads + 2 * arch.num_query_groups) * arch.head_dim
-    padded = PADDING_MULTIPLE
-    shapes = {"embedding.word_embeddings.weight": (padded, hidden)}
-    for layer in range(layers):
-        prefix = f"decoder.layers.{layer}."
-        norm = "self_attention.linear_qkv.layer_norm_weight" if te_names else "input_layernorm.weight"
-        shapes[prefix + norm] = (hidden,)
-        shapes[prefix + "self_attention.linear_qkv.weight"] = (qkv // tp, hidden)
-        shapes[prefix + "self_attention.linear_proj.weight"] = (
-            hidden,
-            arch.num_attention_heads * arch.head_dim // tp,
-        )
-        if not num_experts:
-            norm = "mlp.linear_fc1.layer_norm_weight" if te_names else "pre_mlp_layernorm.weight"
-            shapes[prefix + norm] = (hidden,)
-            shapes[prefix + "mlp.linear_fc1.weight"] = (2 * ffn // tp, hidden)
-            shapes[prefix + "mlp.linear_fc2.weight"] = (hidden, ffn // tp)
-            continue
-        shapes[prefix + "pre_mlp_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.router.weight"] = (num_experts, hidden)
-        for expert in range(num_frozen):
-            shapes[prefix + f"mlp.frozen_experts.{expert}.linear_fc1.weight"] = (2 * ffn, hidden)
-            shapes[prefix + f"mlp.frozen_experts.{expert}.linear_fc2.weight"] = (hidden, ffn)
-        for expert in range((num_experts - num_frozen) // ep):
-            for linear, shape in (
-                ("linear_fc1", (2 * ffn // etp, hidden)),
-                ("linear_fc2", (hidden, ffn // etp)),
-            ):
-                name = (
-                    f"mlp.experts.{linear}.weight{expert}"
-                    if te_names
-                    else f"mlp.experts.local_experts.{expert}.{linear}.weight"
-                )
-                shapes[prefix + name] = shape
-    shapes["decoder.final_layernorm.weight"] = (hidden,)
-    if not arch.tie_word_embeddings:
-        shapes["output_layer.weight"] = (padded, hidden)
-    return shapes
+    return save_tiny("llama_tied_llama3_head_dim", tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="session")
 def empty_rank():
     """A function (arch, layout) -> a rank's parameters, full of NaN: what is not written shows."""
 
-    def empty(arch, dtype=torch.float32, **layout):
-        shapes = shapes_of_rank(arch, **layout)
-        return {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()}
-
-    return empty
+    return empty_parameters
 
 
 @pytest.fixture(scope="session")

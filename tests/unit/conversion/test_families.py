@@ -1,17 +1,12 @@
 """What is read from a model folder, and what is refused."""
 
-import dataclasses
 import json
+import shutil
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_lpr.conversion.export import to_hf
-from megatron_lpr.conversion.families import FAMILIES, family_of, read_architecture
+from megatron_lpr.conversion.families import family_of, read_architecture
 from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.mappings import QKV, Mapping
-from megatron_lpr.conversion.upcycle import load_dense
 from megatron_lpr.errors import UserError
 
 LLAMA3_SCALING = {
@@ -36,6 +31,14 @@ V4_LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
 }
 
 
@@ -96,14 +99,23 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.* is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "'linear'.* is not supported"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}}, "low_freq_factor.* is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported; .*linear, llama3"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' in config.json has factor = None"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 4.0}}, "low_freq_factor must be below"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "contradicts itself"),
         ({"rope_scaling": {**LLAMA3_SCALING, "partial_rotary_factor": 0.5}}, "partial"),
         ({"hidden_size": "absent"}, "hidden_size = None"),
-        ({"architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, "sliding_window = 32"),
+        ({"torch_dtype": "float8"}, "dtype 'float8'; supported"),
+        ({"sliding_window": 32}, "sliding_window = 32"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window = 0"),
+        ({**QWEN3, "use_sliding_window": True}, "use_sliding_window = True"),
+        ({**QWEN3, "layer_types": ["full_attention", "sliding_attention"]}, "layers of several kinds"),
+        ({**QWEN3, "attention_bias": True}, "attention_bias = True"),
+        ({**QWEN3_MOE, "norm_topk_prob": "absent"}, "norm_topk_prob = False"),
+        ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ({**QWEN3_MOE, "mlp_only_layers": [0]}, "another width"),
+        ({**QWEN3_MOE, "num_experts": "absent"}, "num_experts = None"),
+        ({"architectures": ["MixtralForCausalLM"], "router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(tmp_path, changes, message):
@@ -127,31 +139,26 @@ def test_tables_name_exactly_what_transformers_saves(base):
     assert family_of(arch).shapes(arch) == saved
 
 
-def test_a_new_family_is_an_entry_of_the_table(tmp_path, monkeypatch, empty_rank):
-    bias = Mapping(
-        "self_attention.linear_qkv.bias",
-        QKV(),
-        {"self_attn.q_proj.bias": "Q", "self_attn.k_proj.bias": "K", "self_attn.v_proj.bias": "K"},
-    )
-    llama = FAMILIES["llama"]
-    qwen = dataclasses.replace(
-        llama,
-        name="qwen2",
-        architecture="Qwen2ForCausalLM",
-        layer=(*llama.layer, bias),
-        required={"hidden_act": "silu", "use_sliding_window": False},
-    )
-    monkeypatch.setitem(FAMILIES, "qwen2", qwen)
-    sizes = {key: V4_LLAMA[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path)
-    arch, reader = read_architecture(tmp_path), SafetensorsReader(tmp_path)
-    assert arch.qkv_bias and not arch.qk_norm
-    parameters = empty_rank(arch, layers=1, num_frozen=0, num_experts=0)
-    parameters["decoder.layers.0.self_attention.linear_qkv.bias"] = torch.full((64,), torch.nan)
-    load_dense(parameters.items(), reader, arch)
-    exported = dict(to_hf(parameters.items(), arch, num_frozen=0))
-    assert exported.keys() == set(reader.keys())
-    assert all(torch.equal(exported[name], reader.get(name)) for name in exported)
+def test_experts_of_a_model_that_has_them(tmp_path):
+    arch = read_architecture(folder(tmp_path, **QWEN3_MOE, mlp_only_layers=None))
+    assert (arch.family, arch.num_experts, arch.topk, arch.ffn_hidden_size) == ("qwen3", 4, 2, 8)
+    assert arch.mlp_only_layers == () and arch.qk_norm and not arch.qkv_bias
+    version_5 = {**QWEN3_MOE, "num_experts": "absent", "num_local_experts": 4}
+    assert read_architecture(folder(tmp_path, **version_5)) == arch
+
+
+def test_a_mixtral_is_read_with_its_window(tmp_path):
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 3, "sliding_window": 16}
+    arch = read_architecture(folder(tmp_path, **mixtral))
+    assert (arch.family, arch.num_experts, arch.topk, arch.sliding_window) == ("mistral", 3, 2, 16)
+
+
+def test_a_window_that_the_config_leaves_out_is_mistrals(tmp_path):
+    assert read_architecture(folder(tmp_path, architectures=["MistralForCausalLM"])).sliding_window == 4096
+
+
+def test_the_dtype_that_the_config_leaves_out_is_the_one_on_disk(tmp_path, llama_bf16):
+    base = shutil.copytree(llama_bf16, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
+    assert read_architecture(base).dtype == "bfloat16"

@@ -80,10 +80,12 @@ def test_any_layout_gathers_back_to_the_dense_bytes(base, tp, ep, etp, load_layo
     for name, weight in others.items():
         assert torch.equal(exported.pop(name), weight), name
     for layer in range(arch.num_layers):
-        prefix = f"model.layers.{layer}.block_sparse_moe."
+        mixtral = not arch.family.startswith("qwen")
+        prefix = f"model.layers.{layer}." + ("block_sparse_moe." if mixtral else "mlp.")
         exported.pop(prefix + "gate.weight")
         for expert in range(MOE["num_experts"]):
-            for ours, theirs in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+            for number, theirs in ((1, "gate_proj"), (3, "up_proj"), (2, "down_proj")):
+                ours = f"w{number}" if mixtral else theirs
                 assert torch.equal(exported.pop(f"{prefix}experts.{expert}.{ours}.weight"), ffn[layer, theirs])
     assert not exported
 

@@ -1,17 +1,18 @@
 """Every kind of damage to an export is found, and nothing is found where there is none."""
 
-import json
+import re
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_models import rewrite, rewrite_config, save_tiny, train_a_little
 
-from megatron_lpr.conversion.export import export_model, upcycle_hf
+from megatron_lpr.conversion.export import export_model, to_hf, upcycle_hf
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.upcycle import load_dense
-from megatron_lpr.conversion.verify import frozen_digest, verify_export
+from megatron_lpr.conversion.verify import compare_tensors, frozen_digest, verify_export
 from megatron_lpr.errors import UserError
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts."
@@ -67,19 +68,11 @@ def test_every_family_and_a_second_frozen_expert(base, tmp_path):
 
 def test_dense_export_gets_the_census_and_a_count(llama, tmp_path):
     out = shutil.copytree(llama, tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    rope = {"rope_theta": 5e5, "rope_scaling": None}
-    (out / "config.json").write_text(json.dumps({**config, **rope, "torch_dtype": "float32"}))
+    rewrite_config(out, rope_theta=5e5, rope_scaling=None, torch_dtype="float32")
     report = verify_export(out, llama, num_frozen=1)
     assert report.ok and "0 of 21 tensors differ" in str(report), str(report)
     rewrite(out, lambda tensors: tensors.pop(Q_PROJ))
     assert failed(verify_export(out, llama, num_frozen=1)) == {"tensors", "stock class"}
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def swap(one, other):
@@ -149,9 +142,7 @@ def test_the_tensor_that_differs_is_named(export, llama, tmp_path):
     [("rope_theta", 1e6), ("num_experts_per_tok", 9), ("rms_norm_eps", 1e-3), ("rope_parameters", None)],
 )
 def test_a_config_that_computes_something_else_is_found(export, llama, tmp_path, field, value):
-    broken = shutil.copytree(export, tmp_path / "broken")
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, field: value}))
+    broken = rewrite_config(shutil.copytree(export, tmp_path / "broken"), **{field: value})
     report = verify_export(broken, llama, num_frozen=1)
     assert "config" in failed(report) and field in str(report)
 
@@ -164,8 +155,7 @@ def test_another_tokenizer_is_found(export, llama, tmp_path):
 
 def test_a_folder_that_is_no_export_of_the_base(llama, tmp_path):
     upcycle_hf(llama, tmp_path / "out", num_experts=3)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    rewrite_config(tmp_path / "out", architectures=["GPT2LMHeadModel"])
     with pytest.raises(UserError, match="is a GPT2LMHeadModel with 3 experts"):
         verify_export(tmp_path / "out", llama)
     with pytest.raises(UserError, match="does not exist"):
@@ -183,3 +173,77 @@ def test_frozen_digest_sees_every_bit_and_name_but_not_the_order():
         {"a": tensors["a"]},
     ]
     assert len({digest, *(frozen_digest(other.items()) for other in others)}) == 5
+
+
+EXPERT_2 = re.compile(r"experts\.2\.(down_proj|w2)")
+QWEN_FFN = "model.layers.1.mlp."
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "mistral_window"])
+def test_a_sound_export_of_every_family_and_of_a_second_round(tmp_path, name):
+    base = save_tiny(name, tmp_path / "base")
+    once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=3), train_a_little)
+    twice = upcycle_hf(once, tmp_path / "twice", num_experts=5, num_frozen=3)
+    for report in (verify_export(once, base), verify_export(twice, once, num_frozen=3), verify_export(twice, once)):
+        assert report.ok, str(report)
+    # trained in the first round, frozen in the second
+    rewrite(twice, swap(*sorted(key for key in load_file(once / "model.safetensors") if EXPERT_2.search(key))))
+    for asked in ({"num_frozen": 3}, {}):
+        assert failed(verify_export(twice, once, **asked)) == {"frozen tensors"}
+
+
+@pytest.mark.parametrize(
+    "changes,checks",
+    [
+        (lambda tensors: tensors[f"{QWEN_FFN}shared_expert.down_proj.weight"].fill_(0.1), {"values"}),
+        (lambda tensors: tensors["model.layers.0.self_attn.k_proj.bias"].add_(1e-3), {"frozen tensors"}),
+        (lambda tensors: tensors.pop(f"{QWEN_FFN}shared_expert_gate.weight"), {"tensors", "stock class"}),
+    ],
+    ids=["shared_expert", "bias", "shared_gate_missing"],
+)
+def test_damage_to_what_only_qwen_has(tmp_path, changes, checks):
+    base = save_tiny("qwen2", tmp_path / "base")
+    broken = rewrite(upcycle_hf(base, tmp_path / "moe", num_experts=3), changes)
+    assert failed(verify_export(broken, base)) == checks
+
+
+def permute_router(tensors):
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    tensors[name] = tensors[name].roll(1, 0)
+
+
+def negative_zero(weight):
+    assert weight[0, 0] == 0
+    return torch.where(weight == 0, -weight, weight)
+
+
+AGAINST_THE_CHECKPOINT = {
+    "new_experts_swapped": (swap_experts(1, 2), 6),
+    "one_expert_zeroed": (lambda t: [t[f"{EXPERTS}2.{w}.weight"].zero_() for w in ("w1", "w2", "w3")], 3),
+    "router_rows_permuted": (permute_router, 1),
+    "k_and_v_swapped": (swap(K_PROJ, V_PROJ), 2),
+    "gate_and_up_swapped": (swap(f"{EXPERTS}1.w1.weight", f"{EXPERTS}1.w3.weight"), 2),
+    "norm_off": (put("model.layers.0.input_layernorm.weight", lambda norm: norm + 1e-3), 1),
+    "one_ulp": (one_ulp, 1),
+    "sign_of_zero": (put(f"{EXPERTS}1.w1.weight", negative_zero), 1),
+    "missing": (lambda tensors: tensors.pop(K_PROJ), 1),
+    "unexpected": (lambda tensors: tensors.update(extra=torch.zeros(2)), 1),
+}
+
+
+@pytest.mark.parametrize("damage", AGAINST_THE_CHECKPOINT)
+def test_an_export_that_is_not_its_checkpoint_is_found(llama, tmp_path, trained, damage):
+    """New experts and routers too, of which the base model knows nothing."""
+    arch, parameters = read_architecture(llama), trained(read_architecture(llama), 1, 3)
+    parameters["decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"][0, 0] = 0.0
+    out = export_model(
+        parameters.items(), arch, base_dir=llama, out_dir=tmp_path / "out", num_experts=3, num_frozen=1
+    )
+
+    def compare():
+        return compare_tensors(out, to_hf(parameters.items(), arch, num_frozen=1))
+
+    assert compare().ok, str(compare())
+    change, number = AGAINST_THE_CHECKPOINT[damage]
+    rewrite(out, change)
+    assert not compare().ok and f"{number} tensors differ" in str(compare())

@@ -26,14 +26,15 @@ def tensors() -> dict[str, Tensor]:
     return made | {"grad": draw(HEADS * SIZE)}
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Head by head, over all scores."""
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, window: int = 1000) -> Tensor:
+    """Head by head, over all scores; a query sees `window` positions, its own included."""
     length, heads = len(query), []
-    later_SS = torch.arange(length)[None, :] > torch.arange(length)[:, None]
+    distance_SS = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    hidden_SS = (distance_SS < 0) | (distance_SS >= window)
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
         scores_BSS = torch.einsum("sbd,tbd->bst", query[:, :, head], key[:, :, group]) / SIZE**0.5
-        weights_BSS = scores_BSS.masked_fill(later_SS, -torch.inf).softmax(-1)
+        weights_BSS = scores_BSS.masked_fill(hidden_SS, -torch.inf).softmax(-1)
         heads.append(torch.einsum("bst,tbd->sbd", weights_BSS, value[:, :, group]))
     return torch.cat(heads, dim=-1)
 
@@ -42,7 +43,7 @@ def gradients(output: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, [tensors[name] for name in ("query", "key", "value")], tensors["grad"])
 
 
-def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
+def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch, window_size: tuple[int, int] | None = None) -> Tensor:
     """The outputs of `size` context-parallel ranks, one after the other in this process, at their positions."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -60,7 +61,7 @@ def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
     for rank, own in enumerate(positions if size > 1 else [torch.arange(24)]):
         group = SimpleNamespace(size=lambda: size, rank=lambda rank=rank: rank)
         core = attention.SDPACoreAttention(
-            SimpleNamespace(attention_dropout=0.0),
+            SimpleNamespace(attention_dropout=0.0, window_size=window_size),
             layer_number=1,
             attn_mask_type=AttnMaskType.causal,
             attention_type="self",
@@ -75,6 +76,17 @@ def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
 def test_parts_make_the_whole(megatron, monkeypatch, tensors, size):
     expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"])
     output = in_parts(tensors, size, monkeypatch)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 2, 5, 23, 24, 30])
+def test_a_window(megatron, monkeypatch, tensors, size, window):
+    """Megatron's window_size counts the positions to the left."""
+    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"], window)
+    output = in_parts(tensors, size, monkeypatch, window_size=(window - 1, 0))
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
