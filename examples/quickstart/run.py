@@ -55,7 +55,8 @@ class Quickstart:
             self.train(stage)
             self.evaluate(stage, "--checkpoint", str(self.out / stage))
         checkpoint = ["--checkpoint", str(self.out / "stage2")]
-        self.command("export", "stage2", *checkpoint, "--out", final, done=self.out / "export/config.json")
+        results = ["--results", *(str(self.out / f"{model}.json") for model in ("base", "stage1", "stage2"))]
+        self.command("export", "stage2", *checkpoint, "--out", final, *results, done=self.out / "export/config.json")
         self.command("verify", "stage2", final, *checkpoint, done=None)
         self.step("text from the export", None, lambda: generate(final, self.smoke))
         self.step("plots", None, self.plot)

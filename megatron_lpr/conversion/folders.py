@@ -49,9 +49,10 @@ def complete_folder(out_dir: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot create '{temporary}': {error.strerror}") from error
     try:
-        _lock(lock, out_dir)
+        _lock(lock, fcntl.LOCK_EX, out_dir)
         check_vacant(out_dir)  # the other process may have just finished
         _empty(temporary)
+        _lock(lock, fcntl.LOCK_SH, out_dir)
         try:
             yield temporary
             os.fsync(lock)
@@ -65,10 +66,26 @@ def complete_folder(out_dir: str | Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _lock(folder: int, out_dir: str | Path) -> None:
-    """Taken back by the system when the process ends, however it ends."""
+@contextmanager
+def hold_folder(temporary: Path, parent: int) -> Iterator[None]:
+    """For a process that writes into the temporary folder of its parent: nobody replaces it before this one is done.
+
+    UserError when the parent, a process id, has died: the folder may be another's by now.
+    """
+    lock = os.open(temporary, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, fcntl.LOCK_SH, temporary)
+        if os.getppid() != parent:
+            raise UserError(f"the process that was writing '{temporary}' has died")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: int, kind: int, out_dir: str | Path) -> None:
+    """Exclusive to take a folder over, shared to write into it; the system drops it when the process ends."""
+    try:
+        fcntl.flock(folder, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is writing '{out_dir}': wait for it, or choose another folder") from None
     except OSError:

@@ -139,7 +139,7 @@ class ShardedWriter:
     ):
         if max_shard_bytes < 1:
             raise UserError(f"a shard of at most {max_shard_bytes} bytes: give a positive number")
-        self._folder, self._dtype = folder, dtype
+        self.folder, self._dtype = folder, dtype
         self._shapes = dict(shapes)
         self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
         self._missing = set(shapes)
@@ -178,7 +178,7 @@ class ShardedWriter:
             offset = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with open(self._folder / file, "wb") as shard:
+        with open(self.folder / file, "wb") as shard:
             shard.write(struct.pack("<Q", len(encoded)) + encoded)
             start = shard.tell()
             shard.truncate(start + offset)
@@ -191,13 +191,13 @@ class ShardedWriter:
         assert tuple(tensor.shape) == tuple(self._shapes[name]), (name, tensor.shape, self._shapes[name])
         file, offset = self._place[name]
         try:
-            with open(self._folder / file, "r+b", buffering=0) as shard:
+            with open(self.folder / file, "r+b", buffering=0) as shard:
                 if isinstance(tensor, FileTensor):
                     tensor.copy_to(shard.fileno(), offset, self._dtype)
                 else:
                     write_at(shard.fileno(), tensor_bytes(tensor.to(self._dtype)), offset)
         except OSError as error:
-            raise UserError(f"cannot write '{self._folder / file}': {error.strerror}") from error
+            raise UserError(f"cannot write '{self.folder / file}': {error.strerror}") from error
         self.mark_written(name)
 
     def mark_written(self, name: str) -> None:
@@ -213,8 +213,8 @@ class ShardedWriter:
             )
         files = {name: file for name, (file, _) in self._place.items()}
         for file in sorted(set(files.values())):
-            with open(self._folder / file, "rb") as shard:
+            with open(self.folder / file, "rb") as shard:
                 os.fsync(shard.fileno())
         if len(set(files.values())) > 1:
             index = {"metadata": {"total_size": sum(self.sizes.values())}, "weight_map": files}
-            (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

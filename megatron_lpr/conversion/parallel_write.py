@@ -1,11 +1,13 @@
 """All tensors of a source to their places in the shards, in this process or in several that share the work."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
 import torch
 
+from megatron_lpr.conversion.folders import hold_folder
 from megatron_lpr.conversion.hf_io import ShardedWriter
 from megatron_lpr.conversion.sources import Source
 from megatron_lpr.errors import UserError
@@ -29,7 +31,8 @@ def write_all(source: Source, writer: ShardedWriter, *, processes: int, progress
     try:
         for units in _share(source, writer, processes):
             receiver, sender = spawn.Pipe(duplex=False)
-            worker = spawn.Process(target=_write_units, args=(source, writer, units, sender), daemon=True)
+            arguments = (source, writer, units, sender, os.getpid())
+            worker = spawn.Process(target=_write_units, args=arguments, daemon=True)
             worker.start()
             sender.close()
             workers[receiver] = worker
@@ -56,12 +59,13 @@ def _share(source: Source, writer: ShardedWriter, processes: int) -> list[list[s
     return [share for share in shares if share]
 
 
-def _write_units(source: Source, writer: ShardedWriter, units: list[str], sender: Connection) -> None:
+def _write_units(source: Source, writer: ShardedWriter, units: list[str], sender: Connection, parent: int) -> None:
     torch.set_num_threads(1)
     try:
-        for name, tensor in source.stream(units):
-            writer.write(name, tensor)
-            sender.send(name)
+        with hold_folder(writer.folder, parent):
+            for name, tensor in source.stream(units):
+                writer.write(name, tensor)
+                sender.send(name)
     except BrokenPipeError:
         return  # the process that asked for it is gone
     except Exception as error:

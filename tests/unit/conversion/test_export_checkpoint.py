@@ -127,7 +127,7 @@ def test_every_tensor_of_an_export_was_written_by_it(run, toy_base, tmp_path, mo
 
     def poisoned(self, file, names):
         start(self, file, names)
-        path = self._folder / file
+        path = self.folder / file
         first = min(self._place[name][1] for name in names)
         with open(path, "r+b") as shard:
             shard.seek(first)
