@@ -30,6 +30,7 @@ def _check_experts(recipe: Recipe) -> None:
     model, sizes = recipe.model, recipe.parallel
     if not model.num_experts:
         for field, value, neutral in (
+            ("model.mlp_only_layers", model.mlp_only_layers, ()),
             ("parallel.expert", sizes.expert, 1),
             ("parallel.expert_tensor", sizes.expert_tensor, 1),
             ("balance.coeff", recipe.balance.coeff, 0),

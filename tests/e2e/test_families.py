@@ -110,6 +110,13 @@ class TestSecondRound:
         assert all(torch.equal(new[name][: len(tensor)], tensor) for name, tensor in old.items())
         torch.testing.assert_close(twice.logits(tokens_BS()), stock_logits(out), rtol=0, atol=1e-4)
 
+    def test_top_1_computes_the_same(self, tmp_path, name):
+        """Expert 0 or a copy of it, whichever is chosen."""
+        base = save_tiny(name, tmp_path / "base")
+        once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=4, topk=1), train_a_little)
+        twice = upcycle_hf(once, tmp_path / "twice", num_experts=6, num_frozen=4, topk=1, router_std=0.0)
+        torch.testing.assert_close(stock_logits(twice), stock_logits(once), rtol=0, atol=1e-5)
+
     def test_only_tokens_that_prefer_the_original_ffn_change(self, tmp_path, name):
         """One layer, top-2, no noise: a token with expert 0 first gets what the dense model gives, the others keep."""
         base = save_tiny(name, tmp_path / "base", num_hidden_layers=1)

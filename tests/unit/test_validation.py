@@ -70,6 +70,7 @@ def test_valid(arch, world_size, sections):
         (1, {"model": {"num_experts": 0}, "lpr": {"coeff": 0.1}}, "lpr.coeff: 0.1 has no effect on a dense model"),
         (1, {"model": {"num_experts": 0}, "balance": {"coeff": 0.1}}, "balance.coeff: 0.1 has no effect"),
         (2, {"model": {"num_experts": 0}, "parallel": {"expert": 2}}, "parallel.expert: 2 has no effect"),
+        (1, {"model": {"num_experts": 0, "mlp_only_layers": [1]}}, "model.mlp_only_layers: (1,) has no effect"),
         (1, {"data": None}, "data: missing"),
         (1, {"train": {"steps": 0}}, "train.steps: 0; at least 1"),
         (1, {"train": {"micro_batch_size": 0}}, "train.micro_batch_size: 0; at least 1"),

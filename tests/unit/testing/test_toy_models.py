@@ -47,3 +47,19 @@ def test_recipes_are_read(tmp_path):
     for path in recipes.values():
         recipe = load_recipe(str(path))
         assert all((tmp_path / "text" / f"{corpus.name}.jsonl").is_file() for corpus in recipe.preprocess.corpora)
+
+
+def test_a_model_that_has_experts(tmp_path):
+    folder = write_toy_model(
+        tmp_path / "moe",
+        architectures=["Qwen2MoeForCausalLM"],
+        model_type="qwen2_moe",
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=8,
+        norm_topk_prob=True,
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and type(model).__name__ == "Qwen2MoeForCausalLM"
+    assert not model.model.layers[1].mlp.shared_expert.down_proj.weight.any()
