@@ -32,9 +32,16 @@ class Tokenizer(Protocol):
         """Token ids of each text, without special tokens."""
         ...
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text, and for each token the position in the text after its last character."""
+        ...
 
-def load_tokenizer(path: str) -> Tokenizer:
+
+def load_tokenizer(path: str, *, threads: int | None = None) -> Tokenizer:
     """Opens a folder with a tokenizer.json or one SentencePiece .model, or such a file itself.
+
+    Args:
+        threads: of SentencePiece; Hugging Face's library reads TOKENIZERS_PARALLELISM. All cores without it.
 
     Raises:
         UserError: there is none, it cannot be read, or it has no end-of-document token.
@@ -54,7 +61,9 @@ def load_tokenizer(path: str) -> Tokenizer:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
     else:
         raise UserError(f"no tokenizer at {path}: there is no such folder or file")
-    return SentencePieceTokenizer(file) if file.suffix == ".model" else HFTokenizer(file)
+    if file.suffix != ".model":
+        return HFTokenizer(file)
+    return SentencePieceTokenizer(file, threads or len(os.sched_getaffinity(0)))
 
 
 class HFTokenizer:
@@ -76,6 +85,10 @@ class HFTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
     def _find_eod(self, folder: Path) -> int:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(folder / name).get("eos_token")
@@ -91,7 +104,8 @@ class HFTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece .model; the end-of-document token is its end-of-sentence piece."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, threads: int):
+        self._threads = threads
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.Load(str(file))
@@ -105,7 +119,11 @@ class SentencePieceTokenizer:
         self.sha256 = _sha256(file)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+        return self._processor.encode(list(texts), num_threads=self._threads)
+
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = (self._processor.encode(text, return_type="offset_mapping") for text in texts)
+        return [(encoding["ids"], [end for _, end in encoding["offsets"]]) for encoding in encodings]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
