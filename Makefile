@@ -5,21 +5,26 @@
 #                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
+#   FUZZ_RUNS        corrupt corpora that `make fuzz` makes; FUZZ_CXX names another compiler (clang++ for libFuzzer)
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_RUNS ?= 1000000
+FUZZ_CXX ?= g++
 
+comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv quickstart test clean
+.PHONY: help venv quickstart test fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
 	@echo "make test        run the tests"
+	@echo "make fuzz        feed corrupt corpora to the C++ readers, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
 	@echo "make clean       remove $(VENV) and everything built; keeps runs/"
 
@@ -28,6 +33,14 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q tests $(PYTEST_ARGS)
+
+# clang++ makes a libFuzzer target, which finds its own way; any other compiler the driver with mutations of its own.
+fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))
+fuzz:
+	@mkdir -p build
+	$(FUZZ_CXX) -std=c++17 -O1 -g -fsanitize=$(FUZZER)address,undefined -fno-sanitize-recover=all \
+	    $(if $(FUZZER),-DLIBFUZZER) -Icsrc tests/fuzz/reader.cpp -o build/fuzz_reader
+	build/fuzz_reader $(if $(FUZZER),-runs=$(FUZZ_RUNS) -max_len=4096,$(FUZZ_RUNS))
 
 venv: $(STAMP)
 
