@@ -166,7 +166,7 @@ class SourceConfig:
     language: str = required("language code; of a corpus that mixes languages the one it counts as in the mixture")
     role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")
     weight: float = opt(1.0, "share inside its role")
-    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "`auto`: by the name (.parquet, .txt, else JSONL)")
+    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "`auto`: by the name, .parquet, .txt, else JSONL")
     text_field: str = opt("text", "field (column) of the text")
     sample_by: Literal["document", "paragraph", "line"] = opt(
         "document", "what a document of a text file is: the file, lines up to a blank one, or a line"

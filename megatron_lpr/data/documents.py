@@ -158,6 +158,8 @@ def _texts(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
     else:
         pieces = _lines(block) if reading.sample_by == "line" else _paragraphs(block)
     for offset, line, data in pieces:
+        if reading.sample_by == "line":
+            data = data.removesuffix(b"\r")
         try:
             text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
         except UnicodeDecodeError as error:

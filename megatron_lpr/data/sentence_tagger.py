@@ -102,3 +102,5 @@ def _load_punkt(model: str):
             "'python -m nltk.downloader punkt_tab', or unpack punkt_tab into a folder that NLTK_DATA names as "
             "tokenizers/punkt_tab; or do without splitting by sentence_splitter: none"
         ) from None
+    except ValueError as error:
+        raise UserError(f"sentence_model: '{model}' is no name of a punkt model, as english: {error}") from None

@@ -149,7 +149,7 @@ def _cut_file(
         end_of = _end_of_paragraphs if sample_by == "paragraph" else _never
     with open(path, "rb") as raw:
         offset, line = 0, 1
-        for data in _cut(_decompressed(raw, path), end_of, block_bytes, path):
+        for data in _cut(_decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
             yield Block(
                 file=number, path=path, format=kind, offset=offset, line=line, data=data,
                 position=finished + raw.tell(),
@@ -199,17 +199,17 @@ def _never(buffer: bytearray, searched: int) -> int:
     return 0
 
 
-def _decompressed(raw: BinaryIO, path: str) -> Iterator[bytes]:
+def _decompressed(raw: BinaryIO, path: str, size: int) -> Iterator[bytes]:
     if path.endswith(".gz"):
         try:
             with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield from iter(lambda: unpacked.read(_READ_BYTES), b"")
+                yield from iter(lambda: unpacked.read(size), b"")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path} is not a complete gzip file: {error}") from error
     elif path.endswith(".zst"):
         yield from _zstd(raw, path)
     else:
-        yield from iter(lambda: raw.read(_READ_BYTES), b"")
+        yield from iter(lambda: raw.read(size), b"")
 
 
 def _zstd(raw: BinaryIO, path: str) -> Iterator[bytes]:
