@@ -25,6 +25,8 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
     if settings.output is None:
         raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
+    if settings.tokenizer is None and not recipe.model.base:
+        raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base

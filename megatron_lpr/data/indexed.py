@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import struct
+from typing import NoReturn
 
 import numpy as np
 
@@ -177,17 +178,24 @@ class IndexedCorpus:
         low, high = int(sequences[0]), int(sequences[-1])
         if not 0 <= low <= high <= len(self._offsets) or np.any(np.diff(sequences) < 0):
             self._corrupt(first, count)
-        size = self.num_tokens * self.tokens.itemsize
-        ends = self._offsets[low : high + 1]
-        offsets = np.append(ends, size) if high == len(self._offsets) else np.asarray(ends)
-        lengths = self._lengths[low:high].astype(np.int64) * self.tokens.itemsize
-        if np.any(lengths < 0) or offsets[0] < 0 or np.any(offsets > size) or np.any(np.diff(offsets) != lengths):
-            self._corrupt(first, count)
-        positions = offsets[sequences - low]
-        if np.any(positions % self.tokens.itemsize):
-            self._corrupt(first, count)
-        return positions // self.tokens.itemsize
+        for start in range(low, high, _CHUNK):  # of a corrupt index they may be very many
+            if not self._in_order(start, min(start + _CHUNK, high)):
+                self._corrupt(first, count)
+        inside = sequences < len(self._offsets)
+        positions = np.full(count + 1, self.num_tokens)
+        positions[inside] = self._offsets[sequences[inside]] // self.tokens.itemsize
+        return positions
 
-    def _corrupt(self, first: int, count: int) -> None:
+    def _in_order(self, start: int, end: int) -> bool:
+        """Whether sequences start, ..., end - 1 lie in the .bin file, each where the one before ends."""
+        size = self.num_tokens * self.tokens.itemsize
+        offsets = np.asarray(self._offsets[start : end + 1])
+        if end == len(self._offsets):
+            offsets = np.append(offsets, size)
+        lengths = self._lengths[start:end].astype(np.int64) * self.tokens.itemsize
+        inside = np.all(offsets >= 0) and np.all(offsets <= size) and not np.any(offsets % self.tokens.itemsize)
+        return bool(inside and np.all(lengths >= 0) and np.all(np.diff(offsets) == lengths))
+
+    def _corrupt(self, first: int, count: int) -> NoReturn:
         which = f"document {first} lies" if count == 1 else f"documents {first} to {first + count - 1} lie"
         raise UserError(f"{self.prefix}.idx is corrupt: {which} outside {self.prefix}.bin, or out of order")
