@@ -4,12 +4,13 @@
 
 The peer does what Megatron-LM's tools/preprocess_data.py does: a pool of processes reads JSON lines and calls the
 tokenizer on each text, one process writes. It neither shuffles, nor hashes, nor can continue after a kill; ours does
-all that inside the time given. The peer's clock starts after its imports. The two take turns, the best round counts.
-Peak memory is the largest sum of the resident set sizes of all processes of a run. Both must write the same documents.
+all that inside the time given. The peer's clock starts after its imports. They take turns, the best round counts.
+Peak memory is the largest sum of the resident set sizes of all processes of a run. All must write the same documents.
 """
 
 import argparse
 import gzip
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -28,12 +29,20 @@ TEXT = sorted((Path(__file__).parent.parent / "examples" / "quickstart" / "text"
 
 
 def ours(tokenizer: str, text: str, folder: str, workers: int) -> float:
+    return _preprocess(tokenizer, text, folder, workers, "tokenizers")
+
+
+def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> float:
+    return _preprocess(tokenizer, text, folder, workers, "fastokens")
+
+
+def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> float:
     from megatron_lpr.config import SourceConfig
     from megatron_lpr.data.preprocess import preprocess
 
     start = time.perf_counter()
     source = SourceConfig(name="corpus", files=(text,), language="xx", role="expanded")
-    preprocess([source], tokenizer_dir=tokenizer, output_dir=folder, workers=workers)
+    preprocess([source], tokenizer_dir=tokenizer, output_dir=folder, workers=workers, engine=engine)
     return time.perf_counter() - start
 
 
@@ -120,13 +129,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
+    runs = [ours, ours_fast, peer] if importlib.util.find_spec("fastokens") else [ours, peer]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         text = f"{scratch}/text.jsonl"
         size = write_text(text, arguments.files, arguments.megabytes)
         best: dict[str, tuple[float, float, int]] = {}
         for number in range(arguments.rounds):
-            for run in (ours, peer):
+            for run in runs:
                 receiver, sender = context.Pipe(duplex=False)
                 folder = f"{scratch}/{run.__name__}{number}"
                 process = context.Process(
@@ -138,13 +148,16 @@ def main() -> None:
                 old = best.get(run.__name__, result)
                 best[run.__name__] = (min(result[0], old[0]), min(result[1], old[1]), max(result[2], old[2]))
         written = documents(f"{scratch}/ours0")
-        assert written == documents(f"{scratch}/peer0"), "the two wrote different documents"
+        for run in runs:
+            assert written == documents(f"{scratch}/{run.__name__}0"), "they wrote different documents"
         tokens = sum(len(document) * count for document, count in written.items()) // _token_bytes(f"{scratch}/ours0")
     print(f"{size / 1e6:.0f} MB of text, {tokens:,} tokens, {arguments.workers} processes\n")
     print("| preprocessing                          | seconds | MB/s | tokens/s | CPU s | peak memory | speed |")
     print("| -------------------------------------- | ------: | ---: | -------: | ----: | ----------: | ----: |")
-    for name, label in (("ours", "megatron_lpr"), ("peer", "transformers + IndexedDatasetBuilder")):
-        seconds, cpu, memory = best[name]
+    labels = {"ours": "megatron_lpr", "ours_fast": "megatron_lpr, engine: fastokens"}
+    for run in runs:
+        label = labels.get(run.__name__, "transformers + IndexedDatasetBuilder")
+        seconds, cpu, memory = best[run.__name__]
         row = f"| {label:38} | {seconds:7.1f} | {size / 1e6 / seconds:4.2f} | {tokens / seconds:8,.0f} | {cpu:5.1f} "
         print(f"{row}| {memory / 1e6:8.0f} MB | {best['peer'][0] / seconds:4.2f}x |")
 

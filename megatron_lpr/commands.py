@@ -31,7 +31,13 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base
     if dry_run:
-        check(settings.corpora, tokenizer_dir=tokenizer, output_dir=settings.output, seed=settings.seed)
+        check(
+            settings.corpora,
+            tokenizer_dir=tokenizer,
+            output_dir=settings.output,
+            seed=settings.seed,
+            engine=settings.engine,
+        )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
     manifest = run(
@@ -41,6 +47,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         seed=settings.seed,
         on_bad_line=settings.on_bad_line,
         workers=settings.workers,
+        engine=settings.engine,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:

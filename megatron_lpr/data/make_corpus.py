@@ -19,7 +19,7 @@ from megatron_lpr.data.progress import Progress
 from megatron_lpr.data.shuffle import BUCKET_BYTES, merge
 from megatron_lpr.data.source_checks import tagger_settings
 from megatron_lpr.data.text_files import BLOCK_BYTES, read_blocks
-from megatron_lpr.data.tokenize import Tokenizer
+from megatron_lpr.data.tokenize import Engine, Tokenizer
 from megatron_lpr.data.tokenize_parts import PartJob, tokenize_parts
 from megatron_lpr.data.work_folder import open_work_folder
 from megatron_lpr.errors import UserError
@@ -37,6 +37,7 @@ def make_corpus(
     seed: int,
     on_bad_line: OnBadLine,
     workers: int,
+    engine: Engine,
 ) -> Corpus:
     """Writes `prefix`.bin, .idx and, where the corpus mixes languages, .lang; returns the manifest's entry.
 
@@ -54,13 +55,14 @@ def make_corpus(
         "tokenizer_sha256": tokenizer.sha256,
         "eod_id": tokenizer.eod_id,
         "tokenizers": tokenizers.__version__,
+        "engine": engine,
     }
     # Enough blocks to keep every process busy to the end, none so small that starting a process costs more.
     block_bytes = min(max(size // (4 * workers), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
     bad_lines = BadLines(on_bad_line)
     try:
         with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
-            job = _job(source, tokenizer_dir, sha256, seed, folder, on_bad_line)
+            job = _job(source, tokenizer_dir, engine, sha256, seed, folder, on_bad_line)
             records = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
             if not any(record.documents for record in records):
                 raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
@@ -83,7 +85,13 @@ def make_corpus(
 
 
 def _job(
-    source: SourceConfig, tokenizer_dir: str, sha256: str, seed: int, folder: str, on_bad_line: OnBadLine
+    source: SourceConfig,
+    tokenizer_dir: str,
+    engine: Engine,
+    sha256: str,
+    seed: int,
+    folder: str,
+    on_bad_line: OnBadLine,
 ) -> PartJob:
     reading = Reading(
         format=source.format,
@@ -94,6 +102,7 @@ def _job(
     )
     return PartJob(
         tokenizer=tokenizer_dir,
+        engine=engine,
         reading=reading,
         tagger=tagger_settings(source),
         seed=seed,

@@ -20,7 +20,7 @@ from megatron_lpr.data.make_corpus import make_corpus
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord, check_language_roles, language_roles
 from megatron_lpr.data.source_checks import check_plug_ins, check_sources, way_of_reading
 from megatron_lpr.data.text_files import expand, files_sha256
-from megatron_lpr.data.tokenize import Tokenizer, load_tokenizer
+from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.data.work_folder import work_folder
 from megatron_lpr.errors import UserError
 
@@ -33,6 +33,7 @@ def preprocess(
     seed: int = 0,
     on_bad_line: OnBadLine = "refuse",
     workers: int = 0,
+    engine: Engine = "tokenizers",
     overwrite: bool = False,
 ) -> Manifest:
     """Writes each corpus and its entry in `output_dir`/manifest.yaml; safe to kill, and to repeat.
@@ -46,6 +47,8 @@ def preprocess(
         on_bad_line: `refuse` stops at the first bad line; `skip` leaves bad lines out, and lists them in
             <name>.bad_lines.txt.
         workers: processes; 0 is one per core. Each holds about 200 MB and the tokenizer.
+        engine: what reads a tokenizer.json; fastokens gives the same tokens faster, and is checked on samples. Corpora
+            with a tagger need the offsets that tokenizers has.
         overwrite: replace a corpus of the same name that was made from something else.
 
     Raises:
@@ -53,7 +56,9 @@ def preprocess(
             contradict each other, a corpus that would be replaced, or an output folder that holds corpora of another
             tokenizer. All but bad lines and empty corpora are found before anything is written.
     """
-    corpora, tokenizer, manifest = check(corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed)
+    corpora, tokenizer, manifest = check(
+        corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine
+    )
     made_from = [files_sha256(source.files, way_of_reading(source)) for source in corpora]
     kept = _kept(manifest, list(zip(corpora, made_from, strict=True)), seed, on_bad_line, overwrite)
     os.makedirs(output_dir, exist_ok=True)
@@ -71,6 +76,7 @@ def preprocess(
                 seed=seed,
                 on_bad_line=on_bad_line,
                 workers=workers or len(os.sched_getaffinity(0)),
+                engine=engine,
             )
         else:
             print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
@@ -88,7 +94,7 @@ def preprocess(
 
 
 def check(
-    corpora: Sequence[SourceConfig], *, tokenizer_dir: str, output_dir: str, seed: int
+    corpora: Sequence[SourceConfig], *, tokenizer_dir: str, output_dir: str, seed: int, engine: Engine = "tokenizers"
 ) -> tuple[list[SourceConfig], Tokenizer, Manifest]:
     """What needs no reading of text: the sources with their patterns replaced, the tokenizer, the manifest so far.
 
@@ -97,7 +103,7 @@ def check(
     """
     check_sources(corpora, seed)
     corpora = [dataclasses.replace(source, files=expand(source.files)) for source in corpora]
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
         check_plug_ins(source)

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import sentencepiece
 import tokenizers
 
 from megatron_lpr.errors import UserError
+
+Engine = Literal["tokenizers", "fastokens"]
 
 
 class Tokenizer(Protocol):
@@ -28,7 +30,7 @@ class Tokenizer(Protocol):
     eod_id: int
     sha256: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Token ids of each text, without special tokens."""
         ...
 
@@ -37,11 +39,13 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str, *, threads: int | None = None) -> Tokenizer:
+def load_tokenizer(path: str, *, threads: int | None = None, engine: Engine = "tokenizers") -> Tokenizer:
     """Opens a folder with a tokenizer.json or one SentencePiece .model, or such a file itself.
 
     Args:
-        threads: of SentencePiece; Hugging Face's library reads TOKENIZERS_PARALLELISM. All cores without it.
+        threads: of SentencePiece and fastokens, all cores without it; Hugging Face's library reads
+            TOKENIZERS_PARALLELISM.
+        engine: what reads a tokenizer.json.
 
     Raises:
         UserError: there is none, it cannot be read, or it has no end-of-document token.
@@ -61,9 +65,14 @@ def load_tokenizer(path: str, *, threads: int | None = None) -> Tokenizer:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
     else:
         raise UserError(f"no tokenizer at {path}: there is no such folder or file")
-    if file.suffix != ".model":
-        return HFTokenizer(file)
-    return SentencePieceTokenizer(file, threads or len(os.sched_getaffinity(0)))
+    threads = threads or len(os.sched_getaffinity(0))
+    if engine == "fastokens":
+        from megatron_lpr.data.fast_tokenizer import FastHFTokenizer
+
+        if file.suffix == ".model":
+            raise UserError(f"preprocess.engine: fastokens reads a tokenizer.json, not {file}")
+        return FastHFTokenizer(file, threads)
+    return SentencePieceTokenizer(file, threads) if file.suffix == ".model" else HFTokenizer(file)
 
 
 class HFTokenizer:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from megatron_lpr.data.indexed import token_dtype
 from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, write_part
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
 from megatron_lpr.data.text_files import Block
-from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.tokenize import Engine, load_tokenizer
 from megatron_lpr.errors import UserError
 
 # One call of the tokenizer: its encodings take a hundred times the memory of the ids.
@@ -40,6 +40,7 @@ class PartJob:
     """
 
     tokenizer: str
+    engine: Engine
     reading: Reading
     tagger: TaggerSettings | None
     seed: int
@@ -64,7 +65,7 @@ def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Itera
     first = list(islice(numbered, 2))
     numbered = chain(first, numbered)
     if workers == 1 or len(first) < 2:
-        work = _Worker(job, threads=workers)
+        work = _Worker(job, threads=len(os.sched_getaffinity(0)))
         for number, block in numbered:
             kept = finished_part(job.path(number))
             yield block, kept or work(number, block), kept is not None
@@ -100,7 +101,7 @@ class _Worker:
 
     def __init__(self, job: PartJob, threads: int):
         self._job = job
-        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads)
+        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine)
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._keys = ShuffleKeys(job.seed, job.corpus_sha256)
         self._number = {language: number for number, language in enumerate(job.reading.languages)}
@@ -117,7 +118,7 @@ class _Worker:
                 if bad is not None:
                     bad_lines.append(bad)
                     continue
-                tokens.append(np.array([*ids, self._tokenizer.eod_id], self._dtype))
+                tokens.append(self._with_eod(ids))
                 places.append((document.file, document.offset))
                 if isinstance(tags, np.ndarray):
                     languages.append(np.append(tags, tags[-1]).astype(np.uint16))
@@ -147,7 +148,7 @@ class _Worker:
         if batch:
             yield batch
 
-    def _encode(self, batch: list[Document]) -> Iterator[tuple[list[int], np.ndarray | str | None]]:
+    def _encode(self, batch: list[Document]) -> Iterator[tuple[Sequence[int], np.ndarray | str | None]]:
         """Token ids of each document and their languages [n]: None without languages, a string for a code unknown."""
         texts = [document.text for document in batch]
         if self._tagger is None:
@@ -161,8 +162,14 @@ class _Worker:
             starts, languages, unknown = self._tagger.sentences(document.text)
             yield ids, unknown if unknown is not None else token_languages(ends, starts, languages)
 
-    def _bad_line(self, block: Block, document: Document, ids: list[int], tags: object) -> BadLine | None:
-        if not ids:
+    def _with_eod(self, ids: Sequence[int]) -> np.ndarray:
+        tokens = np.empty(len(ids) + 1, self._dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self._tokenizer.eod_id
+        return tokens
+
+    def _bad_line(self, block: Block, document: Document, ids: Sequence[int], tags: object) -> BadLine | None:
+        if len(ids) == 0:
             return BadLine(block.path, document.line, "text without tokens")
         if isinstance(tags, str):
             return BadLine(block.path, document.line, "unknown language code", f" {tags} from the tagger")

@@ -41,9 +41,9 @@ def run(hf_tokenizer, tmp_path):
 
 @pytest.fixture
 def tagger_module(tmp_path, monkeypatch):
-    """my_tagger:tag says en of text with "fox", or with "?" something unheard of, and hu of anything else."""
+    """corpus_tagger:tag says en of text with "fox", or with "?" something unheard of, and hu of anything else."""
     code = "def tag(s):\n    return 'xx' if '?' in s else 'en' if 'fox' in s else 'hu'\n"
-    (tmp_path / "my_tagger.py").write_text(code)
+    (tmp_path / "corpus_tagger.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -94,7 +94,7 @@ def test_from_a_tagger(request, write_text, tagger_module, tmp_path, kind):
     tokenizer_dir = request.getfixturevalue(kind)
     source = SourceConfig(
         name="web", files=(write_text("a.jsonl", texts),), language="hu", role="expanded", languages=LANGUAGES,
-        tagger="my_tagger:tag", sentence_splitter="none",
+        tagger="corpus_tagger:tag", sentence_splitter="none",
     )  # fmt: skip
     manifest = preprocess([source], tokenizer_dir=tokenizer_dir, output_dir=str(tmp_path / "out"))
     tokenizer, corpus = load_tokenizer(tokenizer_dir), IndexedCorpus(manifest.corpora[0].prefix)
@@ -114,13 +114,13 @@ def test_sentences_inside_documents(run, write_text, tagger_module, tmp_path, mo
     for name in ("abbrev_types.txt", "collocations.tab", "sent_starters.txt", "ortho_context.tab"):
         (folder / name).write_text("")
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
-    manifest = run(write_text("a.jsonl", ["The fox naps. Árvíz jön. A fox runs."]), tagger="my_tagger:tag")
+    manifest = run(write_text("a.jsonl", ["The fox naps. Árvíz jön. A fox runs."]), tagger="corpus_tagger:tag")
     [document] = tags(manifest)
     changes = [a for a, b in zip(document, [*document[1:], None], strict=True) if a != b]
     assert changes == ["en", "hu", "en"]
     monkeypatch.setattr(nltk.data, "path", [])
     with pytest.raises(UserError, match="needs NLTK's punkt_tab data for 'english'"):
-        run(write_text("a.jsonl", ["fox"]), "elsewhere", tagger="my_tagger:tag")
+        run(write_text("a.jsonl", ["fox"]), "elsewhere", tagger="corpus_tagger:tag")
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -132,7 +132,7 @@ def test_unknown_languages_are_bad_lines(run, write_text, tagger_module):
     skip = {"options": {"on_bad_line": "skip"}}
     corpus = run(path, language_field="lang", **skip).corpora[0]
     assert (corpus.documents, corpus.source.skipped_lines) == (5, 3)
-    tagged = {"tagger": "my_tagger:tag", "sentence_splitter": "none"}
+    tagged = {"tagger": "corpus_tagger:tag", "sentence_splitter": "none"}
     path = write_text("b.jsonl", ["fox", "dog?", "dog", b"{"])
     with pytest.raises(UserError, match="b.jsonl:2: unknown language code 'xx' from the tagger"):
         run(path, "tagged", **tagged)
@@ -164,14 +164,14 @@ def test_settings_that_contradict_each_other(run, write_text, tagger_module, tmp
         assert not (tmp_path / "out").exists()
 
     refused("lists languages, but neither a language_field nor a tagger")
-    refused("both a language_field and a tagger", language_field="lang", tagger="my_tagger:tag")
+    refused("both a language_field and a tagger", language_field="lang", tagger="corpus_tagger:tag")
     refused("list them with their roles", language_field="lang", languages={})
     refused("no effect without a tagger", language_field="lang", sentence_splitter="none")
     refused("unknown role 'new'", language_field="lang", languages={"en": "new"})
     refused("language 'hu' is expanded in .* and original", language_field="lang", languages={"hu": "original"})
     refused("which has no fields", str(tmp_path / "a.txt"), language_field="lang")
     refused("sample_by, which has an effect on plain text only", language_field="lang", sample_by="line")
-    refused("my_tagger has no function tagg", tagger="my_tagger:tagg", sentence_splitter="none")
+    refused("corpus_tagger has no function tagg", tagger="corpus_tagger:tagg", sentence_splitter="none")
 
 
 @pytest.mark.parametrize(
