@@ -154,7 +154,11 @@ class Manifest:
         return dataclasses.replace(self, corpora=corpora)
 
     def save(self) -> None:
-        """Writes the manifest to `path`; readers see the old file or the new one, never half of one."""
+        """Writes the manifest to `path`; readers see the old file or the new one, never half of one.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         entries = []
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
@@ -165,11 +169,14 @@ class Manifest:
             entries.append(entry)
         content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
         partial = f"{self.path}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise UserError(f"cannot write the manifest {self.path}: {error.strerror}") from error
 
 
 def language_roles(corpus: Any) -> Iterator[tuple[str, str, str]]:

@@ -61,7 +61,10 @@ def preprocess(
     )
     made_from = [files_sha256(source.files, way_of_reading(source)) for source in corpora]
     kept = _kept(manifest, list(zip(corpora, made_from, strict=True)), seed, on_bad_line, overwrite)
-    os.makedirs(output_dir, exist_ok=True)
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {output_dir}: {error.strerror}") from error
     for source, sha256 in zip(corpora, made_from, strict=True):
         corpus = kept.get(source.name)
         if source.prefix is not None:

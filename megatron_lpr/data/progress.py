@@ -28,7 +28,7 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         kept, kept_tokens = self._kept
-        left = seconds * (1 - done) / (done - kept) if done > kept else float("inf")
+        left = 0.0 if done >= 1 else seconds * (1 - done) / (done - kept) if done > kept else float("inf")
         self._line = (
             f"{self._name}: {done:4.0%} | {documents:,} documents | {tokens:,} tokens | "
             f"{(tokens - kept_tokens) / seconds:,.0f} tokens/s | {_duration(left)} left"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -184,6 +185,20 @@ def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_block
     monkeypatch.setattr(make_corpus, "read_blocks", kill_a_worker)
     with pytest.raises(UserError, match="a tokenisation process was killed.*finished parts are kept"):
         run(write_text("a.jsonl", TEXTS), hf_tokenizer, tmp_path / "out", workers=2)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(write_text, hf_tokenizer, tmp_path, small_blocks, capsys):
+    path = write_text("a.jsonl", TEXTS)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # parts fit, the corpus does not
+    try:
+        with pytest.raises(UserError, match="cannot write .*hu.*: File too large"):
+            run(path, hf_tokenizer, tmp_path / "out", workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert run(path, hf_tokenizer, tmp_path / "out", workers=1).corpora[0].documents == 600
+    assert "parts were there from an earlier run" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
 
 
 def test_memory_does_not_grow_with_the_corpus(hf_tokenizer, tmp_path):

@@ -185,6 +185,8 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
     refused("seed must be in", seed=-1)
     with pytest.raises(UserError, match="no corpora to preprocess"):
         run()
+    with pytest.raises(UserError, match="cannot make the output folder .*a.jsonl/out"):
+        run(source(path), output="a.jsonl/out")
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
         run(source(path, name="hu2"), tokenizer_dir=sp_tokenizer)
