@@ -9,6 +9,7 @@
 #   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
+#   FUZZ_RUNS        corrupt corpora that `make fuzz` makes; FUZZ_CXX names another compiler (clang++ for libFuzzer)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,15 +20,19 @@ TESTS ?= tests
 TRANSFORMERS4 ?= transformers==4.57.6
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_RUNS ?= 1000000
+FUZZ_CXX ?= g++
 
+comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv venv-transformers4 quickstart test clean
+.PHONY: help venv venv-transformers4 quickstart test fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
 	@echo "make test        run the tests"
+	@echo "make fuzz        feed corrupt corpora to the C++ readers, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
 	@echo "make venv-transformers4  install transformers 4 into $(VENV4), for the tests that read exports with it"
 	@echo "make clean       remove the environments and everything built; keeps runs/"
@@ -37,6 +42,14 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q $(TESTS) $(PYTEST_ARGS)
+
+# clang++ makes a libFuzzer target, which finds its own way; any other compiler the driver with mutations of its own.
+fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))
+fuzz:
+	@mkdir -p build
+	$(FUZZ_CXX) -std=c++17 -O1 -g -fsanitize=$(FUZZER)address,undefined -fno-sanitize-recover=all \
+	    $(if $(FUZZER),-DLIBFUZZER) -Icsrc tests/fuzz/reader.cpp -o build/fuzz_reader
+	build/fuzz_reader $(if $(FUZZER),-runs=$(FUZZ_RUNS) -max_len=4096,$(FUZZ_RUNS))
 
 venv: $(STAMP)
 

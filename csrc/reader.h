@@ -4,62 +4,18 @@
 // document index u64, then sequence lengths i32[sequences], byte offsets i64[sequences], document index i64[].
 #pragma once
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <array>
-#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <utility>
+
+#include "corpus_error.h"
+#include "mapped_file.h"
 
 namespace megatron_lpr {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "Megatron corpora are little-endian");
-
-// A corpus on disk that cannot be read; the message names the file.
-class CorpusError : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path) {
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (descriptor < 0) throw CorpusError("cannot open " + path + ": " + std::strerror(errno));
-    struct stat status {};
-    const bool regular = ::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode);
-    if (regular && status.st_size > 0) {
-      size_ = static_cast<std::uint64_t>(status.st_size);
-      data_ = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
-    }
-    const int error = errno;
-    ::close(descriptor);
-    if (!regular) throw CorpusError(path + " is not a regular file");
-    if (size_ == 0) throw CorpusError(path + " is empty");
-    if (data_ == MAP_FAILED) throw CorpusError("cannot map " + path + ": " + std::strerror(error));
-  }
-  MappedFile(MappedFile&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  MappedFile& operator=(MappedFile&&) = delete;
-  ~MappedFile() {
-    if (size_ != 0) ::munmap(data_, size_);
-  }
-
-  const unsigned char* data() const { return static_cast<const unsigned char*>(data_); }
-  std::uint64_t size() const { return size_; }
-
- private:
-  void* data_ = nullptr;
-  std::uint64_t size_ = 0;
-};
 
 // Sizes of a corpus, checked against the sizes of its two files without reading its body.
 struct CorpusHeader {
@@ -147,11 +103,14 @@ class CorpusReader {
     if (bin_.size() % header_.token_bytes != 0)
       throw CorpusError(prefix + ".bin is truncated: its size is no multiple of the token size");
     header_.tokens = bin_.size() / header_.token_bytes;
+    // Between its two ends the index is checked where it is used: reading it all would take minutes for 1e9 documents.
+    const std::uint64_t offsets = CorpusHeader::kBytes + header_.sequences * 4;
+    if (detail::load<std::int64_t>(index.data(), offsets) != 0)
+      throw CorpusError(prefix + ".idx is corrupt: its first sequence is not at the start of " + prefix + ".bin");
     const std::uint64_t last = header_.sequences - 1;
     const auto length = detail::load<std::int32_t>(index.data(), CorpusHeader::kBytes + last * 4);
-    const auto offset =
-        detail::load<std::int64_t>(index.data(), CorpusHeader::kBytes + header_.sequences * 4 + last * 8);
-    if (static_cast<std::uint64_t>(offset) > bin_.size() ||
+    const auto offset = detail::load<std::int64_t>(index.data(), offsets + last * 8);
+    if (length < 0 || static_cast<std::uint64_t>(offset) > bin_.size() ||
         static_cast<std::uint64_t>(length) * header_.token_bytes != bin_.size() - static_cast<std::uint64_t>(offset))
       throw CorpusError(prefix + ".bin does not end where " + prefix + ".idx says: one of the two is truncated");
   }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lpr import __version__
+from megatron_lpr.data.options import add_options, take_tree
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import describe, load_recipe
 
@@ -15,15 +16,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: something the user can put right, told in one sentence)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
-    command, path, overrides = options.pop("command"), options.pop("recipe", None), options.pop("set", [])
+    command, overrides = options.pop("command"), options.pop("set", [])
     if command == "export":
         overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
         options["command_line"] = shlex.join(["megatron-lpr", *arguments])
     try:
         from megatron_lpr import commands
 
-        if path is not None:
-            options["recipe"] = load_recipe(path, overrides)
+        if "recipe" in options:
+            under = take_tree(options) if command == "preprocess" else {}
+            options["recipe"] = load_recipe(options["recipe"], overrides, under)
         getattr(commands, command)(**options)
     except UserError as error:
         print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
@@ -40,9 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest").add_argument(
-        "--overwrite", action="store_true", help="replace corpora that were made from other text"
-    )
+    preprocess = _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest", "?")
+    preprocess.add_argument("--overwrite", action="store_true", help="replace corpora that were made from other text")
+    add_options(preprocess)
     _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
     _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
 
@@ -89,7 +91,7 @@ def export_settings(options: dict) -> dict:
     return {name: value for name in names if (value := options.pop(name, None)) is not None}
 
 
-def _add(commands, name: str, help_text: str) -> argparse.ArgumentParser:
+def _add(commands, name: str, help_text: str, recipes: str | None = None) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=help_text,
@@ -97,7 +99,7 @@ def _add(commands, name: str, help_text: str) -> argparse.ArgumentParser:
         epilog="settings of a recipe:\n" + "\n".join(describe()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file; see the settings below")
+    parser.add_argument("recipe", metavar="RECIPE", nargs=recipes, help="YAML file; see the settings below")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as optimizer.lr=1e-4"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_lpr.config import EvaluationCorpus, Recipe, SourceConfig
+from megatron_lpr.config import EvaluationCorpus, Recipe
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
@@ -16,30 +16,44 @@ from megatron_lpr.recipe_io import to_tree
 
 def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False) -> None:
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
-    from megatron_lpr.data.preprocess import CorpusSource
+    from megatron_lpr.data.preprocess import check
     from megatron_lpr.data.preprocess import preprocess as run
 
     settings = recipe.preprocess
     if not settings.corpora:
         raise UserError("preprocess.corpora: empty; name at least one corpus")
+    if settings.workers < 0:
+        raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
     if settings.output is None:
         raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
+    if settings.tokenizer is None and not recipe.model.base:
+        raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
-    _check_text("preprocess.corpora", settings.corpora)
+    tokenizer = settings.tokenizer or recipe.model.base
     if dry_run:
+        check(
+            settings.corpora,
+            tokenizer_dir=tokenizer,
+            output_dir=settings.output,
+            seed=settings.seed,
+            engine=settings.engine,
+        )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
     manifest = run(
-        [CorpusSource(**to_tree(corpus) | {"files": corpus.files}) for corpus in settings.corpora],
-        tokenizer_dir=settings.tokenizer or recipe.model.base,
+        settings.corpora,
+        tokenizer_dir=tokenizer,
         output_dir=settings.output,
         seed=settings.seed,
         on_bad_line=settings.on_bad_line,
+        workers=settings.workers,
+        engine=settings.engine,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
+        size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
     print(f"manifest: {manifest.path}")
 
@@ -182,7 +196,7 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
         raise UserError(f"verify {export_dir}: failed (see above)")
 
 
-def _check_text(field: str, corpora: Iterable[SourceConfig | EvaluationCorpus]) -> None:
+def _check_text(field: str, corpora: Iterable[EvaluationCorpus]) -> None:
     for corpus in corpora:
         for file in corpus.files:
             if not Path(file).is_file():

@@ -168,13 +168,24 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Raw text of one corpus."""
+    """Raw text of one corpus, or a corpus that is there already."""
 
     name: str = required("name of the corpus")
-    files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
-    language: str = required("language code")
+    files: tuple[str, ...] = opt((), "JSONL, .txt (both also .gz, .zst) or Parquet files; patterns as text/*.jsonl.gz")
+    prefix: str | None = opt(None, "in place of `files`: existing Megatron corpus, path without .bin")
+    language: str = required("language code; of a corpus that mixes languages the one it counts as in the mixture")
     role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")
     weight: float = opt(1.0, "share inside its role")
+    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "`auto`: by the name, .parquet, .txt, else JSONL")
+    text_field: str = opt("text", "field (column) of the text")
+    sample_by: Literal["document", "paragraph", "line"] = opt(
+        "document", "what a document of a text file is: the file, lines up to a blank one, or a line"
+    )
+    languages: dict[str, str] = opt({}, "languages inside a corpus that mixes them, with their roles: {hu: expanded}")
+    language_field: str | None = opt(None, "field (column) that names each document's language")
+    tagger: str | None = opt(None, "your function module:function, from a sentence to its language code")
+    sentence_splitter: Literal["nltk", "none"] = opt("nltk", "`none` gives the tagger whole documents")
+    sentence_model: str = opt("english", "NLTK punkt model that divides documents into sentences for the tagger")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +197,10 @@ class PreprocessConfig:
     corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
     seed: int = opt(0, "seed of the document shuffle")
+    workers: int = opt(0, "tokenising processes; 0 is one per core")
+    engine: Literal["tokenizers", "fastokens"] = opt(
+        "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Recipes from YAML and dotted overrides, and back; unknown keys and wrong types end in one sentence."""
 
+import copy
 import dataclasses
 import types
 import typing
@@ -15,16 +16,20 @@ from megatron_lpr.errors import UserError, nearest
 T = TypeVar("T")
 
 
-def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
+) -> Recipe:
     """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names and types.
+
+    All of it lies over `under`, which is the whole recipe where there is no `path`.
 
     Raises:
         UserError: no such file, no mapping, unknown key (names the nearest), wrong type, missing required key.
     """
-    tree = _read(Path(path), including=())
+    tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
         _override(tree, override)
-    return from_tree(Recipe, tree, where=path)
+    return from_tree(Recipe, tree, where=path or "command line")
 
 
 def to_tree(config: Any) -> Any:

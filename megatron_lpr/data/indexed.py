@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import struct
+from typing import NoReturn
 
 import numpy as np
 
@@ -22,13 +23,18 @@ _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
 _CHUNK = 1 << 16
 
 
-class IndexedWriter:
-    """Writes a corpus document by document in constant memory.
+def token_dtype(vocab_size: int) -> type:
+    """What a token is stored as: uint16 where `vocab_size` is below 65,500, int32 otherwise (Megatron's rule)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
 
-    Tokens are stored as uint16 where `vocab_size` is below 65,500 and as int32 otherwise (Megatron's rule).
+
+class IndexedWriter:
+    """Writes a corpus in constant memory.
+
     Both files get their final names in `close`; leaving a `with` block by an exception discards them.
 
     Attributes:
+        dtype: of the stored tokens.
         documents, tokens: how many were added so far.
         digest: SHA-256 of the .bin file, hexadecimal; known after `close`.
     """
@@ -39,7 +45,7 @@ class IndexedWriter:
         self.tokens = 0
         self.digest: str | None = None
         self._vocab_size = vocab_size
-        self._dtype = np.uint16 if vocab_size < 65500 else np.int32
+        self.dtype = token_dtype(vocab_size)
         self._hash = hashlib.sha256()
         self._bin = open(f"{prefix}.bin.partial", "wb")
         self._idx = open(f"{prefix}.idx.partial", "w+b")
@@ -49,11 +55,21 @@ class IndexedWriter:
         """Appends one document: integer ids [n], n >= 1, each in [0, vocab_size)."""
         assert tokens.ndim == 1 and 0 < len(tokens) < 1 << 31, f"a document of shape {tokens.shape}"
         assert 0 <= tokens.min() and tokens.max() < self._vocab_size, "a token outside the vocabulary"
-        data = tokens.astype(self._dtype).tobytes()
+        data = tokens.astype(self.dtype).tobytes()
         self._bin.write(data)
         self._hash.update(data)
         self._idx.write(struct.pack("<i", len(tokens)))
         self.documents += 1
+        self.tokens += len(tokens)
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends D documents: concatenated ids [T] in the corpus' dtype, which are not checked, and lengths [D]."""
+        assert tokens.dtype == self.dtype and lengths.sum(dtype=np.int64) == len(tokens) and lengths.min() > 0
+        data = np.ascontiguousarray(tokens).data
+        self._bin.write(data)
+        self._hash.update(data)
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self.documents += len(lengths)
         self.tokens += len(tokens)
 
     def close(self) -> None:
@@ -100,7 +116,7 @@ class IndexedWriter:
             self.discard()
 
     def _write_header(self) -> None:
-        code = _CODE_OF_DTYPE[self._dtype]
+        code = _CODE_OF_DTYPE[self.dtype]
         self._idx.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
 
     def _append_offsets(self) -> None:
@@ -110,7 +126,7 @@ class IndexedWriter:
             count = min(_CHUNK, self.documents - first)
             self._idx.seek(_HEADER.size + 4 * first)
             lengths = np.frombuffer(self._idx.read(4 * count), dtype=np.int32).astype(np.int64)
-            ends = offset + np.cumsum(lengths * self._dtype().itemsize)
+            ends = offset + np.cumsum(lengths * self.dtype().itemsize)
             self._idx.seek(0, os.SEEK_END)
             self._idx.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
             offset = int(ends[-1])
@@ -137,6 +153,7 @@ class IndexedCorpus:
         index = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
         first_offset = _HEADER.size + 4 * sequences
         first_boundary = first_offset + 8 * sequences
+        self._lengths = index[_HEADER.size : first_offset].view(np.int32)
         self._offsets = index[first_offset:first_boundary].view(np.int64)
         self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(np.int64)
 
@@ -144,14 +161,41 @@ class IndexedCorpus:
         return self.num_documents
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens [n] of one document, a view of the file."""
-        assert 0 <= index < self.num_documents, f"document {index} of {self.num_documents}"
-        start, end = (self._token_position(int(self._boundaries[index + i])) for i in (0, 1))
-        if not 0 <= start <= end <= self.num_tokens:
-            raise UserError(f"{self.prefix}.idx is corrupt: document {index} lies outside {self.prefix}.bin")
+        """Tokens [n] of one document, a view of the file. UserError where the index is corrupt there."""
+        start, end = self.boundaries(index, 1)
         return self.tokens[start:end]
 
-    def _token_position(self, sequence: int) -> int:
-        if not 0 <= sequence < len(self._offsets):
-            return self.num_tokens if sequence == len(self._offsets) else -1
-        return int(self._offsets[sequence]) // self.tokens.itemsize
+    def boundaries(self, first: int, count: int) -> np.ndarray:
+        """Positions int64 [count + 1] where documents first, ..., first + count - 1 start, and the last one ends.
+
+        Opening a corpus reads none of its boundaries; they are checked here.
+
+        Raises:
+            UserError: the index is corrupt there.
+        """
+        assert 0 <= first and 0 < count <= self.num_documents - first, f"documents {first}, {count}"
+        sequences = np.asarray(self._boundaries[first : first + count + 1])
+        low, high = int(sequences[0]), int(sequences[-1])
+        if not 0 <= low <= high <= len(self._offsets) or np.any(np.diff(sequences) < 0):
+            self._corrupt(first, count)
+        for start in range(low, high, _CHUNK):  # of a corrupt index they may be very many
+            if not self._in_order(start, min(start + _CHUNK, high)):
+                self._corrupt(first, count)
+        inside = sequences < len(self._offsets)
+        positions = np.full(count + 1, self.num_tokens)
+        positions[inside] = self._offsets[sequences[inside]] // self.tokens.itemsize
+        return positions
+
+    def _in_order(self, start: int, end: int) -> bool:
+        """Whether sequences start, ..., end - 1 lie in the .bin file, each where the one before ends."""
+        size = self.num_tokens * self.tokens.itemsize
+        offsets = np.asarray(self._offsets[start : end + 1])
+        if end == len(self._offsets):
+            offsets = np.append(offsets, size)
+        lengths = self._lengths[start:end].astype(np.int64) * self.tokens.itemsize
+        inside = np.all(offsets >= 0) and np.all(offsets <= size) and not np.any(offsets % self.tokens.itemsize)
+        return bool(inside and np.all(lengths >= 0) and np.all(np.diff(offsets) == lengths))
+
+    def _corrupt(self, first: int, count: int) -> NoReturn:
+        which = f"document {first} lies" if count == 1 else f"documents {first} to {first + count - 1} lie"
+        raise UserError(f"{self.prefix}.idx is corrupt: {which} outside {self.prefix}.bin, or out of order")

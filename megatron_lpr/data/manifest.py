@@ -10,6 +10,7 @@ corpora:
   documents: 1042
   tokens: 861213
   digest: 5f1d...       # SHA-256 of hu.bin
+  languages: {hu: expanded, en: original}   # where hu.lang says which tokens are in which; with language_digest
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import yaml
 
 from megatron_lpr.data.indexed import IndexedCorpus
+from megatron_lpr.data.language_runs import MAX_LANGUAGES, LanguageRuns
 from megatron_lpr.errors import UserError, nearest
 
 ROLES = ("expanded", "original")
@@ -51,7 +54,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One corpus of one language; `prefix` is its path without .bin, `weight` its share within its role."""
+    """One corpus; `prefix` is its path without .bin, `weight` its share within its role.
+
+    `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
+    `prefix`.lang (language_runs.py), which numbers them in the order of `languages`, a mapping to their roles;
+    `language_digest` is that file's SHA-256.
+    """
 
     name: str
     prefix: str
@@ -62,6 +70,8 @@ class Corpus:
     tokens: int
     digest: str
     source: Source | None = None
+    languages: dict[str, str] | None = None
+    language_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +92,7 @@ class Manifest:
             if corpus.name in names:
                 raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
             names.add(corpus.name)
-        check_language_roles(self.path, ((c.name, c.language, c.role) for c in self.corpora))
+        check_language_roles(self.path, (triple for corpus in self.corpora for triple in language_roles(corpus)))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -93,7 +103,11 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of everything that decides what a run reads; independent of where the files lie."""
         tokenizer = (self.tokenizer.vocab_size, self.tokenizer.sha256, self.tokenizer.eod_id)
-        corpora = [(c.name, c.language, c.role, float(c.weight), c.tokens, c.digest) for c in self.corpora]
+        corpora = [
+            (c.name, c.language, c.role, float(c.weight), c.tokens, c.digest)
+            + ((list(c.languages.items()), c.language_digest) if c.languages else ())
+            for c in self.corpora
+        ]
         return hashlib.sha256(json.dumps([tokenizer, corpora]).encode()).hexdigest()
 
     @staticmethod
@@ -128,6 +142,9 @@ class Manifest:
                     f"in {corpus.prefix}.bin; preprocess it again"
                 )
 
+        if corpus.languages:
+            LanguageRuns(corpus.prefix, num_tokens=files.num_tokens, num_languages=len(corpus.languages))
+
     def with_corpus(self, corpus: Corpus) -> "Manifest":
         """The same manifest with one entry replaced (found by name) or appended."""
         if any(old.name == corpus.name for old in self.corpora):
@@ -137,21 +154,36 @@ class Manifest:
         return dataclasses.replace(self, corpora=corpora)
 
     def save(self) -> None:
-        """Writes the manifest to `path`; readers see the old file or the new one, never half of one."""
+        """Writes the manifest to `path`; readers see the old file or the new one, never half of one.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         entries = []
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            if corpus.source is None:
-                del entry["source"]
+            for optional in ("source", "languages", "language_digest"):
+                if entry[optional] is None:
+                    del entry[optional]
             entries.append(entry)
         content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
         partial = f"{self.path}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise UserError(f"cannot write the manifest {self.path}: {error.strerror}") from error
+
+
+def language_roles(corpus: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, language, role) of a corpus (or the source of one), and of each language inside it."""
+    yield corpus.name, corpus.language, corpus.role
+    for language, role in (corpus.languages or {}).items():
+        yield corpus.name, language, role
 
 
 def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) -> None:
@@ -193,8 +225,14 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
         raise UserError(f"{where} has the unknown role '{corpus.role}'{nearest(corpus.role, ROLES)}")
     if not (math.isfinite(corpus.weight) and corpus.weight > 0):
         raise UserError(f"{where}: weight must be a positive number, not {corpus.weight}")
-    if len(corpus.digest) != 64 or set(corpus.digest) - set("0123456789abcdef"):
-        raise UserError(f"{where}: digest must be the SHA-256 of its .bin file, 64 hexadecimal digits")
+    for field, suffix in (("digest", ".bin"), ("language_digest", ".lang")):
+        digest = getattr(corpus, field)
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise UserError(f"{where}: {field} must be the SHA-256 of its {suffix} file, 64 hexadecimal digits")
+    if (corpus.languages is None) != (corpus.language_digest is None):
+        raise UserError(f"{where}: languages and language_digest belong together; it has one of them")
+    if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:
+        raise UserError(f"{where}: languages must name 1 to {MAX_LANGUAGES} languages")
     return dataclasses.replace(corpus, prefix=os.path.join(os.path.dirname(path), corpus.prefix))
 
 
@@ -208,6 +246,9 @@ def _record(record: type, entry: Any, where: str) -> Any:
         kind = fields[name].type
         if kind == (Source | None):
             value = _record(Source, value, f"{where}: {name}")
+        elif kind == (dict[str, str] | None):
+            if not isinstance(value, dict) or not all(isinstance(x, str) for x in (*value, *value.values())):
+                raise UserError(f"{where}: {name} must be a mapping of strings, not {value!r}")
         elif kind is float:
             value = _number(value, f"{where}: {name}")
         elif not isinstance(value, kind) or isinstance(value, bool):
@@ -216,7 +257,7 @@ def _record(record: type, entry: Any, where: str) -> Any:
     return record(**values)
 
 
-_KINDS = {int: "an integer", str: "a string"}
+_KINDS = {int: "an integer", str: "a string", str | None: "a string"}
 
 
 def _number(value: Any, where: str) -> float:

@@ -1,109 +1,118 @@
-"""Text to training data: JSONL files of one language -> shuffled Megatron corpus + entry in the manifest.
+"""Text to training data: text files -> shuffled Megatron corpora + entries in the manifest.
 
-    JSONL --tokenizer, all cores--> documents in file order --keyed permutation--> <name>.bin / <name>.idx
+    files --blocks of documents--> parts (tokens, sorted by key) --merge by key--> <name>.bin / .idx (/ .lang)
+             one reader               one process per core                          one writer
 
-Windows of the replay sampler are contiguous, so documents are shuffled once, here. Both passes stream: the
-first writes an unshuffled corpus beside the result, the second copies its documents in the permuted order.
+Windows of the replay sampler are contiguous, so documents are shuffled once, here. Memory does not grow with the
+corpus. A killed run continues with the parts it had finished, and ends with the same bytes.
 """
 
-import contextlib
 import dataclasses
-import math
 import os
-import re
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
-
-from megatron_lpr._replay_sampler import permute
-from megatron_lpr.data.indexed import IndexedCorpus, IndexedWriter
-from megatron_lpr.data.jsonl import JsonlReader, OnBadLine, files_sha256
-from megatron_lpr.data.manifest import Corpus, Manifest, Source, TokenizerRecord, check_language_roles
-from megatron_lpr.data.progress import Progress
-from megatron_lpr.data.tokenize import Tokenizer, load_tokenizer
+from megatron_lpr.config import SourceConfig
+from megatron_lpr.data.documents import OnBadLine
+from megatron_lpr.data.existing import existing_corpus
+from megatron_lpr.data.make_corpus import make_corpus
+from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord, check_language_roles, language_roles
+from megatron_lpr.data.source_checks import check_plug_ins, check_sources, way_of_reading
+from megatron_lpr.data.text_files import expand, files_sha256
+from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
+from megatron_lpr.data.work_folder import work_folder
 from megatron_lpr.errors import UserError
-
-_BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 4 << 20
-_CHUNK = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusSource:
-    """Text of one corpus: JSONL files (.gz too) in one language."""
-
-    name: str
-    files: tuple[str, ...]
-    language: str
-    role: str
-    weight: float = 1.0
 
 
 def preprocess(
-    corpora: Sequence[CorpusSource],
+    corpora: Sequence[SourceConfig],
     *,
     tokenizer_dir: str,
     output_dir: str,
     seed: int = 0,
     on_bad_line: OnBadLine = "refuse",
+    workers: int = 0,
+    engine: Engine = "tokenizers",
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes each corpus and its entry in `output_dir`/manifest.yaml; safe to repeat.
+    """Writes each corpus and its entry in `output_dir`/manifest.yaml; safe to kill, and to repeat.
 
-    A corpus that is already there, made from the same text with the same tokenizer and seed, is kept; only
-    its language, role and weight are taken over. An end-of-document token follows every document.
+    A corpus that is already there, made from the same text in the same way, is kept; only its languages' roles and
+    its weight are taken over. An end-of-document token follows every document. A corpus with a `prefix` is there
+    already and gets its entry only.
 
     Args:
         seed: of the document shuffle, 0 <= seed < 2^63.
-        on_bad_line: `refuse` stops at the first bad line; `skip` leaves bad lines out and reports them.
+        on_bad_line: `refuse` stops at the first bad line; `skip` leaves bad lines out, and lists them in
+            <name>.bad_lines.txt.
+        workers: processes; 0 is one per core. Each holds about 200 MB and the tokenizer.
+        engine: what reads a tokenizer.json; fastokens gives the same tokens faster, and is checked on samples. Corpora
+            with a tagger need the offsets that tokenizers has.
         overwrite: replace a corpus of the same name that was made from something else.
 
     Raises:
-        UserError: missing files or tokenizer, a bad line, an empty corpus, a bad name, role or weight, a
-            corpus that would be replaced, or an output folder that holds corpora of another tokenizer. All
-            but bad lines and empty corpora are found before anything is written.
+        UserError: missing files or tokenizer, a bad line, an empty corpus, a bad name, role or weight, settings that
+            contradict each other, a corpus that would be replaced, or an output folder that holds corpora of another
+            tokenizer. All but bad lines and empty corpora are found before anything is written.
     """
-    _check(corpora, seed)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
-    made_from = [files_sha256(source.files) for source in corpora]
+    corpora, tokenizer, manifest = check(
+        corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine
+    )
+    made_from = [files_sha256(source.files, way_of_reading(source)) for source in corpora]
     kept = _kept(manifest, list(zip(corpora, made_from, strict=True)), seed, on_bad_line, overwrite)
-    others = [corpus for corpus in manifest.corpora if corpus.name not in {source.name for source in corpora}]
-    check_language_roles(manifest.path, ((c.name, c.language, c.role) for c in (*others, *corpora)))
-
-    os.makedirs(output_dir, exist_ok=True)
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {output_dir}: {error.strerror}") from error
     for source, sha256 in zip(corpora, made_from, strict=True):
         corpus = kept.get(source.name)
-        if corpus is None:
-            corpus = _write_corpus(source, tokenizer, output_dir, sha256, seed, on_bad_line)
+        if source.prefix is not None:
+            corpus = existing_corpus(source, manifest.tokenizer)
+        elif corpus is None:
+            corpus = make_corpus(
+                source,
+                prefix=os.path.join(output_dir, source.name),
+                tokenizer=tokenizer,
+                tokenizer_dir=tokenizer_dir,
+                sha256=sha256,
+                seed=seed,
+                on_bad_line=on_bad_line,
+                workers=workers or len(os.sched_getaffinity(0)),
+                engine=engine,
+            )
         else:
             print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
             corpus = dataclasses.replace(
-                corpus, language=source.language, role=source.role, weight=float(source.weight)
+                corpus,
+                language=source.language,
+                role=source.role,
+                weight=float(source.weight),
+                languages=dict(source.languages) or None,
             )
         manifest = manifest.with_corpus(corpus)
         manifest.save()
+        shutil.rmtree(work_folder(os.path.join(output_dir, source.name)), ignore_errors=True)
     return manifest
 
 
-def _check(corpora: Sequence[CorpusSource], seed: int) -> None:
-    if not corpora:
-        raise UserError("no corpora to preprocess: name at least one")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"the shuffle's seed must be in [0, 2^63), not {seed}")
-    names = set()
+def check(
+    corpora: Sequence[SourceConfig], *, tokenizer_dir: str, output_dir: str, seed: int, engine: Engine = "tokenizers"
+) -> tuple[list[SourceConfig], Tokenizer, Manifest]:
+    """What needs no reading of text: the sources with their patterns replaced, the tokenizer, the manifest so far.
+
+    Raises:
+        UserError: as `preprocess`.
+    """
+    check_sources(corpora, seed)
+    corpora = [dataclasses.replace(source, files=expand(source.files)) for source in corpora]
+    tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
+    manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source.name):
-            raise UserError(f"corpus name '{source.name}' is no file name: use letters, digits and . _ -")
-        if source.name in names:
-            raise UserError(f"two corpora are called '{source.name}'; give each its own name")
-        names.add(source.name)
-        if not source.files:
-            raise UserError(f"corpus '{source.name}' names no text files")
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            raise UserError(f"corpus '{source.name}': weight must be a positive number, not {source.weight}")
+        check_plug_ins(source)
+    others = [corpus for corpus in manifest.corpora if corpus.name not in {source.name for source in corpora}]
+    check_language_roles(manifest.path, (triple for corpus in (*others, *corpora) for triple in language_roles(corpus)))
+    return corpora, tokenizer, manifest
 
 
 def _open_manifest(path: str, tokenizer: Tokenizer) -> Manifest:
@@ -123,28 +132,52 @@ def _open_manifest(path: str, tokenizer: Tokenizer) -> Manifest:
 
 def _kept(
     manifest: Manifest,
-    sources: Sequence[tuple[CorpusSource, str]],
+    sources: Sequence[tuple[SourceConfig, str]],
     seed: int,
     on_bad_line: OnBadLine,
     overwrite: bool,
 ) -> dict[str, Corpus]:
-    """Entries that need not be made again."""
+    """Entries that need not be made again.
+
+    Raises:
+        UserError: a corpus would be replaced, and `overwrite` does not say so.
+    """
     kept = {}
     present = {corpus.name: corpus for corpus in manifest.corpora}
     for source, sha256 in sources:
         corpus = present.get(source.name)
         if corpus is None:
-            continue
-        made = corpus.source
-        if made is not None and (made.sha256, made.seed) == (sha256, seed):
-            if _is_intact(manifest, corpus) and (made.skipped_lines == 0 or on_bad_line == "skip"):
+            if not overwrite and source.prefix is None:
+                _check_vacant(manifest, source.name)
+        elif source.prefix is not None:
+            if not overwrite and (corpus.source is not None or not _same_file(source.prefix, corpus.prefix)):
+                raise _would_replace(manifest, source.name)
+        elif corpus.source is not None and (corpus.source.sha256, corpus.source.seed) == (sha256, seed):
+            if _is_intact(manifest, corpus) and (corpus.source.skipped_lines == 0 or on_bad_line == "skip"):
                 kept[source.name] = corpus
         elif not overwrite:
-            raise UserError(
-                f"corpus '{source.name}' in {manifest.path} was made from other text or with another seed; "
-                "pass --overwrite to replace it, or choose another name"
-            )
+            raise _would_replace(manifest, source.name)
     return kept
+
+
+def _check_vacant(manifest: Manifest, name: str) -> None:
+    prefix = os.path.join(os.path.dirname(manifest.path), name)
+    if os.path.exists(f"{prefix}.bin") and not os.path.exists(work_folder(prefix)):
+        raise UserError(
+            f"{prefix}.bin is there, but not in {manifest.path}; take it over by prefix: {prefix}, choose another "
+            "name, or pass --overwrite to replace it"
+        )
+
+
+def _same_file(prefix: str, other: str) -> bool:
+    return os.path.realpath(prefix) == os.path.realpath(other)
+
+
+def _would_replace(manifest: Manifest, name: str) -> UserError:
+    return UserError(
+        f"corpus '{name}' in {manifest.path} was made from other text, in another way or with another seed; "
+        "pass --overwrite to replace it, or choose another name"
+    )
 
 
 def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
@@ -154,67 +187,3 @@ def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
         return False
     return True
-
-
-def _write_corpus(
-    source: CorpusSource,
-    tokenizer: Tokenizer,
-    output_dir: str,
-    sha256: str,
-    seed: int,
-    on_bad_line: OnBadLine,
-) -> Corpus:
-    prefix = os.path.join(output_dir, source.name)
-    reader = JsonlReader(source.files, on_bad_line)
-    unshuffled = f"{prefix}.unshuffled"
-    try:
-        with IndexedWriter(unshuffled, tokenizer.vocab_size) as writer:
-            _tokenize(reader, tokenizer, writer, Progress(source.name))
-            if writer.documents == 0:
-                raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
-        with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
-            _shuffle(IndexedCorpus(unshuffled), writer, seed, stream=int(sha256[:16], 16))
-    finally:
-        for suffix in (".bin", ".idx"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(unshuffled + suffix)
-    for reason, (count, first) in reader.skipped_by_reason.items():
-        print(f"{source.name}: left out {count:,} lines ({reason}), the first at {first}", file=sys.stderr)
-    return Corpus(
-        name=source.name,
-        prefix=prefix,
-        language=source.language,
-        role=source.role,
-        weight=float(source.weight),
-        documents=writer.documents,
-        tokens=writer.tokens,
-        digest=writer.digest,
-        source=Source(sha256=sha256, seed=seed, skipped_lines=reader.skipped),
-    )
-
-
-def _tokenize(reader: JsonlReader, tokenizer: Tokenizer, writer: IndexedWriter, progress: Progress) -> None:
-    for texts in _batches(reader):
-        for ids in tokenizer.encode_batch(texts):
-            writer.add_document(np.array([*ids, tokenizer.eod_id], dtype=np.int64))
-        progress.update(reader.bytes_read / reader.bytes_total, writer.documents, writer.tokens)
-    progress.close()
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _shuffle(documents: IndexedCorpus, writer: IndexedWriter, seed: int, stream: int) -> None:
-    size = len(documents)
-    for first in range(0, size, _CHUNK):
-        for index in permute(size, seed, stream, 0, first, min(_CHUNK, size - first)):
-            writer.add_document(documents.document(int(index)))

@@ -5,12 +5,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import sentencepiece
 import tokenizers
 
 from megatron_lpr.errors import UserError
+
+Engine = Literal["tokenizers", "fastokens"]
 
 
 class Tokenizer(Protocol):
@@ -28,13 +30,22 @@ class Tokenizer(Protocol):
     eod_id: int
     sha256: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Token ids of each text, without special tokens."""
         ...
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each text, and for each token the position in the text after its last character."""
+        ...
 
-def load_tokenizer(path: str) -> Tokenizer:
+
+def load_tokenizer(path: str, *, threads: int | None = None, engine: Engine = "tokenizers") -> Tokenizer:
     """Opens a folder with a tokenizer.json or one SentencePiece .model, or such a file itself.
+
+    Args:
+        threads: of SentencePiece and fastokens, all cores without it; Hugging Face's library reads
+            TOKENIZERS_PARALLELISM.
+        engine: what reads a tokenizer.json.
 
     Raises:
         UserError: there is none, it cannot be read, or it has no end-of-document token.
@@ -54,7 +65,14 @@ def load_tokenizer(path: str) -> Tokenizer:
             raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
     else:
         raise UserError(f"no tokenizer at {path}: there is no such folder or file")
-    return SentencePieceTokenizer(file) if file.suffix == ".model" else HFTokenizer(file)
+    threads = threads or len(os.sched_getaffinity(0))
+    if engine == "fastokens":
+        from megatron_lpr.data.fast_tokenizer import FastHFTokenizer
+
+        if file.suffix == ".model":
+            raise UserError(f"preprocess.engine: fastokens reads a tokenizer.json, not {file}")
+        return FastHFTokenizer(file, threads)
+    return SentencePieceTokenizer(file, threads) if file.suffix == ".model" else HFTokenizer(file)
 
 
 class HFTokenizer:
@@ -76,6 +94,10 @@ class HFTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
     def _find_eod(self, folder: Path) -> int:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(folder / name).get("eos_token")
@@ -91,7 +113,8 @@ class HFTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece .model; the end-of-document token is its end-of-sentence piece."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, threads: int):
+        self._threads = threads
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.Load(str(file))
@@ -105,7 +128,11 @@ class SentencePieceTokenizer:
         self.sha256 = _sha256(file)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+        return self._processor.encode(list(texts), num_threads=self._threads)
+
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        encodings = (self._processor.encode(text, return_type="offset_mapping") for text in texts)
+        return [(encoding["ids"], [end for _, end in encoding["offsets"]]) for encoding in encodings]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

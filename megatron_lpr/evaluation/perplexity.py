@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lpr.config import EvaluationCorpus
-from megatron_lpr.data.jsonl import JsonlReader
+from megatron_lpr.data.documents import TextReader
 from megatron_lpr.data.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 
@@ -141,7 +141,7 @@ def read_corpus(corpus: EvaluationCorpus) -> list[str]:
     Raises:
         UserError: a missing or unreadable file, a line without text, no document in any of the files.
     """
-    texts = list(JsonlReader(corpus.files, on_bad_line="refuse"))
+    texts = list(TextReader(corpus.files, on_bad_line="refuse"))
     if not texts:
         raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
     return texts

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+import zstandard
 
 from megatron_lpr.data.indexed import IndexedWriter
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
@@ -100,7 +101,11 @@ def write_text(tmp_path):
         path = Path(tmp_path / name)
         encoded = [line if isinstance(line, bytes) else json.dumps({"text": line}).encode() for line in lines]
         content = b"".join(line + b"\n" for line in encoded)
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        if name.endswith(".gz"):
+            content = gzip.compress(content)
+        elif name.endswith(".zst"):
+            content = zstandard.compress(content)
+        path.write_bytes(content)
         return str(path)
 
     return write

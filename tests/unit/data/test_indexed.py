@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -136,3 +137,53 @@ def test_a_document_outside_the_tokens_is_refused(write_corpus):
     patch(f"{prefix}.idx", 78, struct.pack("<q", 2**40))
     with pytest.raises(UserError, match="toy.idx is corrupt: document 0"):
         IndexedCorpus(prefix).document(0)
+
+
+@pytest.mark.parametrize(
+    "offset, data",
+    [
+        (34, struct.pack("<i", -3)),  # a negative length
+        (34, struct.pack("<i", 4)),  # lengths that are not those between the offsets
+        (54, struct.pack("<q", 7)),  # an offset inside a token
+        (54, struct.pack("<q", -6)),
+        (78, struct.pack("<q", -1)),  # a document index that is negative, or goes back
+        (78, struct.pack("<q", 3)),
+    ],
+)
+def test_a_corrupt_index_is_refused_where_it_is_read(write_corpus, offset, data):
+    prefix = write_corpus("toy", DOCUMENTS)
+    patch(f"{prefix}.idx", offset, data)
+    corpus = IndexedCorpus(prefix)
+    with pytest.raises(UserError, match="toy.idx is corrupt: document"):
+        corpus.boundaries(0, 3)
+    for index in range(3):
+        try:
+            corpus.document(index)
+        except UserError:
+            continue
+
+
+def test_boundaries(write_corpus):
+    corpus = IndexedCorpus(write_corpus("toy", DOCUMENTS))
+    assert corpus.boundaries(0, 3).tolist() == [0, 3, 4, 12] and corpus.boundaries(1, 1).tolist() == [3, 4]
+
+
+def test_opening_reads_no_documents(tmp_path):
+    """A corpus of 2^30 documents, all holes but for the ends."""
+    documents = 1 << 30
+    with open(tmp_path / "huge.idx", "wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1))
+        for offset, data in (
+            (34 + 4 * (documents - 1), struct.pack("<i", 2)),
+            (34 + 4 * documents + 8 * (documents - 1), struct.pack("<q", 2 * (2 * documents - 2))),
+            (34 + 12 * documents + 8 * (documents - 1), struct.pack("<qq", documents - 1, documents)),
+        ):
+            file.seek(offset)
+            file.write(data)
+    with open(tmp_path / "huge.bin", "wb") as file:
+        file.truncate(4 * documents)
+    start = time.perf_counter()
+    corpus = IndexedCorpus(str(tmp_path / "huge"))
+    assert time.perf_counter() - start < 3  # reading 20 GB takes longer
+    assert (len(corpus), corpus.num_tokens) == (documents, 2 * documents)
+    assert corpus.boundaries(documents - 1, 1).tolist() == [2 * documents - 2, 2 * documents]

@@ -4,9 +4,10 @@ import os
 
 import pytest
 
+from megatron_lpr.config import SourceConfig
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.data.preprocess import CorpusSource, preprocess
+from megatron_lpr.data.preprocess import preprocess
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 
@@ -17,15 +18,15 @@ TEXTS = [f"the quick fox number {number} árvíz" for number in range(50)]
 def run(hf_tokenizer, tmp_path):
     """run(source, ...) -> manifest in tmp_path/out"""
 
-    def run(*sources: CorpusSource, output: str = "out", **options) -> Manifest:
+    def run(*sources: SourceConfig, output: str = "out", **options) -> Manifest:
         options = {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / output)} | options
         return preprocess(sources, **options)
 
     return run
 
 
-def source(*files: str, name: str = "hu", language: str = "hu", role: str = "expanded", **more) -> CorpusSource:
-    return CorpusSource(name=name, files=files, language=language, role=role, **more)
+def source(*files: str, name: str = "hu", language: str = "hu", role: str = "expanded", **more) -> SourceConfig:
+    return SourceConfig(name=name, files=files, language=language, role=role, **more)
 
 
 def documents(manifest: Manifest, number: int = 0) -> list[tuple[int, ...]]:
@@ -96,7 +97,7 @@ def test_adding_a_corpus_keeps_the_others(run, write_text):
 def test_replaces_only_when_told(run, write_text):
     run(source(write_text("a.jsonl", TEXTS)))
     changed = source(write_text("a.jsonl", TEXTS[:7]))
-    with pytest.raises(UserError, match="corpus 'hu' .* made from other text .*pass --overwrite"):
+    with pytest.raises(UserError, match="corpus 'hu' .* made from other text.*pass --overwrite"):
         run(changed)
     assert run(changed, overwrite=True).corpora[0].documents == 7
 
@@ -105,7 +106,8 @@ def test_lost_or_half_written_files_are_made_again(run, write_text, tmp_path, ca
     path = write_text("a.jsonl", TEXTS)
     first = run(source(path))
     os.remove(tmp_path / "out" / "hu.idx")
-    (tmp_path / "out" / "hu.unshuffled.bin.partial").write_bytes(b"killed")
+    (tmp_path / "out" / "hu.parts").mkdir()
+    (tmp_path / "out" / "hu.parts" / "00000000.part.partial").write_bytes(b"killed")
     assert run(source(path)) == first
     assert "hu: made again" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
@@ -147,7 +149,7 @@ def test_a_corpus_without_documents(run, write_text, tmp_path):
         run(source(write_text("a.jsonl", [])))
     with pytest.raises(UserError, match="corpus 'hu' is empty"):
         run(source(write_text("b.jsonl", [b"{}"])), on_bad_line="skip")
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == ["hu.bad_lines.txt"]
 
 
 def test_a_broken_gzip_file(run, write_text, tmp_path):
@@ -163,13 +165,13 @@ def test_a_broken_gzip_file(run, write_text, tmp_path):
 def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_tokenizer, tmp_path):
     path = write_text("a.jsonl", TEXTS)
 
-    def refused(message: str, *sources: CorpusSource, **options):
+    def refused(message: str, *sources: SourceConfig, **options):
         with pytest.raises(UserError, match=message):
             run(source(path), *sources, **options)
         assert not os.path.exists(tmp_path / "out")
 
     english = {"name": "en", "language": "en"}
-    refused("cannot read the text file .*nowhere.jsonl", source("nowhere.jsonl", **english))
+    refused("no such text file: .*nowhere.jsonl", source("nowhere.jsonl", **english))
     refused("names no text files", source(**english))
     refused("two corpora are called 'hu'", source(path))
     refused("corpus name 'a/b' is no file name", source(path, name="a/b"))
@@ -183,6 +185,8 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
     refused("seed must be in", seed=-1)
     with pytest.raises(UserError, match="no corpora to preprocess"):
         run()
+    with pytest.raises(UserError, match="cannot make the output folder .*a.jsonl/out"):
+        run(source(path), output="a.jsonl/out")
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
         run(source(path, name="hu2"), tokenizer_dir=sp_tokenizer)

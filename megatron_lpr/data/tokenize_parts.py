@@ -1,0 +1,199 @@
+"""Blocks of text to parts, on all cores: one process per core, each with a tokenizer of its own.
+
+Processes, not the tokenizer libraries' threads: reading JSON, making arrays and writing parts run in parallel too,
+and nothing but the text travels between processes. A corpus of a single block is tokenised here, by threads.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from megatron_lpr.data.documents import BadLine, Document, Reading, documents_of
+from megatron_lpr.data.indexed import token_dtype
+from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, write_part
+from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.text_files import Block
+from megatron_lpr.data.tokenize import Engine, load_tokenizer
+from megatron_lpr.errors import UserError
+
+# One call of the tokenizer: its encodings take a hundred times the memory of the ids.
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartJob:
+    """What the parts of one corpus have in common.
+
+    Attributes:
+        stop_at_bad_line: leave a part undone at its first bad line, as it will be refused anyway.
+    """
+
+    tokenizer: str
+    engine: Engine
+    reading: Reading
+    tagger: TaggerSettings | None
+    seed: int
+    corpus_sha256: str
+    folder: str
+    stop_at_bad_line: bool
+
+    def path(self, number: int) -> str:
+        """Path of a part, without suffix."""
+        return os.path.join(self.folder, f"{number:08}")
+
+
+def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Iterator[tuple[Block, PartRecord, bool]]:
+    """Makes the part of every block, unless it is there already; yields in the order of the blocks.
+
+    Holds at most `workers` + 1 blocks. The third value says that the part was kept.
+
+    Raises:
+        UserError: from reading or tagging; or a process was killed.
+    """
+    numbered = enumerate(blocks)
+    first = list(islice(numbered, 2))
+    numbered = chain(first, numbered)
+    if workers == 1 or len(first) < 2:
+        work = _Worker(job, threads=len(os.sched_getaffinity(0)))
+        for number, block in numbered:
+            kept = finished_part(job.path(number))
+            yield block, kept or work(number, block), kept is not None
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
+    pending: deque[tuple[Block, PartRecord | Future[PartRecord]]] = deque()
+    try:
+        for number, block in numbered:
+            kept = finished_part(job.path(number))
+            pending.append((block, kept or pool.submit(_work, number, block)))
+            if len(pending) > workers:
+                yield _result(*pending.popleft())
+        while pending:
+            yield _result(*pending.popleft())
+    except BrokenProcessPool:
+        raise UserError(
+            "a tokenisation process was killed, perhaps for want of memory; run the same command again, with a smaller "
+            "preprocess.workers: finished parts are kept"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _result(block: Block, made: "PartRecord | Future[PartRecord]") -> tuple[Block, PartRecord, bool]:
+    if isinstance(made, PartRecord):
+        return block, made, True
+    return block, made.result(), False
+
+
+class _Worker:
+    """Makes parts in one process."""
+
+    def __init__(self, job: PartJob, threads: int):
+        self._job = job
+        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine)
+        self._dtype = token_dtype(self._tokenizer.vocab_size)
+        self._keys = ShuffleKeys(job.seed, job.corpus_sha256)
+        self._number = {language: number for number, language in enumerate(job.reading.languages)}
+        self._tagger = None if job.tagger is None else SentenceTagger(job.tagger, job.reading.languages)
+
+    def __call__(self, number: int, block: Block) -> PartRecord:
+        tokens: list[np.ndarray] = []
+        languages: list[np.ndarray] = []
+        places: list[tuple[int, int]] = []
+        bad_lines: list[BadLine] = []
+        for batch in self._batches(block, bad_lines):
+            for document, (ids, tags) in zip(batch, self._encode(batch), strict=True):
+                bad = self._bad_line(block, document, ids, tags)
+                if bad is not None:
+                    bad_lines.append(bad)
+                    continue
+                tokens.append(self._with_eod(ids))
+                places.append((document.file, document.offset))
+                if isinstance(tags, np.ndarray):
+                    languages.append(np.append(tags, tags[-1]).astype(np.uint16))
+            if bad_lines and self._job.stop_at_bad_line:
+                break
+        # Documents of a batch are tagged and tokenised after the whole batch was read.
+        bad_lines.sort(key=lambda bad: bad.line)
+        if bad_lines and self._job.stop_at_bad_line:
+            return PartRecord(documents=0, tokens=0, bytes=0, sha256="", bad_lines=(bad_lines[0],))
+        mixed = bool(self._job.reading.languages)
+        return write_part(self._job.path(number), self._keys(places), tokens, languages if mixed else None, bad_lines)
+
+    def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
+        batch: list[Document] = []
+        characters = 0
+        for document in documents_of(block, self._job.reading):
+            if isinstance(document, BadLine):
+                bad_lines.append(document)
+                if self._job.stop_at_bad_line:
+                    break
+                continue
+            batch.append(document)
+            characters += len(document.text)
+            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _encode(self, batch: list[Document]) -> Iterator[tuple[Sequence[int], np.ndarray | str | None]]:
+        """Token ids of each document and their languages [n]: None without languages, a string for a code unknown."""
+        texts = [document.text for document in batch]
+        if self._tagger is None:
+            for document, ids in zip(batch, self._tokenizer.encode_batch(texts), strict=True):
+                language = None
+                if document.language is not None:
+                    language = np.full(len(ids), self._number[document.language], np.uint16)
+                yield ids, language
+            return
+        for document, (ids, ends) in zip(batch, self._tokenizer.encode_with_ends(texts), strict=True):
+            starts, languages, unknown = self._tagger.sentences(document.text)
+            yield ids, unknown if unknown is not None else token_languages(ends, starts, languages)
+
+    def _with_eod(self, ids: Sequence[int]) -> np.ndarray:
+        tokens = np.empty(len(ids) + 1, self._dtype)
+        tokens[:-1] = ids
+        tokens[-1] = self._tokenizer.eod_id
+        return tokens
+
+    def _bad_line(self, block: Block, document: Document, ids: Sequence[int], tags: object) -> BadLine | None:
+        if len(ids) == 0:
+            return BadLine(block.path, document.line, "text without tokens")
+        if isinstance(tags, str):
+            return BadLine(block.path, document.line, "unknown language code", f" {tags} from the tagger")
+        return None
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(job: PartJob) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = _Worker(job, threads=1)
+
+
+def _die_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _work(number: int, block: Block) -> PartRecord:
+    assert _worker is not None
+    return _worker(number, block)

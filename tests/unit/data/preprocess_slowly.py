@@ -1,0 +1,34 @@
+"""Preprocesses in small blocks, for tests that kill it or watch its memory.
+
+    preprocess_slowly.py TEXT TOKENIZER OUTPUT WORKERS BLOCK_BYTES [SECONDS per block]
+
+Prints the peak resident set size of this process, in KiB.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from megatron_lpr.config import SourceConfig
+from megatron_lpr.data import make_corpus
+from megatron_lpr.data.preprocess import preprocess
+
+
+def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str, seconds: str = "0") -> None:
+    make_corpus._LEAST_BLOCK_BYTES = make_corpus.BLOCK_BYTES = make_corpus.BUCKET_BYTES = int(block_bytes)
+    read_blocks = make_corpus.read_blocks
+
+    def slow_blocks(*arguments, **options):
+        for block in read_blocks(*arguments, **options):
+            time.sleep(float(seconds))
+            yield block
+
+    make_corpus.read_blocks = slow_blocks
+    source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")
+    preprocess([source], tokenizer_dir=tokenizer, output_dir=output, workers=int(workers))
+    # Not getrusage: its maximum starts with that of the process that forked this one.
+    print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

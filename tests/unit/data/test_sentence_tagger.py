@@ -1,0 +1,99 @@
+"""Languages inside documents: sentences, the user's tagger, and which tokens they cover."""
+
+import nltk.data
+import numpy as np
+import pytest
+
+from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.errors import UserError
+
+LANGUAGES = ("hu", "en")
+TEXT = "  The fox naps.  Árvíz, tükör!\nDr. Fox runs."
+
+
+@pytest.fixture
+def tagger_module(tmp_path, monkeypatch):
+    """A module my_tagger in the working directory: a sentence with á or ü is Hungarian."""
+    (tmp_path / "my_tagger.py").write_text(
+        "def tag(sentence):\n    return 'hu' if set('áÁü') & set(sentence) else 'en'\n"
+        "def broken(sentence):\n    raise KeyError(sentence)\n"
+        "def strange(sentence):\n    return None\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture
+def punkt(tmp_path, monkeypatch):
+    """NLTK data with one punkt model, `english`, that knows a single abbreviation."""
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name, content in (
+        ("abbrev_types.txt", "dr"),
+        ("collocations.tab", ""),
+        ("sent_starters.txt", ""),
+        ("ortho_context.tab", ""),
+    ):
+        (folder / name).write_text(content)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+
+
+def settings(**more) -> TaggerSettings:
+    return TaggerSettings(**{"tagger": "my_tagger:tag"} | more)
+
+
+def test_sentences(tagger_module, punkt):
+    starts, languages, unknown = SentenceTagger(settings(), LANGUAGES).sentences(TEXT)
+    assert unknown is None
+    # The first sentence starts with the text, white space included; the abbreviation ends none.
+    assert starts.tolist() == [0, TEXT.index("Árvíz"), TEXT.index("Dr.")]
+    assert languages.tolist() == [1, 0, 1]
+
+
+def test_without_splitting_the_tagger_gets_the_document(tagger_module):
+    starts, languages, _ = SentenceTagger(settings(splitter="none"), LANGUAGES).sentences(TEXT)
+    assert (starts.tolist(), languages.tolist()) == ([0], [0])
+
+
+@pytest.mark.parametrize("kind", ["hf_tokenizer", "sp_tokenizer"])
+def test_a_token_belongs_to_the_sentence_of_its_last_character(request, tagger_module, punkt, kind):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    [(ids, ends)] = tokenizer.encode_with_ends([TEXT])
+    assert [ids] == tokenizer.encode_batch([TEXT])
+    starts, languages, _ = SentenceTagger(settings(), LANGUAGES).sentences(TEXT)
+    tags = token_languages(ends, starts, languages)
+    second, third = TEXT.index("Árvíz"), TEXT.index("Dr.")
+    expected = [0 if second <= max(end - 1, 0) < third else 1 for end in ends]
+    assert tags.tolist() == expected and {0, 1} == set(expected)
+    assert ends == sorted(ends) and ends[-1] == len(TEXT)  # positions in characters, not bytes
+
+
+def test_token_languages_by_hand():
+    starts, languages = np.array([0, 6]), np.array([4, 2])
+    # "Hello " + "World": tokens "Hello", " World" and, of zero width, a special one at the start.
+    assert token_languages([0, 5, 11], starts, languages).tolist() == [4, 4, 2]
+    # The space alone closes the sentence before it.
+    assert token_languages([5, 6, 11], starts, languages).tolist() == [4, 4, 2]
+
+
+def test_unknown_codes_are_told(tagger_module):
+    for tagger, code in (("my_tagger:tag", "'hu'"), ("my_tagger:strange", "None")):
+        tagged = SentenceTagger(settings(tagger=tagger, splitter="none"), ("en",)).sentences("Árvíz")
+        assert tagged[2] == code
+
+
+def test_mistakes_are_named(tagger_module, punkt):
+    def refused(message: str, **more):
+        with pytest.raises(UserError, match=message):
+            SentenceTagger(settings(**more), LANGUAGES)
+
+    refused("write it as module:function", tagger="my_tagger.tag")
+    refused("importing nowhere fails: ModuleNotFoundError", tagger="nowhere:tag")
+    refused("my_tagger has no function number", tagger="my_tagger:number")
+    refused("needs NLTK's punkt_tab data for 'hungarian'.*nltk.downloader.*sentence_splitter: none",
+            sentence_model="hungarian")  # fmt: skip
+    refused("is no name of a punkt model", sentence_model="../english")
+    with pytest.raises(UserError, match="my_tagger:broken failed on 'The fox naps.*KeyError"):
+        SentenceTagger(settings(tagger="my_tagger:broken"), LANGUAGES).sentences("The fox naps. And runs.")
