@@ -62,6 +62,8 @@ class Corpus:
     tokens: int
     digest: str
     source: Source | None = None
+    languages: dict[str, str] | None = None
+    language_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +84,34 @@ class Manifest:
             if corpus.name in names:
                 raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
             names.add(corpus.name)
-        check_language_roles(self.path, ((c.name, c.language, c.role) for c in self.corpora))
+        mixed = ((c.name, *pair) for c in self.corpora for pair in (c.languages or {}).items())
+        check_language_roles(self.path, [*((c.name, c.language, c.role) for c in self.corpora), *mixed])
 
     @property
     def languages(self) -> tuple[str, ...]:
         """Languages in order of first appearance; a language tag is an index into these, plus one."""
-        return tuple(dict.fromkeys(corpus.language for corpus in self.corpora))
+        return tuple(self.language_roles)
+
+    @property
+    def language_roles(self) -> dict[str, str]:
+        """Role of each language: those of the corpora, and those inside corpora that mix languages."""
+        roles: dict[str, str] = {}
+        for corpus in self.corpora:
+            roles.setdefault(corpus.language, corpus.role)
+        for corpus in self.corpora:
+            for language, role in (corpus.languages or {}).items():
+                roles.setdefault(language, role)
+        return roles
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides what a run reads; independent of where the files lie."""
         tokenizer = (self.tokenizer.vocab_size, self.tokenizer.sha256, self.tokenizer.eod_id)
-        corpora = [(c.name, c.language, c.role, float(c.weight), c.tokens, c.digest) for c in self.corpora]
+        corpora = [
+            (c.name, c.language, c.role, float(c.weight), c.tokens, c.digest)
+            + ((list(c.languages.items()), c.language_digest) if c.languages else ())
+            for c in self.corpora
+        ]
         return hashlib.sha256(json.dumps([tokenizer, corpora]).encode()).hexdigest()
 
     @staticmethod
@@ -142,8 +160,9 @@ class Manifest:
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            if corpus.source is None:
-                del entry["source"]
+            for optional in ("source", "languages", "language_digest"):
+                if entry[optional] is None:
+                    del entry[optional]
             entries.append(entry)
         content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
         partial = f"{self.path}.partial"
@@ -208,6 +227,11 @@ def _record(record: type, entry: Any, where: str) -> Any:
         kind = fields[name].type
         if kind == (Source | None):
             value = _record(Source, value, f"{where}: {name}")
+        elif kind == (dict[str, str] | None):
+            if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
+                raise UserError(f"{where}: {name} must map languages to roles, not {value!r}")
+        elif kind == (str | None) and isinstance(value, str):
+            pass
         elif kind is float:
             value = _number(value, f"{where}: {name}")
         elif not isinstance(value, kind) or isinstance(value, bool):

@@ -41,8 +41,7 @@ class Plan:
     @property
     def is_original(self) -> list[bool]:
         """Per language of the manifest: whether the base model knows it."""
-        roles = {corpus.language: corpus.role for corpus in self.manifest.corpora}
-        return [roles[language] == "original" for language in self.manifest.languages]
+        return [role == "original" for role in self.manifest.language_roles.values()]
 
 
 def plan_training(recipe: Recipe, world_size: int) -> Plan:
@@ -57,9 +56,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     check_recipe(recipe, arch, world_size)
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
-    sampler = ReplaySampler(
-        manifest, seq_length=recipe.data.seq_length, seed=recipe.train.seed, mixture=recipe.data.mixture
-    )
+    sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
     resume = find_checkpoint(recipe.output)
     state = read_run_state(resume) if resume else None
     if state:
