@@ -62,9 +62,7 @@ class SampledCorpus {
     end_ = header.tokens;
     restrict_to(spec);
     if (end_ - first_ < 2) throw CorpusError(spec.prefix + ".bin holds fewer than two tokens");
-    if (rule.one_document) first_document_ = documents_->containing(first_);
-    samples_ = rule.one_document ? documents_->containing(end_ - 1) + 1 - first_document_
-                                 : (positions() - 1) / rule.seq_length + 1;
+    samples_ = rule.one_document ? documents_read_ : (positions() - 1) / rule.seq_length + 1;
   }
 
   std::uint64_t samples() const { return samples_; }  // in an epoch
@@ -131,13 +129,17 @@ class SampledCorpus {
 
   void restrict_to(const CorpusSpec& spec) {
     const std::uint64_t place = mix(key(0).hash() + 1);
-    if (spec.documents != 0 && spec.documents < documents_->size()) {
-      const std::uint64_t document = below(place, documents_->size() - spec.documents + 1);
-      first_ = documents_->start(document);
-      end_ = documents_->start(document + spec.documents);
+    documents_read_ = reader_.header().documents;
+    if (spec.documents != 0 && spec.documents < documents_read_) {
+      first_document_ = below(place, documents_read_ - spec.documents + 1);
+      documents_read_ = spec.documents;
+      first_ = documents_->start(first_document_);
+      end_ = documents_->start(first_document_ + documents_read_);
     } else if (spec.tokens != 0 && spec.tokens < end_) {
-      first_ = documents_->start(documents_->containing(below(place, end_ - spec.tokens + 1)));
+      first_document_ = documents_->containing(below(place, end_ - spec.tokens + 1));
+      first_ = documents_->start(first_document_);
       end_ = first_ + spec.tokens;
+      documents_read_ = documents_->containing(end_ - 1) + 1 - first_document_;
     }
   }
 
@@ -221,6 +223,7 @@ class SampledCorpus {
   std::uint64_t first_ = 0;  // tokens that are read: [first_, end_)
   std::uint64_t end_ = 0;
   std::uint64_t first_document_ = 0;
+  std::uint64_t documents_read_ = 0;
   std::uint64_t samples_ = 0;
   std::unique_ptr<Totals> totals_;
 };

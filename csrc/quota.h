@@ -16,7 +16,8 @@
 // w(D u S) <= 1 more than the bounds of single corpora give, less than 1 unless D u S is everything and all
 // quantities are integers, among them ones that sum to n + 1/2. The choice is a schedule again, of one slot for each
 // "one more": oldest release first in time, earliest deadline first in rank. Blocks between such states are independent
-// where no window spans a whole block, so blocks have at least 1 / w_c slots for the smallest weight.
+// where no window spans a whole block, so the smallest weight decides a block's length: at
+// least 1 / w_c slots, of six bytes each.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +40,7 @@ class QuotaOrder {
   static constexpr std::uint64_t kMaxTotal = 1ULL << 60;
   static constexpr std::size_t kMaxCorpora = 32767;
 
-  static constexpr std::uint64_t kMaxRatio = 1ULL << 20;
+  static constexpr std::uint64_t kMaxRatio = 1ULL << 24;
 
   struct Block {
     std::vector<std::uint64_t> before;  // samples of each corpus before the block
@@ -47,7 +48,7 @@ class QuotaOrder {
     std::vector<std::uint32_t> index;   // samples of that corpus before the slot in the block
   };
 
-  // Positive weights, each at least 1 in 2^20 of their sum. A small sum makes the order one block that repeats.
+  // Positive weights, each at least 1 in 2^24 of their sum. A small sum makes the order one block that repeats.
   explicit QuotaOrder(std::vector<std::uint64_t> weights) : weights_(std::move(weights)), cache_(new Cache) {
     if (weights_.size() > kMaxCorpora) throw std::invalid_argument("a role has at most 32767 corpora");
     for (const std::uint64_t weight : weights_) {
@@ -56,7 +57,7 @@ class QuotaOrder {
       if (total_ > kMaxTotal) throw std::invalid_argument("corpus weights must sum to at most 2^60");
     }
     for (const std::uint64_t weight : weights_) {
-      if (weight < (total_ - 1) / kMaxRatio + 1) throw std::invalid_argument("a corpus weight is below 1 in 2^20");
+      if (weight < (total_ - 1) / kMaxRatio + 1) throw std::invalid_argument("a corpus weight is below 1 in 2^24");
       length_ = std::max(length_, (total_ - 1) / weight + 1);
     }
     length_ = std::max<std::uint64_t>(length_, weights_.size());

@@ -13,7 +13,7 @@ from megatron_lpr.errors import UserError, nearest
 # Limits of csrc/quota.h and csrc/roles.h: the sum of the weights in a role, the smallest weight's part of that sum, and
 # the denominator of a role's share.
 _MAX_TOTAL = 1 << 60
-_MAX_RATIO = 1 << 20
+_MAX_RATIO = 1 << 24
 _MAX_DENOMINATOR = 1 << 62
 
 
@@ -116,7 +116,7 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
         overrides: weights of corpora by name, instead of the manifest's; 0 leaves a corpus out.
 
     Raises:
-        UserError: an unknown corpus, a weight that is no number >= 0, or one below 2^-20 of its role.
+        UserError: an unknown corpus, a weight that is no number >= 0, or one below 2^-24 of its role.
     """
     names = [corpus.name for corpus in manifest.corpora]
     for name, weight in overrides.items():

@@ -181,7 +181,7 @@ def test_a_role_without_share_is_never_read(sampler_of):
         ([1], [1], {"expanded": float("nan")}, "must be a number >= 0"),
         ([1], [1], {}, "asks for no data"),
         ([1], [1], {"expanded": 1.0, "original": 1e-30}, "original data is too small"),
-        ([1, 9e-7], [], {"expanded": 1.0}, "weight of corpus 'expanded1' is below 1 in 1,048,576"),
+        ([1, 5e-8], [], {"expanded": 1.0}, "weight of corpus 'expanded1' is below 1 in 16,777,216"),
     ],
 )
 def test_impossible_mixtures(sampler_of, expanded, original, mixture, message):
