@@ -50,18 +50,25 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params=None,
         **kwargs,
     ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D]. The mask is causal, whatever is passed."""
+        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D].
+
+        The mask is causal. In the place of Megatron's `attention_mask` come the document numbers of the whole sequence,
+        integers [B, K], or None: with them a position attends to those of its own document only. As rotary embeddings
+        know distances alone, each document is then computed as if it stood alone at position 0.
+        """
         assert attention_bias is None and packed_seq_params is None
+        documents_BK = attention_mask
         if self.cp_group.size() == 1:
-            return self._attend(query, key, value)
+            return self._attend(query, key, value, documents_BK)
         key, value = self._gather_keys_and_values(key, value)
         outputs = []
         for chunk, queries in zip(rank_chunks(self.cp_group.rank(), self.cp_group.size()), query.chunk(2), strict=True):
             visible = (chunk + 1) * len(queries)
-            outputs.append(self._attend(queries, key[:visible], value[:visible]))
+            seen_BK = None if documents_BK is None else documents_BK[:, :visible]
+            outputs.append(self._attend(queries, key[:visible], value[:visible], seen_BK))
         return torch.cat(outputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents_BK: Tensor | None = None) -> Tensor:
         """query [S, B, N, D], key and value [K, B, G, D] -> [S, B, N*D]; the queries are the last S of K positions."""
         q_BNSD, k_BGKD, v_BGKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         repeats = q_BNSD.shape[1] // k_BGKD.shape[1]
@@ -69,6 +76,8 @@ class SDPACoreAttention(MegatronModule):
             k_BGKD, v_BGKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGKD, v_BGKD))
         # torch's own causal mask is aligned at the first query and the first key
         mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
+        if documents_BK is not None:
+            mask = _within_documents(documents_BK, len(query))
         out_BNSD = F.scaled_dot_product_attention(
             q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
@@ -79,6 +88,13 @@ class SDPACoreAttention(MegatronModule):
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
         key, value = in_order(both, self.cp_group.size()).split([key.shape[-1], value.shape[-1]], dim=-1)
         return key, value
+
+
+def _within_documents(documents_BK: Tensor, num_queries: int) -> Tensor:
+    """Whether each of the last S of K positions sees each position: bool [B, 1, S, K]."""
+    earlier = documents_BK.shape[1] - num_queries
+    same_BSK = documents_BK[:, earlier:, None] == documents_BK[:, None, :]
+    return same_BSK.tril(earlier).unsqueeze(1)
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

@@ -13,6 +13,7 @@ from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
 from megatron_lpr.validation import check_recipe
 
@@ -29,6 +30,7 @@ class Plan:
     source: Path | None  # checkpoint that gives the weights of a fresh run; None: the base model
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
+    replay: ReplayBudget | None = None  # None: nothing of the original languages is read
 
     @property
     def first_step(self) -> int:
@@ -64,6 +66,9 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     source = checkpoint_folder(recipe.model.load) if recipe.model.load else None
     if source:
         _check_same_model(recipe, source)
+    replay = replay_budget(recipe, sampler, source)
+    if replay:
+        replay.check()
     return Plan(
         recipe=recipe,
         arch=arch,
@@ -73,6 +78,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
         source=source,
         resume=resume,
         state=state,
+        replay=replay,
     )
 
 
@@ -144,6 +150,7 @@ def describe(plan: Plan) -> str:
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
+            *([f"replays      {plan.replay}"] if plan.replay else []),
         ]
     )
 

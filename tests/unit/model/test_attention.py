@@ -26,14 +26,17 @@ def tensors() -> dict[str, Tensor]:
     return made | {"grad": draw(HEADS * SIZE)}
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, documents_BS: Tensor | None = None) -> Tensor:
     """Head by head, over all scores."""
     length, heads = len(query), []
     later_SS = torch.arange(length)[None, :] > torch.arange(length)[:, None]
+    hidden_BSS = later_SS.expand(BATCH, -1, -1)
+    if documents_BS is not None:
+        hidden_BSS = hidden_BSS | (documents_BS[:, None, :] != documents_BS[:, :, None])
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
         scores_BSS = torch.einsum("sbd,tbd->bst", query[:, :, head], key[:, :, group]) / SIZE**0.5
-        weights_BSS = scores_BSS.masked_fill(later_SS, -torch.inf).softmax(-1)
+        weights_BSS = scores_BSS.masked_fill(hidden_BSS, -torch.inf).softmax(-1)
         heads.append(torch.einsum("bst,tbd->sbd", weights_BSS, value[:, :, group]))
     return torch.cat(heads, dim=-1)
 
@@ -42,7 +45,7 @@ def gradients(output: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, [tensors[name] for name in ("query", "key", "value")], tensors["grad"])
 
 
-def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
+def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch, documents_BS: Tensor | None = None) -> Tensor:
     """The outputs of `size` context-parallel ranks, one after the other in this process, at their positions."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -67,7 +70,7 @@ def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch) -> Tensor:
             pg_collection=SimpleNamespace(cp=group),
         )
         local = (tensors[name][own] for name in ("query", "key", "value"))
-        output = output.index_add(0, own, core(*local, attention_mask=None))
+        output = output.index_add(0, own, core(*local, attention_mask=documents_BS))
     return output
 
 
@@ -80,15 +83,26 @@ def test_parts_make_the_whole(megatron, monkeypatch, tensors, size):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_documents_are_kept_apart(megatron, monkeypatch, tensors, size):
+    lengths = [[5, 1, 10, 8], [12, 12]]
+    documents_BS = torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths])
+    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"], documents_BS)
+    output = in_parts(tensors, size, monkeypatch, documents_BS.int())
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 def test_a_rank_reads_no_key_behind_its_last_query(megatron, monkeypatch, tensors):
     """Each chunk of queries gets the keys up to its own end, not a masked whole."""
     from megatron_lpr.model.attention import SDPACoreAttention
 
     read, attend = [], SDPACoreAttention._attend
 
-    def record(self, query, key, value):
+    def record(self, query, key, value, documents):
         read.append((len(query), len(key), len(value)))
-        return attend(self, query, key, value)
+        return attend(self, query, key, value, documents)
 
     monkeypatch.setattr(SDPACoreAttention, "_attend", record)
     in_parts(tensors, 2, monkeypatch)
