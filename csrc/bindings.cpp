@@ -85,6 +85,22 @@ std::vector<std::pair<std::uint64_t, std::uint64_t>> spans(const lpr::Sampler& s
   return result;
 }
 
+// (document, first token, tokens) of the documents that a sample holds, as far as it holds them.
+std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> documents(const lpr::Sampler& sampler,
+                                                                               std::size_t corpus,
+                                                                               std::uint64_t window,
+                                                                               std::uint64_t epoch) {
+  if (!sampler.document_ids()) throw std::invalid_argument("this sampler does not look documents up");
+  std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> result;
+  const lpr::SampledCorpus& source = sampler.corpus(corpus);
+  const auto [head, tail] = source.spans(window, epoch);
+  for (const auto& span : {head, tail})
+    source.for_each_document(span, [&](std::uint64_t document, std::uint64_t first, std::uint64_t count) {
+      result.emplace_back(document, first, count);
+    });
+  return result;
+}
+
 // A NumPy array [count, seq_length] that owns `data`.
 template <typename T>
 py::array adopt(std::unique_ptr<T[]> data, std::uint64_t count, std::uint64_t seq_length) {
@@ -169,6 +185,7 @@ PYBIND11_MODULE(_replay_sampler, module) {
       .def("samples_before", &lpr::Sampler::samples_before, py::arg("k"), "Samples of each corpus among the first k.")
       .def("picks", &picks, py::arg("first"), py::arg("count"), "uint64 [count, 3]: corpus, window, epoch.")
       .def("spans", &spans, py::arg("corpus"), py::arg("window"), py::arg("epoch"))
+      .def("documents", &documents, py::arg("corpus"), py::arg("window"), py::arg("epoch"))
       .def("fill", &fill, py::arg("first"), py::arg("count"), py::arg("tokens").noconvert(),
            py::arg("labels").noconvert(), py::arg("loss_mask").noconvert(), py::arg("tags").noconvert(),
            py::arg("documents").noconvert() = py::none(),

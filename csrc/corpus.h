@@ -92,8 +92,24 @@ class SampledCorpus {
     const auto [head, tail] = spans(window, epoch);
     read_span(head, row, 0);
     read_span(tail, row, head.count);
-    if (row.documents != nullptr) number_documents(tail, number_documents(head, 0, row.documents), row.documents + head.count);
+    if (row.documents != nullptr) {
+      const std::int32_t next = number_documents(head, 0, row.documents);
+      number_documents(tail, next, row.documents + head.count);
+    }
     return head.count + tail.count;
+  }
+
+  // Calls visit(document, first token, tokens) for the documents of a span, cut to it.
+  template <typename Visit>
+  void for_each_document(const Span& span, Visit&& visit) const {
+    if (span.count == 0) return;
+    std::uint64_t first = span.first, document = documents_.value().containing(first);
+    for (const std::uint64_t end = span.first + span.count; first < end; ++document) {
+      const std::uint64_t until = std::min(end, documents_->start(document + 1));
+      if (until <= first) continue;  // an empty document
+      visit(document, first, until - first);
+      first = until;
+    }
   }
 
   // Adds the valid positions of a sample to those of their languages.
@@ -160,14 +176,9 @@ class SampledCorpus {
 
   // Numbers the documents of a span from `number` on and returns the number after the last.
   std::int32_t number_documents(const Span& span, std::int32_t number, std::int32_t* out) const {
-    if (span.count == 0) return number;
-    std::uint64_t first = span.first, document = documents_->containing(first);
-    for (const std::uint64_t end = span.first + span.count; first < end; ++document) {
-      const std::uint64_t until = std::min(end, documents_->start(document + 1));
-      if (until <= first) continue;  // an empty document
-      out = std::fill_n(out, until - first, number++);
-      first = until;
-    }
+    for_each_document(span, [&](std::uint64_t, std::uint64_t, std::uint64_t count) {
+      out = std::fill_n(out, count, number++);
+    });
     return number;
   }
 

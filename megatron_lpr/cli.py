@@ -1,4 +1,4 @@
-"""The command line: `megatron-lpr preprocess|upcycle|train|evaluate|compare|export|verify`."""
+"""The command line: `megatron-lpr preprocess|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
 import sys
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if path is not None:
             options["recipe"] = load_recipe(path, overrides)
-        getattr(commands, command)(**options)
+        getattr(commands, command.replace("-", "_"))(**options)
     except UserError as error:
         print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
         return 2
@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest").add_argument(
         "--overwrite", action="store_true", help="replace corpora that were made from other text"
     )
+    inspect = _add(commands, "inspect-data", "show what a training recipe reads: tokens, epochs, share per language")
+    inspect.add_argument("--steps", type=int, help="optimizer steps to look at (default: train.steps)")
+    inspect.add_argument("--step", type=int, help="list the documents that this step reads instead, from 1 on")
     _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
     _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
 

@@ -136,8 +136,8 @@ class ReplaySampler:
         )
 
     @staticmethod
-    def of(manifest: Manifest, data: DataConfig, seed: int) -> "ReplaySampler":
-        """The sampler of a recipe's data section."""
+    def of(manifest: Manifest, data: DataConfig, seed: int, *, document_ids: bool = False) -> "ReplaySampler":
+        """The sampler of a recipe's data section; `document_ids` numbers documents even where no attention needs it."""
         return ReplaySampler(
             manifest,
             seq_length=data.seq_length,
@@ -146,7 +146,7 @@ class ReplaySampler:
             schedule=data.schedule,
             windows=data.windows,
             replay=data.replay,
-            document_ids=data.reset_attention,
+            document_ids=document_ids or data.reset_attention,
         )
 
     @property
@@ -177,6 +177,10 @@ class ReplaySampler:
     def spans(self, pick: Pick) -> list[tuple[int, int]]:
         """(first token, positions) of the one or two pieces of the corpus that a sample holds."""
         return self._sampler.spans(pick.corpus, pick.window, pick.epoch)
+
+    def documents(self, pick: Pick) -> list[tuple[int, int, int]]:
+        """(document, first token, positions) of the documents that a sample holds; needs `document_ids`."""
+        return self._sampler.documents(pick.corpus, pick.window, pick.epoch)
 
     def fill(self, first: int, count: int, out: Batch | None = None) -> Batch:
         """Samples first, ..., first + count - 1, written into `out` where given; releases the GIL."""

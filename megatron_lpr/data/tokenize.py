@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """Token ids of each text, without special tokens."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special tokens included."""
+        ...
+
 
 def load_tokenizer(path: str) -> Tokenizer:
     """Opens a folder with a tokenizer.json or one SentencePiece .model, or such a file itself.
@@ -76,6 +80,9 @@ class HFTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def _find_eod(self, folder: Path) -> int:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             token = _read_json(folder / name).get("eos_token")
@@ -106,6 +113,9 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
