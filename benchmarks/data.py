@@ -2,9 +2,9 @@
 
     python benchmarks/data.py [--documents 100000 1000000 10000000] [--json results.json]
 
-For each size both run in processes of their own, one after the other: time and memory from a built nothing to the first
-batch (8 samples of 4,096 tokens), then samples per second from the page cache. Megatron's samples are not even stacked
-to a batch. Its index files go to a fresh folder, as in a first run; the sampler has none.
+For each size both run in processes of their own, one after the other: time and peak memory (page cache not counted) up
+to the first batch (8 samples of 4,096 tokens), then samples per second from the page cache. Megatron's samples are not
+even stacked to a batch. Its index files go to a fresh folder, as in a first run; the sampler has none.
 """
 
 import argparse
@@ -118,14 +118,16 @@ def megatron(folder: Path, documents: int, tokens: list[int]) -> dict[str, float
 
 def to_first_batch(build: Callable, read: Callable) -> tuple[object, dict[str, float]]:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, start = memory("VmRSS"), time.perf_counter()
+    before, mapped, start = memory("VmRSS"), memory("RssFile"), time.perf_counter()
     built = build()
     read(built)
-    return built, {"seconds": time.perf_counter() - start, "bytes": memory("VmHWM") - before}
+    seconds = time.perf_counter() - start
+    # without pages of mapped files, which belong to the page cache
+    return built, {"seconds": seconds, "bytes": memory("VmHWM") - before - (memory("RssFile") - mapped)}
 
 
 def memory(field: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at their peak (VmHWM)."""
+    """Resident bytes of this process: all (VmRSS), at their peak (VmHWM), or of mapped files (RssFile)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
