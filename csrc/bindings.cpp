@@ -101,12 +101,13 @@ std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> documents(c
   return result;
 }
 
-// A NumPy array [count, seq_length] that owns `data`.
+// A NumPy array [count, seq_length] over one of a batch's buffers, which it keeps from being used again.
 template <typename T>
-py::array adopt(std::unique_ptr<T[]> data, std::uint64_t count, std::uint64_t seq_length) {
-  py::capsule owner(data.get(), [](void* pointer) { delete[] static_cast<T*>(pointer); });
-  T* pointer = data.release();
-  return py::array_t<T>({count, seq_length}, pointer, owner);
+py::array view(const std::shared_ptr<lpr::BatchBuffers>& batch, T* data, std::uint64_t count,
+               std::uint64_t seq_length) {
+  using Owner = std::shared_ptr<lpr::BatchBuffers>;
+  py::capsule owner(new Owner(batch), [](void* pointer) { delete static_cast<Owner*>(pointer); });
+  return py::array_t<T>({count, seq_length}, data, owner);
 }
 
 class PythonPrefetcher {
@@ -122,17 +123,16 @@ class PythonPrefetcher {
   }
 
   py::tuple next() {
-    std::unique_ptr<lpr::BatchBuffers> batch;
+    std::shared_ptr<lpr::BatchBuffers> batch;
     {
       const py::gil_scoped_release unlocked;
       batch = prefetcher_->next();
     }
+    const lpr::Row row = batch->row();
+    const auto array = [&](auto* data) { return view(batch, data, count_, seq_length_); };
     py::object documents = py::none();
-    if (batch->documents) documents = adopt(std::move(batch->documents), count_, seq_length_);
-    return py::make_tuple(adopt(std::move(batch->tokens), count_, seq_length_),
-                          adopt(std::move(batch->labels), count_, seq_length_),
-                          adopt(std::move(batch->loss_mask), count_, seq_length_),
-                          adopt(std::move(batch->tags), count_, seq_length_), documents);
+    if (row.documents != nullptr) documents = array(row.documents);
+    return py::make_tuple(array(row.tokens), array(row.labels), array(row.loss_mask), array(row.tags), documents);
   }
 
  private:

@@ -35,12 +35,48 @@ struct BatchBuffers {
   std::unique_ptr<std::int32_t[]> documents;
 };
 
+// Buffers that come back when their last reader lets go of them, so that batch after batch is written to memory that
+// the process has already.
+class BufferPool : public std::enable_shared_from_this<BufferPool> {
+ public:
+  explicit BufferPool(std::size_t kept) : kept_(kept) {}
+
+  std::shared_ptr<BatchBuffers> lend(const Sampler& sampler, std::uint64_t count) {
+    std::unique_ptr<BatchBuffers> buffers;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!free_.empty()) {
+        buffers = std::move(free_.back());
+        free_.pop_back();
+      }
+    }
+    if (!buffers) buffers = std::make_unique<BatchBuffers>(sampler, count);
+    return {buffers.release(), [pool = shared_from_this()](BatchBuffers* returned) { pool->take_back(returned); }};
+  }
+
+ private:
+  void take_back(BatchBuffers* returned) {
+    std::unique_ptr<BatchBuffers> buffers(returned);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.size() < kept_) free_.push_back(std::move(buffers));
+  }
+
+  std::size_t kept_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<BatchBuffers>> free_;
+};
+
 class Prefetcher {
  public:
   // Batch i holds samples first + i * stride, ..., + count - 1; at most `depth` batches wait for their reader.
   Prefetcher(std::shared_ptr<const Sampler> sampler, std::uint64_t first, std::uint64_t count, std::uint64_t stride,
              std::size_t depth, std::size_t threads)
-      : sampler_(std::move(sampler)), first_(first), count_(count), stride_(stride), slots_(depth) {
+      : sampler_(std::move(sampler)),
+        first_(first),
+        count_(count),
+        stride_(stride),
+        pool_(std::make_shared<BufferPool>(depth + threads + 1)),
+        slots_(depth) {
     if (count == 0 || depth == 0 || threads == 0) throw std::invalid_argument("a prefetcher needs work and threads");
     for (std::size_t i = 0; i < threads; ++i) workers_.emplace_back([this] { work(); });
   }
@@ -56,12 +92,12 @@ class Prefetcher {
   }
 
   // The next batch; raises what went wrong while it was read, again at every later call.
-  std::unique_ptr<BatchBuffers> next() {
+  std::shared_ptr<BatchBuffers> next() {
     std::unique_lock<std::mutex> lock(mutex_);
     Slot& slot = slots_[read_ % slots_.size()];
     filled_.wait(lock, [&] { return slot.batch || slot.error; });
     if (slot.error) std::rethrow_exception(slot.error);
-    std::unique_ptr<BatchBuffers> batch = std::move(slot.batch);
+    std::shared_ptr<BatchBuffers> batch = std::move(slot.batch);
     ++read_;
     lock.unlock();
     emptied_.notify_one();
@@ -70,7 +106,7 @@ class Prefetcher {
 
  private:
   struct Slot {
-    std::unique_ptr<BatchBuffers> batch;
+    std::shared_ptr<BatchBuffers> batch;
     std::exception_ptr error;
   };
 
@@ -83,7 +119,7 @@ class Prefetcher {
       lock.unlock();
       Slot result;
       try {
-        result.batch = std::make_unique<BatchBuffers>(*sampler_, count_);
+        result.batch = pool_->lend(*sampler_, count_);
         sampler_->fill(first_ + number * stride_, count_, result.batch->row());
       } catch (...) {
         result.batch.reset();
@@ -99,6 +135,7 @@ class Prefetcher {
   std::uint64_t first_;
   std::uint64_t count_;
   std::uint64_t stride_;
+  std::shared_ptr<BufferPool> pool_;
   std::mutex mutex_;
   std::condition_variable filled_;
   std::condition_variable emptied_;

@@ -193,7 +193,7 @@ class ReplaySampler:
         """fill(first + i * stride, count) for i = 0, 1, ..., without end.
 
         With `read_ahead` a thread keeps so many batches ready; they are the same, and what goes wrong while one is read
-        is raised where that batch is asked for.
+        is raised where that batch is asked for. Their memory is used again once no array of a batch is referred to.
         """
         if not read_ahead:
             while True:

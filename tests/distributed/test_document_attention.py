@@ -1,4 +1,4 @@
-"""Packed documents that do not see each other, over context-parallel ranks and pipeline stages: one process's numbers."""
+"""Packed documents that do not see each other, over context-parallel ranks and pipeline stages: the same numbers."""
 
 import dataclasses
 from pathlib import Path

@@ -122,6 +122,21 @@ def test_batches_outlive_the_thread_that_read_them(sampler):
     np.testing.assert_array_equal(batch.tokens_BS, sampler.fill(0, 4).tokens_BS)
 
 
+def test_buffers_are_used_again_only_when_nobody_reads_them(sampler):
+    reader = sampler.batches(0, 4, 4, read_ahead=2)
+    kept = [next(reader) for _ in range(20)]
+    labels = [next(reader).labels_BS for _ in range(20)]  # one field of a batch keeps the batch
+    places = set()
+    for _ in range(60):
+        places.add(next(reader).tokens_BS.__array_interface__["data"][0])
+    assert len(places) < 10
+    for i, batch in enumerate(kept):
+        for name, array in vars(sampler.fill(4 * i, 4)).items():
+            np.testing.assert_array_equal(getattr(batch, name), array)
+    for i, array in enumerate(labels, start=20):
+        np.testing.assert_array_equal(array, sampler.fill(4 * i, 4).labels_BS)
+
+
 def test_threads_end_with_their_reader(sampler):
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
