@@ -4,9 +4,9 @@
 
 For each size both run in processes of their own, one after the other: time and peak memory (page cache not counted) up
 to the first batch (8 samples of 4,096 tokens), then samples per second from the page cache. Megatron's samples are not
-even stacked to a batch; ours are, in fresh arrays (samples/s) or read ahead by a thread (as training does). Megatron's
-index files go to a fresh folder, as in a first run; the sampler has none. `picks` and `warm window` (the same samples
-again, in the same arrays) are per core.
+even stacked to a batch; ours are, in one set of arrays (samples/s) or read ahead by a thread, as training does.
+Megatron's index files go to a fresh folder, as in a first run; the sampler has none. `picks` and `warm window` (the
+same samples again, in the same arrays) are per core.
 """
 
 import argparse
@@ -74,12 +74,12 @@ def ours(folder: Path, documents: int, tokens: list[int]) -> dict[str, float]:
     sampler, result = to_first_batch(lambda: Manifest.load(manifest.path) and build(), lambda s: s.fill(0, BATCH))
     samples = sum(tokens) // SEQ_LENGTH
     batches = min(samples, 4000) // BATCH
-    result["samples_per_second"] = batches * BATCH / best(lambda i: sampler.fill(i * BATCH, BATCH), batches)
+    same = Batch.empty(BATCH, SEQ_LENGTH)
+    result["samples_per_second"] = batches * BATCH / best(lambda i: sampler.fill(i * BATCH, BATCH, same), batches)
     reader = sampler.batches(0, BATCH, BATCH, read_ahead=2)
     result["read_ahead_per_second"] = batches * BATCH / best(lambda i: next(reader), batches)
     picks = 5_000_000
     result["picks_per_second"] = picks / best(lambda i: sampler.picks(0, picks))
-    same = Batch.empty(BATCH, SEQ_LENGTH)
     result["microseconds_per_window"] = best(lambda i: sampler.fill(0, BATCH, same), 200) / (200 * BATCH) * 1e6
     return result
 

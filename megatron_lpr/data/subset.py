@@ -46,6 +46,16 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
     return tuple(parts.get(corpus.name, Subset()) for corpus in manifest.corpora)
 
 
+def unshuffled(manifest: Manifest, replay: ReplayConfig) -> list[str]:
+    """A warning for each corpus of which a subset is read and whose documents we did not shuffle."""
+    return [
+        f"corpus '{corpus.name}' was not written by megatron-lpr preprocess: its subset is a run of consecutive "
+        "documents, a random one only if the corpus is shuffled"
+        for corpus, part in zip(manifest.corpora, subsets(manifest, replay), strict=True)
+        if part != Subset() and corpus.source is None
+    ]
+
+
 def _documents(corpora: Sequence[Corpus], wanted: int) -> list[Subset]:
     """`wanted` documents in proportion to the corpora's, by largest remainder, at least one each."""
     total = sum(corpus.documents for corpus in corpora)

@@ -10,6 +10,7 @@ from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
@@ -151,6 +152,7 @@ def describe(plan: Plan) -> str:
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
+            *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
         ]
     )
 

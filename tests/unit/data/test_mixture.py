@@ -189,6 +189,29 @@ def test_impossible_mixtures(sampler_of, expanded, original, mixture, message):
         sampler_of(expanded, original, mixture)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    weights=st.one_of(
+        st.lists(st.integers(10**5, 10**9), min_size=2, max_size=9),
+        st.lists(st.integers(1, 9), min_size=1, max_size=3).map(lambda n: [10**5 * w + 1 for w in n] + [99] * 8),
+        st.integers(2, 60).map(lambda n: [10**6 + (i % 3) for i in range(n)]),
+    ),
+    block=st.integers(0, 2**46),
+    before=st.integers(0, 3),
+)
+def test_every_count_in_a_role_is_within_its_tighter_bound(sampler_of, weights, block, before):
+    """|count - n w| < 1 - w / 2, which leaves room for the role's own half; around the border of two blocks."""
+    sampler = sampler_of(weights, [], {"expanded": 1.0})
+    first = max(0, 4096 * block - before)
+    counts = sampler.samples_before(first)
+    picked = [corpus for corpus, *_ in sampler.picks(first, 40).tolist()]
+    for n, corpus in enumerate([None, *picked], start=first):
+        if corpus is not None:
+            counts[corpus] += 1
+        for count, share in zip(counts, sampler.shares, strict=True):
+            assert abs(count - n * share) < 1 - share / 2
+
+
 def test_schedule_neither_repeats_nor_skips(sampler_of):
     """Whatever the mixtures, each corpus' samples are its 0th, 1st, 2nd, ...; and each piece is exact in itself."""
     schedule = (

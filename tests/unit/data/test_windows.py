@@ -1,12 +1,15 @@
 """What samples hold beyond packed windows of whole corpora: one document each, document numbers, subsets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from megatron_lpr.config import ReplayConfig
 from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.manifest import Corpus, Manifest, Source, TokenizerRecord
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.errors import UserError
 
 S = 12
@@ -125,6 +128,14 @@ def test_a_share_of_the_tokens(manifest):
 def test_bad_subsets(manifest, replay, message):
     with pytest.raises(UserError, match=message):
         make(manifest, replay=ReplayConfig(**replay))
+
+
+def test_warns_of_a_subset_of_a_corpus_that_nobody_shuffled(manifest):
+    source = Source(sha256="ab", seed=0, skipped_lines=0)
+    manifest = manifest.with_corpus(dataclasses.replace(manifest.corpora[1], source=source))
+    (warning,) = unshuffled(manifest, ReplayConfig(documents={"original": 3}))
+    assert "corpus 'en2' was not written by megatron-lpr preprocess" in warning
+    assert unshuffled(manifest, ReplayConfig(documents={"original": 17})) == []
 
 
 def test_as_many_documents_as_there_are_is_all(manifest):
