@@ -37,11 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest").add_argument(
         "--overwrite", action="store_true", help="replace corpora that were made from other text"
     )
+    _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
+    _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
+
     inspect = _add(commands, "inspect-data", "show what a training recipe reads: tokens, epochs, share per language")
     inspect.add_argument("--steps", type=int, help="optimizer steps to look at (default: train.steps)")
     inspect.add_argument("--step", type=int, help="list the documents that this step reads instead, from 1 on")
-    _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
-    _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
 
     evaluate = _add(commands, "evaluate", "bits per byte on held-out text")
     evaluate.add_argument("--checkpoint", help="checkpoint, or output folder of a run")

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,8 +84,7 @@ class Manifest:
             if corpus.name in names:
                 raise UserError(f"{self.path}: two corpora are called '{corpus.name}'; give each its own name")
             names.add(corpus.name)
-        mixed = ((c.name, *pair) for c in self.corpora for pair in (c.languages or {}).items())
-        check_language_roles(self.path, [*((c.name, c.language, c.role) for c in self.corpora), *mixed])
+        check_language_roles(self.path, (triple for corpus in self.corpora for triple in language_roles(corpus)))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -95,13 +94,9 @@ class Manifest:
     @property
     def language_roles(self) -> dict[str, str]:
         """Role of each language: those of the corpora, and those inside corpora that mix languages."""
-        roles: dict[str, str] = {}
-        for corpus in self.corpora:
-            roles.setdefault(corpus.language, corpus.role)
-        for corpus in self.corpora:
-            for language, role in (corpus.languages or {}).items():
-                roles.setdefault(language, role)
-        return roles
+        own = {corpus.language: corpus.role for corpus in self.corpora}
+        inside = {language: role for corpus in self.corpora for language, role in (corpus.languages or {}).items()}
+        return own | {language: role for language, role in inside.items() if language not in own}
 
     @cached_property
     def digest(self) -> str:
@@ -173,6 +168,13 @@ class Manifest:
         os.replace(partial, self.path)
 
 
+def language_roles(corpus: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, language, role) of a corpus (or the source of one), and of each language inside it."""
+    yield corpus.name, corpus.language, corpus.role
+    for language, role in (corpus.languages or {}).items():
+        yield corpus.name, language, role
+
+
 def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) -> None:
     """Checks (name, language, role) triples: known roles, and one role per language.
 
@@ -228,10 +230,8 @@ def _record(record: type, entry: Any, where: str) -> Any:
         if kind == (Source | None):
             value = _record(Source, value, f"{where}: {name}")
         elif kind == (dict[str, str] | None):
-            if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
-                raise UserError(f"{where}: {name} must map languages to roles, not {value!r}")
-        elif kind == (str | None) and isinstance(value, str):
-            pass
+            if not isinstance(value, dict) or not all(isinstance(x, str) for x in (*value, *value.values())):
+                raise UserError(f"{where}: {name} must be a mapping of strings, not {value!r}")
         elif kind is float:
             value = _number(value, f"{where}: {name}")
         elif not isinstance(value, kind) or isinstance(value, bool):
@@ -240,7 +240,7 @@ def _record(record: type, entry: Any, where: str) -> Any:
     return record(**values)
 
 
-_KINDS = {int: "an integer", str: "a string"}
+_KINDS = {int: "an integer", str: "a string", str | None: "a string"}
 
 
 def _number(value: Any, where: str) -> float:

@@ -28,12 +28,12 @@ class Tokenizer(Protocol):
     eod_id: int
     sha256: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        ...
-
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, special tokens included."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens."""
         ...
 
 
@@ -76,12 +76,12 @@ class HFTokenizer:
         self.eod_id = self._find_eod(file.parent)
         self.sha256 = _sha256(file)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def _find_eod(self, folder: Path) -> int:
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -111,11 +111,11 @@ class SentencePieceTokenizer:
             raise UserError(f"{file} has no end-of-sentence piece to end documents with")
         self.sha256 = _sha256(file)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
-
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts), num_threads=len(os.sched_getaffinity(0)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -50,6 +50,19 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
+def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    resetting = {"data": {"reset_attention": True}}
+    check_recipe(recipe(**resetting, model={"spec": "local"}), arch, 1)
+    with pytest.raises(UserError, match="Transformer Engine's attention; set model.spec: local"):
+        check_recipe(recipe(**resetting), arch, 1)
+
+
+def test_a_later_mixture_may_bring_the_original_languages(arch):
+    data = {"mixture": {"expanded": 1.0}, "schedule": [{"from_sample": 8, "mixture": {"original": 1.0}}]}
+    check_recipe(recipe(data=data, lpr={"coeff": 0.1}), arch, 1)
+
+
 @pytest.mark.parametrize(
     "world_size, sections, expected",
     [
@@ -168,16 +181,3 @@ def test_flex_dispatcher(arch, monkeypatch, cuda, sizes, expected):
     with pytest.raises(UserError, match="parallel.dispatcher: flex") as error:
         check_recipe(checked, arch, 2)
     assert expected in str(error.value) and "\n" not in str(error.value)
-
-
-def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    resetting = {"data": {"reset_attention": True}}
-    check_recipe(recipe(**resetting, model={"spec": "local"}), arch, 1)
-    with pytest.raises(UserError, match="Transformer Engine's attention; set model.spec: local"):
-        check_recipe(recipe(**resetting), arch, 1)
-
-
-def test_a_later_mixture_may_bring_the_original_languages(arch):
-    data = {"mixture": {"expanded": 1.0}, "schedule": [{"from_sample": 8, "mixture": {"original": 1.0}}]}
-    check_recipe(recipe(data=data, lpr={"coeff": 0.1}), arch, 1)
