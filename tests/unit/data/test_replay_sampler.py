@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from sampler_oracle import epoch_shift, window_positions
+from sampler_oracle import epoch_shift, permuted, window_positions
 
 from megatron_lpr.config import MixturePiece, ReplayConfig
 from megatron_lpr.data.indexed import IndexedCorpus
@@ -45,6 +45,26 @@ def expected_row(manifest: Manifest, corpus: int, window: int, epoch: int) -> tu
     labels[:valid] = stream[positions + 1]
     tag = {"hu": -1, "en": 2, "tr": -3}[entry.language]
     return tokens, labels, (np.arange(S) < valid).astype(np.float32), np.where(np.arange(S) < valid, tag, 0)
+
+
+def test_many_corpora_keep_their_orders_apart(manifest):
+    """80 corpora of different sizes and keys, in turns: epoch and window of each one's samples, by bookkeeping."""
+    digests = [f"{number + 1:016x}" + "0" * 48 for number in range(80)]
+    corpora = tuple(
+        dataclasses.replace(manifest.corpora[i % 3], name=f"c{i}", weight=1 + i % 5, digest=digest)
+        for i, digest in enumerate(digests)
+    )
+    manifest = dataclasses.replace(manifest, corpora=corpora)
+    sampler = ReplaySampler(manifest, seq_length=S, seed=11, mixture=MIXTURE)
+    picks = sampler.picks(0, 3000).tolist()
+    counts = [0] * 80
+    for corpus, window, epoch in picks:
+        windows = sampler.num_windows(corpus)
+        assert epoch == counts[corpus] // windows
+        assert window == permuted(windows, 11, corpus + 1, epoch, counts[corpus] % windows)
+        counts[corpus] += 1
+    assert min(counts) > 8
+    assert sampler.picks(1700, 500).tolist() == picks[1700:2200]
 
 
 def test_number_of_windows(sampler):
