@@ -4,11 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "permutation.h"
+#include "prefetch.h"
 #include "reader.h"
 #include "sampler.h"
 
@@ -17,58 +21,133 @@ namespace lpr = megatron_lpr;
 
 namespace {
 
-using CorpusTuple = std::tuple<std::string, std::uint64_t, bool, std::int64_t, std::uint64_t>;
+using CorpusTuple =
+    std::tuple<std::string, std::uint64_t, bool, std::vector<std::int64_t>, bool, std::uint64_t, std::uint64_t>;
+using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::vector<std::uint64_t>>;
 
-lpr::Sampler make_sampler(const std::vector<CorpusTuple>& corpora, std::uint64_t seq_length, std::uint64_t seed,
-                          std::int64_t eod_id, std::uint64_t numerator, std::uint64_t denominator) {
+std::shared_ptr<lpr::Sampler> make_sampler(const std::vector<CorpusTuple>& corpora,
+                                           const std::vector<PieceTuple>& pieces, std::uint64_t seq_length,
+                                           std::uint64_t seed, std::int64_t eod_id, std::uint64_t num_languages,
+                                           bool one_document, bool shift_windows, bool document_ids) {
   std::vector<lpr::CorpusSpec> specs;
-  for (const auto& [prefix, stream, expanded, tag, weight] : corpora)
-    specs.push_back({prefix, stream, expanded, tag, weight});
-  return {specs, seq_length, seed, eod_id, lpr::RoleSplit(numerator, denominator)};
+  for (const auto& [prefix, stream, expanded, tags, sidecar, documents, tokens] : corpora)
+    specs.push_back({prefix, stream, expanded, tags, sidecar, documents, tokens});
+  std::vector<lpr::MixtureSpec> mixtures;
+  for (const auto& [first_sample, numerator, denominator, weights] : pieces)
+    mixtures.push_back({first_sample, lpr::RoleSplit(numerator, denominator), weights});
+  const lpr::SamplerSettings settings{{seq_length, one_document, shift_windows}, seed, eod_id, num_languages,
+                                      document_ids};
+  const py::gil_scoped_release unlocked;
+  return std::make_shared<lpr::Sampler>(specs, mixtures, settings);
 }
 
 template <typename T>
-T* rows(py::array_t<T, py::array::c_style>& array, std::uint64_t count, std::uint64_t seq_length) {
+using Rows = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+T* rows(Rows<T>& array, std::uint64_t count, std::uint64_t seq_length) {
   if (array.ndim() != 2 || static_cast<std::uint64_t>(array.shape(0)) != count ||
       static_cast<std::uint64_t>(array.shape(1)) != seq_length)
     throw std::invalid_argument("a batch buffer must have the shape [count, seq_length]");
   return array.mutable_data();
 }
 
-using Ids = py::array_t<std::int64_t, py::array::c_style>;
-using Mask = py::array_t<float, py::array::c_style>;
-
-void fill(const lpr::Sampler& sampler, std::uint64_t first, std::uint64_t count, Ids tokens, Ids labels,
-          Mask loss_mask, Ids tags) {
-  const std::uint64_t seq_length = sampler.seq_length();
-  auto* tokens_data = rows(tokens, count, seq_length);
-  auto* labels_data = rows(labels, count, seq_length);
-  auto* mask_data = rows(loss_mask, count, seq_length);
-  auto* tags_data = rows(tags, count, seq_length);
+void fill(const lpr::Sampler& sampler, std::uint64_t first, std::uint64_t count, Rows<std::int64_t> tokens,
+          Rows<std::int64_t> labels, Rows<float> loss_mask, Rows<std::int64_t> tags,
+          std::optional<Rows<std::int32_t>> documents) {
+  if (documents.has_value() != sampler.document_ids())
+    throw std::invalid_argument("a buffer for document numbers goes with a sampler that writes them");
+  const std::uint64_t length = sampler.seq_length();
+  const lpr::Row row{rows(tokens, count, length), rows(labels, count, length), rows(loss_mask, count, length),
+                     rows(tags, count, length), documents ? rows(*documents, count, length) : nullptr};
   const py::gil_scoped_release unlocked;
-  sampler.fill(first, count, tokens_data, labels_data, mask_data, tags_data);
+  sampler.fill(first, count, row);
 }
 
 py::array_t<std::uint64_t> picks(const lpr::Sampler& sampler, std::uint64_t first, std::uint64_t count) {
   py::array_t<std::uint64_t> result({static_cast<py::ssize_t>(count), py::ssize_t{3}});
   std::uint64_t* out = result.mutable_data();
   const py::gil_scoped_release unlocked;
-  for (std::uint64_t row = 0; row < count; ++row) {
-    const lpr::Pick pick = sampler.pick(first + row);
+  sampler.for_each(first, count, [&](const lpr::Pick& pick) {
     *out++ = pick.corpus;
     *out++ = pick.window;
     *out++ = pick.epoch;
-  }
+  });
   return result;
 }
 
+// (first token, tokens) of the one or two pieces of a corpus that a sample holds.
+std::vector<std::pair<std::uint64_t, std::uint64_t>> spans(const lpr::Sampler& sampler, std::size_t corpus,
+                                                           std::uint64_t window, std::uint64_t epoch) {
+  const auto [head, tail] = sampler.corpus(corpus).spans(window, epoch);
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> result{{head.first, head.count}};
+  if (tail.count != 0) result.emplace_back(tail.first, tail.count);
+  return result;
+}
+
+// (document, first token, tokens) of the documents that a sample holds, as far as it holds them.
+std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> documents(const lpr::Sampler& sampler,
+                                                                               std::size_t corpus,
+                                                                               std::uint64_t window,
+                                                                               std::uint64_t epoch) {
+  if (!sampler.document_ids()) throw std::invalid_argument("this sampler does not look documents up");
+  std::vector<std::tuple<std::uint64_t, std::uint64_t, std::uint64_t>> result;
+  const lpr::SampledCorpus& source = sampler.corpus(corpus);
+  const auto [head, tail] = source.spans(window, epoch);
+  for (const auto& span : {head, tail})
+    source.for_each_document(span, [&](std::uint64_t document, std::uint64_t first, std::uint64_t count) {
+      result.emplace_back(document, first, count);
+    });
+  return result;
+}
+
+// A NumPy array [count, seq_length] over one of a batch's buffers, which it keeps from being used again.
+template <typename T>
+py::array view(const std::shared_ptr<lpr::BatchBuffers>& batch, T* data, std::uint64_t count,
+               std::uint64_t seq_length) {
+  using Owner = std::shared_ptr<lpr::BatchBuffers>;
+  py::capsule owner(new Owner(batch), [](void* pointer) { delete static_cast<Owner*>(pointer); });
+  return py::array_t<T>({count, seq_length}, data, owner);
+}
+
+class PythonPrefetcher {
+ public:
+  PythonPrefetcher(std::shared_ptr<lpr::Sampler> sampler, std::uint64_t first, std::uint64_t count,
+                   std::uint64_t stride, std::size_t depth, std::size_t threads)
+      : count_(count),
+        seq_length_(sampler->seq_length()),
+        prefetcher_(new lpr::Prefetcher(std::move(sampler), first, count, stride, depth, threads)) {}
+  ~PythonPrefetcher() {
+    const py::gil_scoped_release unlocked;
+    prefetcher_.reset();
+  }
+
+  py::tuple next() {
+    std::shared_ptr<lpr::BatchBuffers> batch;
+    {
+      const py::gil_scoped_release unlocked;
+      batch = prefetcher_->next();
+    }
+    const lpr::Row row = batch->row();
+    const auto array = [&](auto* data) { return view(batch, data, count_, seq_length_); };
+    py::object documents = py::none();
+    if (row.documents != nullptr) documents = array(row.documents);
+    return py::make_tuple(array(row.tokens), array(row.labels), array(row.loss_mask), array(row.tags), documents);
+  }
+
+ private:
+  std::uint64_t count_;
+  std::uint64_t seq_length_;
+  std::unique_ptr<lpr::Prefetcher> prefetcher_;
+};
+
 py::array_t<std::uint64_t> permute(std::uint64_t size, std::uint64_t seed, std::uint64_t stream, std::uint64_t epoch,
-                                   std::uint64_t first, std::uint64_t count) {
+                                   std::uint64_t first, std::uint64_t count, bool inverse) {
   py::array_t<std::uint64_t> result(static_cast<py::ssize_t>(count));
   std::uint64_t* out = result.mutable_data();
   const py::gil_scoped_release unlocked;
   const lpr::Permutation permutation(size, {seed, stream, epoch});
-  for (std::uint64_t i = 0; i < count; ++i) out[i] = permutation(first + i);
+  for (std::uint64_t i = 0; i < count; ++i) out[i] = inverse ? permutation.inverse(first + i) : permutation(first + i);
   return result;
 }
 
@@ -92,18 +171,32 @@ PYBIND11_MODULE(_replay_sampler, module) {
   module.def("inspect", &inspect, py::arg("prefix"),
              "Checked sizes of a corpus: dtype_code, sequences, documents, tokens. Raises CorpusError.");
   module.def("permute", &permute, py::arg("size"), py::arg("seed"), py::arg("stream"), py::arg("epoch"),
-             py::arg("first"), py::arg("count"),
+             py::arg("first"), py::arg("count"), py::arg("inverse") = false,
              "Images of first, ..., first + count - 1 under the keyed permutation of range(size), uint64 [count].");
 
-  py::class_<lpr::Sampler>(module, "Sampler")
-      .def(py::init(&make_sampler), py::arg("corpora"), py::arg("seq_length"), py::arg("seed"), py::arg("eod_id"),
-           py::arg("expanded_numerator"), py::arg("expanded_denominator"),
-           "corpora: (prefix, stream, expanded, tag, weight) tuples; weights coprime within each role.")
-      .def("num_windows", &lpr::Sampler::num_windows, py::arg("corpus"))
+  py::class_<lpr::Sampler, std::shared_ptr<lpr::Sampler>>(module, "Sampler")
+      .def(py::init(&make_sampler), py::arg("corpora"), py::arg("pieces"), py::arg("seq_length"), py::arg("seed"),
+           py::arg("eod_id"), py::arg("num_languages"), py::arg("one_document"), py::arg("shift_windows"),
+           py::arg("document_ids"),
+           "corpora: (prefix, stream, expanded, tags, sidecar, documents, tokens) tuples (corpus.h). pieces: "
+           "(first sample, numerator and denominator of the expanded share, weights) tuples (mixture.h).")
+      .def("num_windows", [](const lpr::Sampler& self, std::size_t corpus) { return self.corpus(corpus).samples(); })
+      .def("num_tokens", [](const lpr::Sampler& self, std::size_t corpus) { return self.corpus(corpus).tokens(); })
+      .def("samples_before", &lpr::Sampler::samples_before, py::arg("k"), "Samples of each corpus among the first k.")
       .def("picks", &picks, py::arg("first"), py::arg("count"), "uint64 [count, 3]: corpus, window, epoch.")
+      .def("spans", &spans, py::arg("corpus"), py::arg("window"), py::arg("epoch"))
+      .def("documents", &documents, py::arg("corpus"), py::arg("window"), py::arg("epoch"))
       .def("fill", &fill, py::arg("first"), py::arg("count"), py::arg("tokens").noconvert(),
            py::arg("labels").noconvert(), py::arg("loss_mask").noconvert(), py::arg("tags").noconvert(),
-           "Writes [count, seq_length] rows into int64 / int64 / float32 / int64 buffers.")
+           py::arg("documents").noconvert() = py::none(),
+           "Writes [count, seq_length] rows into int64 / int64 / float32 / int64 / int32 buffers.")
       .def("count", &lpr::Sampler::count, py::arg("first"), py::arg("count"),
-           py::call_guard<py::gil_scoped_release>(), "Valid positions per corpus; reads no token.");
+           py::call_guard<py::gil_scoped_release>(), "Valid positions per language; reads no token.");
+
+  py::class_<PythonPrefetcher>(module, "Prefetcher")
+      .def(py::init<std::shared_ptr<lpr::Sampler>, std::uint64_t, std::uint64_t, std::uint64_t, std::size_t,
+                    std::size_t>(),
+           py::arg("sampler"), py::arg("first"), py::arg("count"), py::arg("stride"), py::arg("depth"),
+           py::arg("threads"), "Batches of samples first + i * stride, ..., + count - 1, read ahead by threads.")
+      .def("next", &PythonPrefetcher::next, "tokens, labels, loss_mask, tags, documents (or None) of the next batch.");
 }

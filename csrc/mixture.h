@@ -1,136 +1,164 @@
-// Which corpus does sample k come from, and how many samples did that corpus give before? Exact, without
-// iterating over the samples before k.
+// Sample k of a run -> corpus, and how many samples that corpus gave before: a piecewise schedule of exact mixtures.
 //
-// Two nested levels, each with its own counter: the role (expanded or original), then the corpora of the role.
+// In each piece two nested levels, each with its own counter: the role (expanded or original), then the corpora of
+// the role. For k samples since the piece began, and a corpus of share w_c inside role r of share w_r,
 //
-//   RoleSplit    Of the first k samples, R(k) = round(k * w) are expanded and k - R(k) original, so both counts
-//                are within 1/2 of their share.
-//   CorpusCycle  Within a role, integer weights q_c (coprime, sum Q) repeat with period Q. One period is laid
-//                out once so that after every n samples of the role |count_c - n * q_c / Q| < 1 - q_c / (2 Q).
+//   |count_c - k w_r w_c| <= |count_c - n_r w_c| + w_c |n_r - k w_r| < (1 - w_c / 2) + w_c / 2 = 1.
 //
-// Together, for every k and every corpus c of role r with shares w_r and w_c = q_c / Q inside r:
-//   |count_c - k * w_r * w_c| <= |count_c - n_r * w_c| + w_c * |n_r - k * w_r| < (1 - w_c / 2) + w_c / 2 = 1.
-//
-// Why a period exists: let the j-th sample of corpus c be allowed in the slots that keep its bound. Then slots
-// [s, t) must hold at most floor((t + 1/2) w_c) - ceil((s - 1/2) w_c) <= (t - s + 1) w_c samples of c, in sum at
-// most t - s + 1. Equality would need (2 t + 1) q_c / (2 Q) to be an integer for every c, which coprime q_c
-// exclude (an odd number over an even one), so at most t - s: by Hall's theorem every sample finds a slot, and
-// earliest deadline first finds it. Before slot p at least sum ceil((p + 1/2) w_c) > p samples are released, so no
-// slot stays empty. At n = Q the bound leaves count_c = q_c only, so the period closes.
+// When a piece ends, every corpus goes on from its count: nothing is repeated or skipped.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <numeric>
-#include <queue>
 #include <stdexcept>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "quota.h"
+#include "roles.h"
+
 namespace megatron_lpr {
 
-// R(k) for the share numerator / denominator of expanded samples; denominator at most 2^62, k below 2^62.
-class RoleSplit {
- public:
-  RoleSplit(std::uint64_t numerator, std::uint64_t denominator) : numerator_(numerator), denominator_(denominator) {
-    if (denominator == 0 || denominator > (1ULL << 62) || numerator > denominator)
-      throw std::invalid_argument("a role's share must be a fraction in [0, 1] with a denominator of at most 2^62");
-  }
-
-  bool uses_expanded() const { return numerator_ > 0; }
-  bool uses_original() const { return numerator_ < denominator_; }
-
-  struct Pick {
-    bool expanded;
-    std::uint64_t index;  // how many samples of the same role come before
-  };
-
-  Pick pick(std::uint64_t k) const {
-    using Wide = unsigned __int128;
-    const Wide step = 2 * static_cast<Wide>(numerator_);
-    const Wide unit = 2 * static_cast<Wide>(denominator_);
-    const Wide position = k * step + denominator_;
-    const auto expanded_before = static_cast<std::uint64_t>(position / unit);
-    const bool expanded = position - expanded_before * unit + step >= unit;
-    return {expanded, expanded ? expanded_before : k - expanded_before};
-  }
-
- private:
-  std::uint64_t numerator_;
-  std::uint64_t denominator_;
+struct MixtureSpec {
+  std::uint64_t first_sample;           // of the run
+  RoleSplit roles;                      // share of expanded samples
+  std::vector<std::uint64_t> weights;   // share of each corpus within its role; 0 leaves it out
 };
 
-class CorpusCycle {
+class Mixture {
  public:
-  static constexpr std::uint64_t kMaxPeriod = 1ULL << 18;
-  static constexpr std::size_t kMaxCorpora = 32767;
-
-  // `weights` are positive, without a common divisor, and sum to at most kMaxPeriod.
-  explicit CorpusCycle(std::vector<std::uint64_t> weights) : weights_(std::move(weights)) {
-    std::uint64_t divisor = 0;
-    for (const std::uint64_t weight : weights_) {
-      if (weight == 0 || weight > kMaxPeriod) throw std::invalid_argument("a corpus weight is out of range");
-      divisor = std::gcd(divisor, weight);
-      period_ += weight;
-    }
-    if (weights_.size() > kMaxCorpora || period_ > kMaxPeriod || divisor > 1)
-      throw std::invalid_argument("corpus weights must be coprime, at most 32767, and sum to at most 2^18");
-    lay_out();
+  Mixture(const MixtureSpec& spec, const std::vector<bool>& is_expanded)
+      : roles_(spec.roles), expanded_(spec.weights, is_expanded, true), original_(spec.weights, is_expanded, false) {
+    if ((roles_.uses_expanded() && expanded_.order.empty()) || (roles_.uses_original() && original_.order.empty()))
+      throw std::invalid_argument("a role with a share of the mixture has no corpus");
   }
 
-  bool empty() const { return weights_.empty(); }
+  // Adds each corpus' samples among the mixture's first k.
+  void add_counts(std::uint64_t k, std::vector<std::uint64_t>& counts) const {
+    const std::uint64_t expanded = roles_.expanded_before(k);
+    expanded_.add_counts(expanded, counts);
+    original_.add_counts(k - expanded, counts);
+  }
 
-  struct Pick {
+  struct Draw {
     std::uint32_t corpus;
-    std::uint64_t index;  // how many samples of the same corpus come before
+    std::uint64_t index;  // samples of the corpus before this one in the mixture
   };
 
-  Pick pick(std::uint64_t n) const {
-    const Slot& slot = slots_[n % period_];
-    return {slot.corpus, n / period_ * weights_[slot.corpus] + slot.index};
+  // Samples k, k + 1, ... of the mixture.
+  class Walk {
+   public:
+    Walk(const Mixture& mixture, std::uint64_t k)
+        : mixture_(mixture),
+          roles_(mixture.roles_, k),
+          expanded_(mixture.expanded_.order, mixture.roles_.expanded_before(k)),
+          original_(mixture.original_.order, k - mixture.roles_.expanded_before(k)) {}
+
+    Draw next() {
+      const bool expanded = roles_.next_is_expanded();
+      const auto [member, index] = expanded ? expanded_.next() : original_.next();
+      return {(expanded ? mixture_.expanded_ : mixture_.original_).ids[member], index};
+    }
+
+   private:
+    const Mixture& mixture_;
+    RoleSplit::Walk roles_;
+    QuotaOrder::Walk expanded_;
+    QuotaOrder::Walk original_;
+  };
+
+ private:
+  struct Role {
+    Role(const std::vector<std::uint64_t>& weights, const std::vector<bool>& is_expanded, bool expanded)
+        : ids(select(weights, is_expanded, expanded)), order(pick(weights, ids)) {}
+
+    void add_counts(std::uint64_t n, std::vector<std::uint64_t>& counts) const {
+      const std::vector<std::uint64_t> own = order.counts(n);
+      for (std::size_t member = 0; member < own.size(); ++member) counts[ids[member]] += own[member];
+    }
+
+    static std::vector<std::uint32_t> select(const std::vector<std::uint64_t>& weights,
+                                             const std::vector<bool>& is_expanded, bool expanded) {
+      std::vector<std::uint32_t> ids;
+      for (std::uint32_t id = 0; id < weights.size(); ++id)
+        if (is_expanded[id] == expanded && weights[id] != 0) ids.push_back(id);
+      return ids;
+    }
+    static std::vector<std::uint64_t> pick(const std::vector<std::uint64_t>& weights,
+                                           const std::vector<std::uint32_t>& ids) {
+      std::vector<std::uint64_t> result;
+      for (const std::uint32_t id : ids) result.push_back(weights[id]);
+      return result;
+    }
+
+    std::vector<std::uint32_t> ids;  // members, as indices of corpora
+    QuotaOrder order;
+  };
+
+  RoleSplit roles_;
+  Role expanded_;
+  Role original_;
+};
+
+class Schedule {
+ public:
+  static constexpr std::uint64_t kMaxSamples = 1ULL << 62;
+
+  // `pieces` in order; the first begins at sample 0.
+  Schedule(const std::vector<MixtureSpec>& pieces, const std::vector<bool>& is_expanded) {
+    std::vector<std::uint64_t> before(is_expanded.size(), 0);
+    for (const MixtureSpec& spec : pieces) {
+      if (pieces_.empty() ? spec.first_sample != 0 : spec.first_sample <= pieces_.back().first_sample)
+        throw std::invalid_argument("a schedule begins at sample 0 and its pieces follow in order");
+      if (spec.weights.size() != is_expanded.size()) throw std::invalid_argument("a mixture needs a weight per corpus");
+      if (!pieces_.empty()) pieces_.back().mixture.add_counts(spec.first_sample - pieces_.back().first_sample, before);
+      pieces_.push_back({spec.first_sample, before, Mixture(spec, is_expanded)});
+    }
+    if (pieces_.empty()) throw std::invalid_argument("a schedule needs a mixture");
+  }
+
+  // Samples of each corpus among the run's first k.
+  std::vector<std::uint64_t> counts(std::uint64_t k) const {
+    if (k > kMaxSamples) throw std::out_of_range("sample index past 2^62");
+    const Piece& piece = pieces_[find(k)];
+    std::vector<std::uint64_t> result = piece.before;
+    piece.mixture.add_counts(k - piece.first_sample, result);
+    return result;
+  }
+
+  // Calls visit(corpus, samples of the corpus before this one) for samples first, ..., first + count - 1.
+  template <typename Visit>
+  void for_each(std::uint64_t first, std::uint64_t count, Visit&& visit) const {
+    if (first > kMaxSamples || count > kMaxSamples - first) throw std::out_of_range("sample index past 2^62");
+    while (count > 0) {
+      const std::size_t number = find(first);
+      const Piece& piece = pieces_[number];
+      const std::uint64_t left = number + 1 < pieces_.size() ? pieces_[number + 1].first_sample - first : count;
+      const std::uint64_t here = std::min(count, left);
+      Mixture::Walk walk(piece.mixture, first - piece.first_sample);
+      for (std::uint64_t i = 0; i < here; ++i) {
+        const Mixture::Draw draw = walk.next();
+        visit(draw.corpus, piece.before[draw.corpus] + draw.index);
+      }
+      first += here;
+      count -= here;
+    }
   }
 
  private:
-  struct Slot {
-    std::uint32_t corpus;
-    std::uint32_t index;
+  struct Piece {
+    std::uint64_t first_sample;
+    std::vector<std::uint64_t> before;  // samples of each corpus before the piece
+    Mixture mixture;
   };
 
-  // First and last slot in which sample j of a corpus keeps |count - n w| < 1 - w / 2.
-  std::uint64_t release(std::uint32_t corpus, std::uint64_t j) const {
-    const std::uint64_t weight = weights_[corpus];
-    return (2 * j * period_ + weight) / (2 * weight);
-  }
-  std::uint64_t deadline(std::uint32_t corpus, std::uint64_t j) const {
-    const std::uint64_t weight = weights_[corpus];
-    return (2 * (j + 1) * period_ - weight - 1) / (2 * weight);
+  std::size_t find(std::uint64_t k) const {
+    const auto after = std::upper_bound(pieces_.begin(), pieces_.end(), k,
+                                        [](std::uint64_t sample, const Piece& p) { return sample < p.first_sample; });
+    return static_cast<std::size_t>(after - pieces_.begin()) - 1;
   }
 
-  void lay_out() {
-    using Event = std::tuple<std::uint64_t, std::uint32_t, std::uint32_t>;  // slot, corpus, j
-    using Queue = std::priority_queue<Event, std::vector<Event>, std::greater<Event>>;
-    Queue upcoming, released;
-    for (std::uint32_t corpus = 0; corpus < weights_.size(); ++corpus) upcoming.emplace(0, corpus, 0);
-    slots_.reserve(period_);
-    for (std::uint64_t slot = 0; slot < period_; ++slot) {
-      while (!upcoming.empty() && std::get<0>(upcoming.top()) <= slot) {
-        const auto [_, corpus, j] = upcoming.top();
-        upcoming.pop();
-        released.emplace(deadline(corpus, j), corpus, j);
-      }
-      if (released.empty() || std::get<0>(released.top()) < slot)
-        throw std::logic_error("no exact order exists for these corpus weights");
-      const auto [_, corpus, j] = released.top();
-      released.pop();
-      slots_.push_back({corpus, j});
-      upcoming.emplace(release(corpus, j + 1), corpus, j + 1);
-    }
-  }
-
-  std::vector<std::uint64_t> weights_;
-  std::uint64_t period_ = 0;
-  std::vector<Slot> slots_;
+  std::vector<Piece> pieces_;
 };
 
 }  // namespace megatron_lpr

@@ -1,4 +1,4 @@
-"""The command line: `megatron-lpr preprocess|upcycle|train|evaluate|compare|export|verify`."""
+"""The command line: `megatron-lpr preprocess|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "recipe" in options:
             under = take_tree(options) if command == "preprocess" else {}
             options["recipe"] = load_recipe(options["recipe"], overrides, under)
-        getattr(commands, command)(**options)
+        getattr(commands, command.replace("-", "_"))(**options)
     except UserError as error:
         print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
         return 2
@@ -47,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     add_options(preprocess)
     _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
     _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
+
+    inspect = _add(commands, "inspect-data", "show what a training recipe reads: tokens, epochs, share per language")
+    inspect.add_argument("--steps", type=int, help="optimizer steps to look at (default: train.steps)")
+    inspect.add_argument("--step", type=int, help="list the documents that this step reads instead, from 1 on")
 
     evaluate = _add(commands, "evaluate", "bits per byte on held-out text")
     evaluate.add_argument("--checkpoint", help="checkpoint, or output folder of a run")

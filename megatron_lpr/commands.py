@@ -58,6 +58,15 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     print(f"manifest: {manifest.path}")
 
 
+def inspect_data(
+    recipe: Recipe, *, steps: int | None = None, step: int | None = None, dry_run: bool = False
+) -> None:
+    """Print the data plan of a training recipe, or the documents of one step; writes nothing, dry or not."""
+    from megatron_lpr.data.inspect_data import data_plan, step_documents
+
+    print(data_plan(recipe, steps) if step is None else step_documents(recipe, step))
+
+
 def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write the upcycled model as a checkpoint (step 0)."""
     if not recipe.model.num_experts:

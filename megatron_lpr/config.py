@@ -60,6 +60,33 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixturePiece:
+    """A mixture that takes over in the middle of a run."""
+
+    from_sample: int = required("consumed samples from which on it holds")
+    mixture: dict[str, float] | None = opt(None, "share of the samples of each role; without it data.mixture")
+    weights: dict[str, float] = opt(
+        {}, "weights of corpora inside their role, by name, instead of the manifest's; 0 leaves a corpus out"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """How much there is to replay, and how much of it may be replayed."""
+
+    documents: dict[str, int] = opt(
+        {}, "documents read of each language, by language or role: a fixed subset, chosen by the seed; default all"
+    )
+    tokens: dict[str, float] = opt(
+        {}, "the same as a share of the tokens, as {original: 0.01}; a language has one of the two"
+    )
+    max_share: float = opt(
+        0.01, "original-language tokens that the run may read, as a share of stage 1's tokens; more is refused"
+    )
+    stage1_tokens: int | None = opt(None, "tokens of stage 1; without it those of the run in model.load")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What the model reads."""
 
@@ -68,6 +95,13 @@ class DataConfig:
     mixture: dict[str, float] = opt(
         {"expanded": 1.0}, "share of the samples from corpora of each role (expanded, original)"
     )
+    schedule: tuple[MixturePiece, ...] = opt((), "mixtures that take over from data.mixture later in the run")
+    windows: Literal["packed", "fixed", "document"] = opt(
+        "packed", "samples: consecutive tokens, cut elsewhere in every epoch; always cut alike; or one document each"
+    )
+    reset_attention: bool = opt(False, "tokens attend to those of their own document only")
+    replay: ReplayConfig = opt(ReplayConfig(), "subset and budget of the replay data")
+    read_ahead: int = opt(2, "micro-batches that a thread reads while the model computes; 0 reads without a thread")
 
 
 @dataclass(frozen=True, kw_only=True)

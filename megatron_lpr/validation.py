@@ -1,5 +1,7 @@
 """Everything about a recipe that can be wrong before any process group, GPU or file is taken."""
 
+import importlib.util
+
 import torch
 
 from megatron_lpr.config import ParallelConfig, Recipe
@@ -162,7 +164,9 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
         )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
-    if recipe.lpr.coeff and not recipe.data.mixture.get("original"):
+    _check_data(recipe)
+    mixtures = [recipe.data.mixture, *(piece.mixture or {} for piece in recipe.data.schedule)]
+    if recipe.lpr.coeff and not any(mixture.get("original") for mixture in mixtures):
         raise UserError(
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
             "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
@@ -180,6 +184,21 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
             f"size x pipeline = {train.micro_batch_size} x {data_parallel} x {sizes.pipeline}, as "
             f"parallel.virtual_pipeline needs; {_nearest(train.global_batch_size, samples * sizes.pipeline)}"
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.read_ahead < 0:
+        raise UserError(f"data.read_ahead: {data.read_ahead}; at least 0")
+    if not data.reset_attention:
+        return
+    if data.windows == "document":
+        raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")
+    if recipe.model.spec != "local" and importlib.util.find_spec("transformer_engine") is not None:
+        raise UserError(
+            "data.reset_attention: true is not written for Transformer Engine's attention; set model.spec: local, or "
+            "data.windows: document"
         )
 
 

@@ -1,6 +1,7 @@
 """Trainers on batches that a test chooses, instead of the sampler's, and what the tests look at in them."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,16 @@ class FixedSampler:
     def fill(self, first: int, count: int) -> Batch:
         return self._rows(first, count)
 
+    def batches(self, first: int, count: int, stride: int, *, read_ahead: int = 0) -> Iterator[Batch]:
+        for i in itertools.count():
+            yield self.fill(first + i * stride, count)
+
     def state(self, consumed_samples: int) -> dict:
         return {"consumed_samples": consumed_samples}
 
     def _rows(self, first: int, count: int) -> Batch:
         rows = np.arange(first, first + count) % len(self.batch.tags_BS)
-        return Batch(**{name: array[rows] for name, array in vars(self.batch).items()})
+        return Batch(**{name: array[rows] for name, array in vars(self.batch).items() if array is not None})
 
 
 def make_recipe(base: Path, batch: Batch, output: Path, sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -131,7 +136,7 @@ def gradients(trainer) -> dict[str, Tensor]:
 
 
 def as_tensors(batch: Batch) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array) for name, array in vars(batch).items()}
+    return {name: torch.from_numpy(array) for name, array in vars(batch).items() if array is not None}
 
 
 def reference_sizes(arch: Architecture, recipe: Recipe):

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
     eod_id: int
     sha256: str
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special tokens included."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Token ids of each text, without special tokens."""
         ...
@@ -90,6 +94,9 @@ class HFTokenizer:
         self.eod_id = self._find_eod(file.parent)
         self.sha256 = _sha256(file)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -126,6 +133,9 @@ class SentencePieceTokenizer:
         if self.eod_id < 0:
             raise UserError(f"{file} has no end-of-sentence piece to end documents with")
         self.sha256 = _sha256(file)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode(list(ids))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=self._threads)

@@ -54,34 +54,45 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params=None,
         **kwargs,
     ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D]. The mask is causal, whatever is passed."""
+        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D].
+
+        The mask is causal. In the place of Megatron's `attention_mask` come the document numbers of the whole sequence,
+        integers [B, K], or None: with them a position attends to those of its own document only. As rotary embeddings
+        know distances alone, each document is then computed as if it stood alone at position 0.
+        """
         assert attention_bias is None and packed_seq_params is None
+        documents_BK = attention_mask
         if self.cp_group.size() == 1:
-            return self._attend(query, key, value)
+            return self._attend(query, key, value, documents_BK)
         key, value = self._gather_keys_and_values(key, value)
         outputs = []
         for chunk, queries in zip(rank_chunks(self.cp_group.rank(), self.cp_group.size()), query.chunk(2), strict=True):
             visible = (chunk + 1) * len(queries)
-            outputs.append(self._attend(queries, key[:visible], value[:visible]))
+            seen_BK = None if documents_BK is None else documents_BK[:, :visible]
+            outputs.append(self._attend(queries, key[:visible], value[:visible], seen_BK))
         return torch.cat(outputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents_BK: Tensor | None = None) -> Tensor:
         """query [S, B, N, D], key and value [K, B, G, D] -> [S, B, N*D]; the queries are the last S of K positions."""
         q_BNSD, k_BGKD, v_BGKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         repeats = q_BNSD.shape[1] // k_BGKD.shape[1]
         if repeats > 1:
             k_BGKD, v_BGKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BGKD, v_BGKD))
         if self.window is not None and self.window < len(key):
-            out_BNSD = self._attend_within_window(q_BNSD, k_BGKD, v_BGKD, self.window)
+            out_BNSD = self._attend_within_window(q_BNSD, k_BGKD, v_BGKD, self.window, documents_BK)
         else:
             # torch's own causal mask is aligned at the first query and the first key
             mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
+            if documents_BK is not None:
+                mask = _within_documents(documents_BK, len(query))
             out_BNSD = F.scaled_dot_product_attention(
                 q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
             )
         return out_BNSD.permute(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
-    def _attend_within_window(self, q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, window: int) -> Tensor:
+    def _attend_within_window(
+        self, q_BNSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, window: int, documents_BK: Tensor | None
+    ) -> Tensor:
         """[B, N, S, D]; a window's worth of queries at a time, which see two windows' worth of keys at most."""
         length, before = q_BNSD.shape[2], k_BNKD.shape[2] - q_BNSD.shape[2]
         outputs = []
@@ -90,12 +101,16 @@ class SDPACoreAttention(MegatronModule):
             first, last = max(0, before + start - window + 1), before + stop
             query_S1 = torch.arange(before + start, last, device=q_BNSD.device)[:, None]
             key_K = torch.arange(first, last, device=q_BNSD.device)
+            mask = (key_K <= query_S1) & (key_K > query_S1 - window)
+            if documents_BK is not None:
+                same_BSK = documents_BK[:, before + start : last, None] == documents_BK[:, None, first:last]
+                mask = (mask & same_BSK).unsqueeze(1)
             outputs.append(
                 F.scaled_dot_product_attention(
                     q_BNSD[:, :, start:stop],
                     k_BNKD[:, :, first:last],
                     v_BNKD[:, :, first:last],
-                    attn_mask=(key_K <= query_S1) & (key_K > query_S1 - window),
+                    attn_mask=mask,
                     scale=self.softmax_scale,
                 )
             )
@@ -106,6 +121,13 @@ class SDPACoreAttention(MegatronModule):
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
         key, value = in_order(both, self.cp_group.size()).split([key.shape[-1], value.shape[-1]], dim=-1)
         return key, value
+
+
+def _within_documents(documents_BK: Tensor, num_queries: int) -> Tensor:
+    """Whether each of the last S of K positions sees each position: bool [B, 1, S, K]."""
+    earlier = documents_BK.shape[1] - num_queries
+    same_BSK = documents_BK[:, earlier:, None] == documents_BK[:, None, :]
+    return same_BSK.tril(earlier).unsqueeze(1)
 
 
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):

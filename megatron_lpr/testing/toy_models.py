@@ -128,7 +128,8 @@ def toy_recipes(root: Path) -> dict[str, dict[str, Any]]:
         if load:
             tree["model"] = common["model"] | {"load": str(root / load)}
         if mixture:
-            tree["data"] = common["data"] | {"mixture": mixture}
+            # a review as long as stage 1
+            tree["data"] = common["data"] | {"mixture": mixture, "replay": {"max_share": 1.0}}
         return tree
 
     new_experts = {"trainable": "new_experts_and_routers"} | batch

@@ -11,9 +11,11 @@ from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
 from megatron_lpr.validation import check_recipe
 
@@ -30,6 +32,7 @@ class Plan:
     source: Path | None  # checkpoint that gives the weights of a fresh run; None: the base model
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
+    replay: ReplayBudget | None = None  # None: nothing of the original languages is read
 
     @property
     def first_step(self) -> int:
@@ -42,8 +45,7 @@ class Plan:
     @property
     def is_original(self) -> list[bool]:
         """Per language of the manifest: whether the base model knows it."""
-        roles = {corpus.language: corpus.role for corpus in self.manifest.corpora}
-        return [roles[language] == "original" for language in self.manifest.languages]
+        return [role == "original" for role in self.manifest.language_roles.values()]
 
 
 def plan_training(recipe: Recipe, world_size: int) -> Plan:
@@ -58,9 +60,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     check_recipe(recipe, arch, world_size)
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
-    sampler = ReplaySampler(
-        manifest, seq_length=recipe.data.seq_length, seed=recipe.train.seed, mixture=recipe.data.mixture
-    )
+    sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
     resume = find_checkpoint(recipe.output)
     state = read_run_state(resume) if resume else None
     if state:
@@ -68,6 +68,9 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     source = checkpoint_folder(recipe.model.load) if recipe.model.load else None
     if source:
         _check_same_model(recipe, source)
+    replay = replay_budget(recipe, sampler, source)
+    if replay:
+        replay.check()
     return Plan(
         recipe=recipe,
         arch=arch,
@@ -77,6 +80,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
         source=source,
         resume=resume,
         state=state,
+        replay=replay,
     )
 
 
@@ -148,6 +152,8 @@ def describe(plan: Plan) -> str:
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
+            *([f"replays      {plan.replay}"] if plan.replay else []),
+            *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
         ]
     )
 

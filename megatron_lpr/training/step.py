@@ -77,7 +77,8 @@ def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.n
     token_loss_BS = model(
         input_ids=_on_device(batch.tokens_BS),
         position_ids=None,  # rotary embeddings count for themselves
-        attention_mask=None,  # causal
+        # causal; with document numbers, of the whole sequence and on every pipeline stage, inside documents only
+        attention_mask=None if batch.documents_BS is None else _on_device(batch.documents_BS),
         labels=_on_device(batch.labels_BS),
         padding_mask=_on_device(batch.tags_BS),
     )

@@ -11,7 +11,7 @@ import yaml
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from megatron_lpr.data.batches import micro_batches
+from megatron_lpr.data.batches import MicroBatches, RankLayout
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import checkpointing, step_metrics
@@ -52,6 +52,18 @@ class Trainer:
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter(plan.state.tokens_per_language if plan.state else {})
         self.frozen_digest = frozen_digest(self.chunks)
+        self.micro_batches = MicroBatches(
+            plan.sampler,
+            RankLayout(
+                micro_batch_size=recipe.train.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                context_parallel_rank=parallel_state.get_context_parallel_rank(),
+                context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            ),
+            consumed_samples=self.consumed_samples,
+            read_ahead=recipe.data.read_ahead,
+        )
 
     def run(self) -> None:
         """Train to the last step, logging and saving on the way."""
@@ -77,19 +89,7 @@ class Trainer:
         self.counts.original_tokens = max(seen.original_tokens, 1)
         per_micro_batch = recipe.train.micro_batch_size if recipe.balance.group == "micro_batch" else 1
         self.counts.balance_groups = samples / per_micro_batch
-        batches = [
-            micro_batches(
-                sampler,
-                consumed_samples=self.consumed_samples,
-                global_batch_size=samples,
-                micro_batch_size=recipe.train.micro_batch_size,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=parallel_state.get_data_parallel_world_size(),
-                context_parallel_rank=parallel_state.get_context_parallel_rank(),
-                context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            )
-            for _ in self.chunks
-        ]
+        batches = self.micro_batches.step(samples, len(self.chunks))
         lr = self.optimizer.param_groups[0]["lr"]
         result = train_step(
             recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts, self.step + 1

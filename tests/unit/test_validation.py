@@ -1,6 +1,7 @@
 """Everything that check_recipe refuses, and what it lets pass."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 
@@ -49,9 +50,24 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
+def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    resetting = {"data": {"reset_attention": True}}
+    check_recipe(recipe(**resetting, model={"spec": "local"}), arch, 1)
+    with pytest.raises(UserError, match="Transformer Engine's attention; set model.spec: local"):
+        check_recipe(recipe(**resetting), arch, 1)
+
+
+def test_a_later_mixture_may_bring_the_original_languages(arch):
+    data = {"mixture": {"expanded": 1.0}, "schedule": [{"from_sample": 8, "mixture": {"original": 1.0}}]}
+    check_recipe(recipe(data=data, lpr={"coeff": 0.1}), arch, 1)
+
+
 @pytest.mark.parametrize(
     "world_size, sections, expected",
     [
+        (1, {"data": {"read_ahead": -1}}, "data.read_ahead: -1; at least 0"),
+        (1, {"data": {"reset_attention": True, "windows": "document"}}, "no effect on samples of one document"),
         (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: at least 1"),
         (1, {"model": {"num_frozen_experts": 5}}, "leaves no new expert beside 5 frozen: at least 6"),
         (1, {"model": {"topk": 6}}, "model.topk: 6 of 5 experts; choose 1 to 5"),

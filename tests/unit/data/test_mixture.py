@@ -1,12 +1,13 @@
 """Exact mixtures: counts of every prefix, against the weights and against a slow scheduler."""
 
 from fractions import Fraction
-from math import floor
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sampler_oracle import draws
 
+from megatron_lpr.config import MixturePiece
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
@@ -19,7 +20,7 @@ SEQ_LENGTH = 4
 def sampler_of(write_corpus):
     prefix = write_corpus("one_window", [[5, 6, 7]])
 
-    def make(expanded: list[float], original: list[float], mixture: dict[str, float]) -> ReplaySampler:
+    def make(expanded: list[float], original: list[float], mixture: dict[str, float], schedule=()) -> ReplaySampler:
         corpora = [
             Corpus(
                 name=f"{role}{number}",
@@ -36,46 +37,9 @@ def sampler_of(write_corpus):
         ]
         tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=2)
         manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=tuple(corpora))
-        return ReplaySampler(manifest, seq_length=SEQ_LENGTH, seed=1, mixture=mixture)
+        return ReplaySampler(manifest, seq_length=SEQ_LENGTH, seed=1, mixture=mixture, schedule=schedule)
 
     return make
-
-
-def last_slot(share: Fraction, count: int) -> int:
-    """The last slot in which a corpus with `count` samples so far may get its next one."""
-    slot = count
-    while (slot + 1) * share - count < 1 - share / 2:
-        slot += 1
-    return slot
-
-
-def order_in_role(weights: list[int], length: int) -> list[int]:
-    """Earliest deadline first under |count - n * share| < 1 - share / 2, from the bound itself."""
-    shares = [Fraction(weight, sum(weights)) for weight in weights]
-    counts = [0] * len(weights)
-    order = []
-    for n in range(1, length + 1):
-        allowed = [c for c, share in enumerate(shares) if counts[c] + 1 - n * share < 1 - share / 2]
-        chosen = min(allowed, key=lambda c: (last_slot(shares[c], counts[c]), c))
-        counts[chosen] += 1
-        order.append(chosen)
-    return order
-
-
-def oracle(expanded: list[int], original: list[int], share: Fraction, length: int) -> list[tuple[int, int]]:
-    """(corpus, number of its earlier picks) of the first samples, by bookkeeping."""
-    orders = [order_in_role(expanded, length), order_in_role(original, length)]
-    used = [0, 0]
-    counts = [0] * (len(expanded) + len(original))
-    picks = []
-    for k in range(length):
-        is_expanded = floor((k + 1) * share + Fraction(1, 2)) > floor(k * share + Fraction(1, 2))
-        role = 0 if is_expanded else 1
-        corpus = orders[role][used[role]] + (0 if is_expanded else len(expanded))
-        used[role] += 1
-        picks.append((corpus, counts[corpus]))
-        counts[corpus] += 1
-    return picks
 
 
 @pytest.mark.parametrize(
@@ -93,7 +57,7 @@ def oracle(expanded: list[int], original: list[int], share: Fraction, length: in
 def test_agrees_with_the_oracle(sampler_of, expanded, original, share):
     sampler = sampler_of(expanded, original, {"expanded": float(share), "original": float(1 - share)})
     picks = sampler.picks(0, 200)
-    assert [(int(corpus), int(epoch)) for corpus, _, epoch in picks] == oracle(expanded, original, share, 200)
+    assert [(int(corpus), int(epoch)) for corpus, _, epoch in picks] == draws(expanded, original, share, 200)
 
 
 def assert_exact_prefixes(sampler: ReplaySampler, length: int):
@@ -151,12 +115,48 @@ def test_shares_are_what_was_written(sampler_of):
     )  # fmt: skip
 
 
-def test_unrelated_weights_are_rounded_to_a_fine_grid(sampler_of):
-    sampler = sampler_of([123456789, 987654321, 31415926.5], [], {"expanded": 1})
-    total = 123456789 + 987654321 + 31415926.5
-    assert sum(sampler.shares) == 1
-    for share, weight in zip(sampler.shares, (123456789, 987654321, 31415926.5), strict=True):
-        assert abs(share - Fraction(weight) / Fraction(total)) < Fraction(1, 2**18)
+def test_unrelated_weights_are_exact(sampler_of):
+    weights = (123456789, 987654321, 31415926.5)
+    sampler = sampler_of(list(weights), [], {"expanded": 1})
+    assert sampler.shares == tuple(Fraction(weight) / Fraction(sum(weights)) for weight in weights)
+    assert_exact_prefixes(sampler, 400)
+
+
+@pytest.mark.parametrize(
+    "expanded, original",
+    [
+        ([1e-6, 1 - 1e-6], [1]),
+        ([1e-6, 1 - 1e-6], [1 - 1e-6, 1e-6]),
+        ([0.999, 0.001, 0.0001], [1, 3]),
+        ([0.1234567890123, 0.7654321098765, 1e-6], [2.718281828459045, 3.141592653589793]),
+    ],
+)
+@pytest.mark.parametrize("share", [1e-6, 0.5, 1 - 1e-6])
+def test_adversarial_weights_at_both_levels_far_into_a_run(sampler_of, expanded, original, share):
+    """At samples far from 0, reached without those before: every count is within one of what was asked for."""
+    of_role = Fraction(str(share)), 1 - Fraction(str(share))
+    sampler = sampler_of(expanded, original, {"expanded": share, "original": float(of_role[1])})
+    asked = [
+        role_share * Fraction(str(weight)) / sum(Fraction(str(w)) for w in weights)
+        for role_share, weights in zip(of_role, (expanded, original), strict=True)
+        for weight in weights
+    ]
+    assert list(sampler.shares) == asked
+    for first in (0, 999_990, 10**9 + 7, 2**41 + 12345, 2**60):
+        counts = sampler.samples_before(first)
+        assert sum(counts) == first
+        for k, (corpus, _, index) in enumerate(sampler.picks(first, 2000).tolist(), start=first + 1):
+            assert index == counts[corpus]
+            counts[corpus] += 1
+            assert all(abs(count - k * share) < 1 for count, share in zip(counts, asked, strict=True))
+
+
+def test_blocks_join(sampler_of):
+    """Weights of a large common denominator are laid out block by block; no sample is lost or doubled between two."""
+    sampler = sampler_of([0.70000000001, 0.2, 0.09999999999], [1], {"expanded": 1.0})
+    assert_exact_prefixes(sampler, 13_000)
+    for first in (4095, 4096, 4097, 8191, 8192):
+        assert sampler.picks(first, 50).tolist() == sampler.picks(0, 9000)[first : first + 50].tolist()
 
 
 def test_a_role_without_share_is_never_read(sampler_of):
@@ -181,9 +181,96 @@ def test_a_role_without_share_is_never_read(sampler_of):
         ([1], [1], {"expanded": float("nan")}, "must be a number >= 0"),
         ([1], [1], {}, "asks for no data"),
         ([1], [1], {"expanded": 1.0, "original": 1e-30}, "original data is too small"),
-        ([1, 1e-9], [], {"expanded": 1.0}, "weight of corpus 'expanded1'"),
+        ([1, 5e-8], [], {"expanded": 1.0}, "weight of corpus 'expanded1' is below 1 in 16,777,216"),
     ],
 )
 def test_impossible_mixtures(sampler_of, expanded, original, mixture, message):
     with pytest.raises(UserError, match=message):
         sampler_of(expanded, original, mixture)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    weights=st.one_of(
+        st.lists(st.integers(10**5, 10**9), min_size=2, max_size=9),
+        st.lists(st.integers(1, 9), min_size=1, max_size=3).map(lambda n: [10**5 * w + 1 for w in n] + [99] * 8),
+        st.integers(2, 60).map(lambda n: [10**6 + (i % 3) for i in range(n)]),
+    ),
+    block=st.integers(0, 2**46),
+    before=st.integers(0, 3),
+)
+def test_every_count_in_a_role_is_within_its_tighter_bound(sampler_of, weights, block, before):
+    """|count - n w| < 1 - w / 2, which leaves room for the role's own half; around the border of two blocks."""
+    sampler = sampler_of(weights, [], {"expanded": 1.0})
+    first = max(0, 4096 * block - before)
+    counts = sampler.samples_before(first)
+    picked = [corpus for corpus, *_ in sampler.picks(first, 40).tolist()]
+    for n, corpus in enumerate([None, *picked], start=first):
+        if corpus is not None:
+            counts[corpus] += 1
+        for count, share in zip(counts, sampler.shares, strict=True):
+            assert abs(count - n * share) < 1 - share / 2
+
+
+def test_schedule_neither_repeats_nor_skips(sampler_of):
+    """Whatever the mixtures, each corpus' samples are its 0th, 1st, 2nd, ...; and each piece is exact in itself."""
+    schedule = (
+        MixturePiece(from_sample=101, mixture={"expanded": 0.01, "original": 0.99}),
+        MixturePiece(from_sample=350, weights={"expanded0": 0, "original1": 7.5}),
+        MixturePiece(from_sample=351, mixture={"original": 1.0}),
+        MixturePiece(from_sample=600, weights={"expanded1": 0.1}),
+    )
+    sampler = sampler_of([1, 2, 0.3], [5, 1], {"expanded": 0.7, "original": 0.3}, schedule)
+    assert [m.first_sample for m in sampler.mixtures] == [0, 101, 350, 351, 600]
+    picks = sampler.picks(0, 1000).tolist()
+    counts, before = [0] * 5, [0] * 5
+    for k, (corpus, _, index) in enumerate(picks):
+        mixture = [m for m in sampler.mixtures if m.first_sample <= k][-1]
+        if mixture.first_sample == k:
+            before = list(counts)
+        assert index == counts[corpus]
+        counts[corpus] += 1
+        here = k + 1 - mixture.first_sample
+        for corpus in range(5):
+            assert abs(counts[corpus] - before[corpus] - here * mixture.shares[corpus]) < 1
+        assert sampler.samples_before(k + 1) == counts
+    assert sampler.mixtures[2].shares[0] == 0 and sampler.mixtures[3].shares[:3] == (0, 0, 0)
+    for first in (0, 100, 101, 349, 350, 351, 352, 599, 999):
+        assert sampler.picks(first, 1000 - first).tolist() == picks[first:]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    expanded=weights,
+    original=weights,
+    pieces=st.lists(st.tuples(st.integers(1, 150), shares), max_size=4),
+    far=st.sampled_from([0, 10**12]),
+)
+def test_any_schedule_neither_repeats_nor_skips(sampler_of, expanded, original, pieces, far):
+    schedule, start = [], far
+    for length, share in pieces:
+        start += length
+        schedule.append(MixturePiece(from_sample=start, mixture={"expanded": share, "original": 1 - share}))
+    sampler = sampler_of(expanded, original, {"expanded": 0.5, "original": 0.5}, tuple(schedule))
+    counts = sampler.samples_before(far)
+    for corpus, _, index in sampler.picks(far, 700).tolist():
+        assert index == counts[corpus]
+        counts[corpus] += 1
+    assert counts == sampler.samples_before(far + 700)
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ([(5, {"expanded": 1}, {}), (5, {"expanded": 1}, {})], r"schedule\[1\].from_sample: 5 does not come after 5"),
+        ([(0, {"expanded": 1}, {})], "the mixture from sample 0 on is data.mixture"),
+        ([(5, {"expandd": 1}, {})], "did you mean 'expanded'"),
+        ([(5, None, {"expanded": 1})], "no corpus 'expanded' in .*did you mean 'expanded0'"),
+        ([(5, None, {"expanded0": -1})], "weight of corpus 'expanded0' must be a number >= 0"),
+        ([(5, None, {"expanded0": 0})], r"asks for expanded data, but no corpus .* has that role \(and a weight\)"),
+    ],
+)
+def test_impossible_schedules(sampler_of, schedule, message):
+    pieces = [MixturePiece(from_sample=start, mixture=mixture, weights=w) for start, mixture, w in schedule]
+    with pytest.raises(UserError, match=message):
+        sampler_of([1], [1], {"expanded": 0.5, "original": 0.5}, pieces)

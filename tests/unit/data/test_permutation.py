@@ -1,59 +1,54 @@
 """The keyed permutation of csrc/permutation.h."""
 
+import math
+from collections import Counter
+from itertools import permutations
+
 import numpy as np
 import pytest
+from sampler_oracle import permuted
 
 from megatron_lpr._replay_sampler import permute
 
 MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
 
 
-def mix(word: int) -> int:
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
-    return word ^ (word >> 31)
+def assert_bijection(size: int, *key: int):
+    images = permute(size, *key, 0, size)
+    assert (np.bincount(images.astype(np.int64), minlength=size) == 1).all(), size
+    np.testing.assert_array_equal(permute(size, *key, 0, size, inverse=True)[images], np.arange(size))
 
 
-def oracle(size: int, seed: int, stream: int, epoch: int, index: int) -> int:
-    """The same permutation in unbounded Python integers."""
-    half_bits = 4
-    while size > 1 << (2 * half_bits):
-        half_bits += 1
-    state = 0
-    for word in (seed, stream, epoch):
-        state = mix((state + word + GOLDEN) & MASK)
-    round_keys = [mix((state + round_ * GOLDEN) & MASK) for round_ in range(1, 9)]
-    half = 1 << half_bits
-    while True:
-        left, right = divmod(index, half)
-        for key in round_keys:
-            left, right = right, left ^ (mix(right ^ key) % half)
-        index = left * half + right
-        if index < size:
-            return index
+def test_is_a_bijection_with_an_inverse_for_every_small_size():
+    for size in range(1, 5001):
+        assert_bijection(size, 7, size, 0)
 
 
-def test_is_a_bijection_for_every_small_size():
-    for size in range(1, 1001):
-        assert sorted(permute(size, 7, size, 0, 0, size).tolist()) == list(range(size))
-
-
-@pytest.mark.parametrize("bits", [8, 9, 10, 15, 16])
+@pytest.mark.parametrize("bits", range(13, 21))
 def test_is_a_bijection_around_powers_of_two(bits):
     for size in (2**bits - 1, 2**bits, 2**bits + 1):
-        seen = np.zeros(size, dtype=bool)
-        seen[permute(size, 1, 2, 3, 0, size)] = True
-        assert seen.all()
+        assert_bijection(size, 1, 2, 3)
 
 
-@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, 10**6, 2**32, 2**32 + 1, 2**48 - 1, 2**62 + 1, 2**63])
+LARGE = [10**6, 2**32 - 1, 2**32, 2**32 + 1, 2**48 - 1, 10**18, 2**62 + 1, 2**63]
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257, *LARGE])
 def test_agrees_with_the_oracle(size):
     first = max(0, size // 2 - 10)
     count = min(20, size - first)
     for key in ((0, 0, 0), (1234, MASK, 5), (2**63 - 1, 17, 2**40)):
         images = permute(size, *key, first, count).tolist()
-        assert images == [oracle(size, *key, index) for index in range(first, first + count)]
+        assert images == [permuted(size, *key, index) for index in range(first, first + count)]
+
+
+@pytest.mark.parametrize("size", LARGE)
+def test_the_inverse_of_large_sizes(size):
+    for first in (0, size // 3, size - 100):
+        images = permute(size, 5, 6, 7, first, 100).tolist()
+        assert [int(permute(size, 5, 6, 7, image, 1, inverse=True)[0]) for image in images] == list(
+            range(first, first + 100)
+        )
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -65,24 +60,45 @@ def test_every_part_of_the_key_selects_another_order(changed):
     assert (before == permute(1000, *key, 0, 1000)).sum() < 10
 
 
-@pytest.mark.parametrize("size", [10_000, 65_536])
+@pytest.mark.parametrize("size", [10_000, 65_536, 1_000_003])
 def test_neighbours_are_uncorrelated(size):
     for seed in range(5):
         images = permute(size, seed, 0, 0, 0, size).astype(float)
         assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 3 / np.sqrt(size)
 
 
-def test_tiny_ranges_are_shuffled_evenly():
-    orders = {}
-    for seed in range(6000):
-        order = tuple(permute(3, seed, 0, 0, 0, 3).tolist())
-        orders[order] = orders.get(order, 0) + 1
-    # Chi-square with 5 degrees of freedom exceeds 20.5 in one of a thousand fair shuffles.
-    assert len(orders) == 6 and sum((count - 1000) ** 2 / 1000 for count in orders.values()) < 20.5
+@pytest.mark.parametrize("lag", [1, 2, 1000])
+def test_as_many_distinct_differences_as_a_random_permutation(lag):
+    """n draws from n residues hit n (1 - 1/e) of them; within 0.5% at a million (ten standard deviations)."""
+    size = 1_000_000
+    images = permute(size, 3, 1, 4, 0, size).astype(np.int64)
+    distinct = len(np.unique((images[lag:] - images[:-lag]) % size))
+    assert abs(distinct / (size * (1 - math.exp(-1))) - 1) < 0.005
+
+
+@pytest.mark.parametrize("size, limit", [(2, 10.8), (3, 20.5), (4, 49.7), (5, 174.6)])
+def test_tiny_ranges_are_shuffled_evenly(size, limit):
+    """Every order is equally likely over seeds: chi-square, exceeded by one fair shuffle in a thousand."""
+    seeds = 12_000
+    orders = Counter(tuple(permute(size, seed, 0, 0, 0, size).tolist()) for seed in range(seeds))
+    expected = seeds / math.factorial(size)
+    assert sum((orders[o] - expected) ** 2 / expected for o in permutations(range(size))) < limit
+
+
+@pytest.mark.parametrize("size", [100, 1009])
+def test_every_place_gets_every_image_equally_often(size):
+    """Over seeds the image of a fixed index is uniform: chi-square with size - 1 degrees of freedom, four sigma."""
+    seeds = 50 * size
+    for index in (0, size - 1):
+        hits = np.bincount([permute(size, seed, 9, 2, index, 1)[0] for seed in range(seeds)], minlength=size)
+        chi_square = ((hits - 50) ** 2 / 50).sum()
+        assert abs(chi_square - (size - 1)) < 4 * np.sqrt(2 * (size - 1))
 
 
 def test_refuses_an_index_past_the_end():
     with pytest.raises(IndexError, match="past the end"):
         permute(10, 0, 0, 0, 9, 2)
+    with pytest.raises(IndexError, match="past the end"):
+        permute(10, 0, 0, 0, 10, 1, inverse=True)
     with pytest.raises(ValueError, match="1 to 2\\^63"):
         permute(0, 0, 0, 0, 0, 1)

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from sampler_oracle import epoch_shift, permuted, window_positions
 
+from megatron_lpr.config import MixturePiece, ReplayConfig
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import Batch, ReplaySampler
@@ -31,17 +33,38 @@ def sampler(manifest) -> ReplaySampler:
     return ReplaySampler(manifest, seq_length=S, seed=11, mixture=MIXTURE)
 
 
-def expected_row(manifest: Manifest, corpus: int, window: int) -> tuple[np.ndarray, ...]:
+def expected_row(manifest: Manifest, corpus: int, window: int, epoch: int) -> tuple[np.ndarray, ...]:
     entry = manifest.corpora[corpus]
     stream = np.fromfile(f"{entry.prefix}.bin", dtype=np.uint16).astype(np.int64)
-    inputs, targets = stream[:-1], stream[1:]
-    valid = len(inputs[window * S : window * S + S])
+    shift = epoch_shift(S, 11, int(entry.digest[:16], 16), epoch)
+    positions = np.array(window_positions(len(stream), S, window, shift))
+    valid = len(positions)
     tokens = np.full(S, manifest.tokenizer.eod_id)
     labels = np.full(S, manifest.tokenizer.eod_id)
-    tokens[:valid] = inputs[window * S : window * S + S]
-    labels[:valid] = targets[window * S : window * S + S]
+    tokens[:valid] = stream[positions]
+    labels[:valid] = stream[positions + 1]
     tag = {"hu": -1, "en": 2, "tr": -3}[entry.language]
     return tokens, labels, (np.arange(S) < valid).astype(np.float32), np.where(np.arange(S) < valid, tag, 0)
+
+
+def test_many_corpora_keep_their_orders_apart(manifest):
+    """80 corpora of different sizes and keys, in turns: epoch and window of each one's samples, by bookkeeping."""
+    digests = [f"{number + 1:016x}" + "0" * 48 for number in range(80)]
+    corpora = tuple(
+        dataclasses.replace(manifest.corpora[i % 3], name=f"c{i}", weight=1 + i % 5, digest=digest)
+        for i, digest in enumerate(digests)
+    )
+    manifest = dataclasses.replace(manifest, corpora=corpora)
+    sampler = ReplaySampler(manifest, seq_length=S, seed=11, mixture=MIXTURE)
+    picks = sampler.picks(0, 3000).tolist()
+    counts = [0] * 80
+    for corpus, window, epoch in picks:
+        windows = sampler.num_windows(corpus)
+        assert epoch == counts[corpus] // windows
+        assert window == permuted(windows, 11, corpus + 1, epoch, counts[corpus] % windows)
+        counts[corpus] += 1
+    assert min(counts) > 8
+    assert sampler.picks(1700, 500).tolist() == picks[1700:2200]
 
 
 def test_number_of_windows(sampler):
@@ -55,10 +78,29 @@ def test_fill_equals_numpy(manifest, sampler):
         pick = sampler.pick(5 + row)
         seen.add((pick.corpus, pick.window))
         actual = (batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.tags_BS)
-        for got, expected in zip(actual, expected_row(manifest, pick.corpus, pick.window), strict=True):
+        for got, expected in zip(actual, expected_row(manifest, pick.corpus, pick.window, pick.epoch), strict=True):
             np.testing.assert_array_equal(got[row], expected)
     assert len(seen) == 8 + 3 + 3 + 1
     assert [array.dtype for array in actual] == [np.int64, np.int64, np.float32, np.int64]
+
+
+def test_every_epoch_sees_every_position_once(sampler):
+    """In windows that are cut elsewhere than in the epoch before."""
+    seen, cuts = {}, {}
+    for pick in map(sampler.pick, range(400)):
+        for first, count in sampler.spans(pick):
+            seen.setdefault((pick.corpus, pick.epoch), []).extend(range(first, first + count))
+        if pick.corpus == 0 and pick.window == 0:
+            cuts[pick.epoch] = sampler.spans(pick)[0][0]
+    whole = [seen[0, epoch] for epoch in range(10)]
+    assert all(sorted(positions) == list(range(16 * 7 + 5)) for positions in whole)
+    assert cuts[0] == 0 and len(set(cuts.values())) > 5 and max(cuts.values()) < S
+
+
+def test_fixed_windows_are_cut_alike_in_every_epoch(manifest):
+    sampler = ReplaySampler(manifest, seq_length=S, seed=11, mixture=MIXTURE, windows="fixed")
+    for pick in map(sampler.pick, range(200)):
+        assert sampler.spans(pick)[0][0] == pick.window * S and len(sampler.spans(pick)) == 1
 
 
 def test_every_epoch_visits_every_window_once_in_another_order(sampler):
@@ -138,8 +180,8 @@ def test_state_is_plain_and_accepted(sampler):
     sampler.check_state(state)
 
 
-def test_state_names_what_changed(manifest, sampler, make_manifest):
-    state = sampler.state(0)
+def test_state_names_what_changed(manifest, sampler):
+    state = json.loads(json.dumps(sampler.state(640)))
 
     def refused(message: str, new_manifest: Manifest = manifest, **arguments):
         settings = {"seq_length": S, "seed": 11, "mixture": MIXTURE} | arguments
@@ -148,17 +190,42 @@ def test_state_names_what_changed(manifest, sampler, make_manifest):
 
     refused("seed was 11, is 12", seed=12)
     refused("seq_length was 16, is 8", seq_length=8)
-    refused("mixture was .*3/5", mixture={"expanded": 0.5, "original": 0.5})
+    refused("windows was packed, is document", windows="document")
+    refused("tokens_read of corpus 'en_help' was None, is 24", replay=ReplayConfig(tokens={"en": 0.5}))
+    refused(
+        "share of corpus 'hu' from sample 0 on was 2/5, is 1/3", mixture={"expanded": 0.5, "original": 0.5}
+    )
+    refused(r"took over at samples \[0\], now at \[0, 600\]", schedule=[MixturePiece(from_sample=600)])
 
     hu, *rest = manifest.corpora
     changed = dataclasses.replace
-    refused("weight of corpus 'hu' was 2.*is 3", changed(manifest, corpora=(changed(hu, weight=3), *rest)))
+    refused("share of corpus 'hu' .* was 2/5, is 9/20", changed(manifest, corpora=(changed(hu, weight=3), *rest)))
     refused("digest of corpus 'hu'", changed(manifest, corpora=(changed(hu, digest="f" * 64), *rest)))
-    refused("corpus 'hu' was removed", changed(manifest, corpora=tuple(rest)))
-    refused("corpus 'hu2' was added", changed(manifest, corpora=(*manifest.corpora, changed(hu, name="hu2"))))
+    refused("share of corpus 'hu' .* is 0", changed(manifest, corpora=tuple(rest)))
+    added = changed(manifest, corpora=(*manifest.corpora, changed(hu, name="hu2")))
+    refused("share of corpus 'hu2' from sample 0 on was 0, is 6/25", added)
     refused("order of the corpora", changed(manifest, corpora=(*rest, hu)))
     tokenizer = changed(manifest.tokenizer, sha256="1" * 64)
     refused("tokenizer was 000", changed(manifest, tokenizer=tokenizer))
+    with pytest.raises(UserError, match="version was 1, is 2"):
+        sampler.check_state({"version": 1, "seed": 11, "seq_length": S})
+
+
+def test_what_has_not_been_read_may_change(manifest, sampler):
+    """Mixtures that take over later, and corpora that only those read; what went before stays the same."""
+    state = sampler.state(640)
+    tr2 = dataclasses.replace(manifest.corpora[2], name="tr2", digest="e" * 64)
+    extended = dataclasses.replace(manifest, corpora=(*manifest.corpora, tr2))
+    settings = {"seq_length": S, "seed": 11, "mixture": MIXTURE}
+    schedule = [MixturePiece(from_sample=0, weights={"tr2": 0}), MixturePiece(from_sample=640, weights={"tr2": 2})]
+    later = ReplaySampler(extended, **settings, schedule=schedule)
+    later.check_state(state)
+    np.testing.assert_array_equal(later.picks(0, 640), sampler.picks(0, 640))
+    assert (later.picks(640, 50)[:, 0] == 4).any()
+    # and the mixture that was to follow may be taken back as long as it has not begun
+    sampler.check_state(later.state(640))
+    with pytest.raises(UserError, match="took over at samples"):
+        sampler.check_state(later.state(641))
 
 
 def test_moving_the_folder_changes_nothing(manifest, sampler, tmp_path):

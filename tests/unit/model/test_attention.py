@@ -26,15 +26,19 @@ def tensors() -> dict[str, Tensor]:
     return made | {"grad": draw(HEADS * SIZE)}
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor, window: int = 1000) -> Tensor:
-    """Head by head, over all scores; a query sees `window` positions, its own included."""
+def explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int = 1000, documents_BS: Tensor | None = None
+) -> Tensor:
+    """Head by head, over all scores; a query sees `window` positions, its own included, of its own document."""
     length, heads = len(query), []
     distance_SS = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    hidden_SS = (distance_SS < 0) | (distance_SS >= window)
+    hidden_BSS = ((distance_SS < 0) | (distance_SS >= window)).expand(BATCH, -1, -1)
+    if documents_BS is not None:
+        hidden_BSS = hidden_BSS | (documents_BS[:, None, :] != documents_BS[:, :, None])
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
         scores_BSS = torch.einsum("sbd,tbd->bst", query[:, :, head], key[:, :, group]) / SIZE**0.5
-        weights_BSS = scores_BSS.masked_fill(hidden_SS, -torch.inf).softmax(-1)
+        weights_BSS = scores_BSS.masked_fill(hidden_BSS, -torch.inf).softmax(-1)
         heads.append(torch.einsum("bst,tbd->sbd", weights_BSS, value[:, :, group]))
     return torch.cat(heads, dim=-1)
 
@@ -43,7 +47,14 @@ def gradients(output: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output, [tensors[name] for name in ("query", "key", "value")], tensors["grad"])
 
 
-def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch, window_size: tuple[int, int] | None = None) -> Tensor:
+def in_parts(
+    tensors: dict[str, Tensor],
+    size: int,
+    monkeypatch,
+    *,
+    window_size: tuple[int, int] | None = None,
+    documents_BS: Tensor | None = None,
+) -> Tensor:
     """The outputs of `size` context-parallel ranks, one after the other in this process, at their positions."""
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -68,7 +79,7 @@ def in_parts(tensors: dict[str, Tensor], size: int, monkeypatch, window_size: tu
             pg_collection=SimpleNamespace(cp=group),
         )
         local = (tensors[name][own] for name in ("query", "key", "value"))
-        output = output.index_add(0, own, core(*local, attention_mask=None))
+        output = output.index_add(0, own, core(*local, attention_mask=documents_BS))
     return output
 
 
@@ -83,10 +94,27 @@ def test_parts_make_the_whole(megatron, monkeypatch, tensors, size):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 2, 5, 23, 24, 30])
-def test_a_window(megatron, monkeypatch, tensors, size, window):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_window(megatron, monkeypatch, tensors, size, window, apart):
     """Megatron's window_size counts the positions to the left."""
-    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"], window)
-    output = in_parts(tensors, size, monkeypatch, window_size=(window - 1, 0))
+    seen = {"documents_BS": documents() if apart else None}
+    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"], window=window, **seen)
+    output = in_parts(tensors, size, monkeypatch, window_size=(window - 1, 0), **seen)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def documents() -> Tensor:
+    """Document numbers [B, S], int32."""
+    lengths = [[5, 1, 10, 8], [12, 12]]
+    return torch.stack([torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in lengths]).int()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_documents_are_kept_apart(megatron, monkeypatch, tensors, size):
+    expected = explicit_attention(tensors["query"], tensors["key"], tensors["value"], documents_BS=documents())
+    output = in_parts(tensors, size, monkeypatch, documents_BS=documents())
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     for got, want in zip(gradients(output, tensors), gradients(expected, tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -98,9 +126,9 @@ def test_a_rank_reads_no_key_behind_its_last_query(megatron, monkeypatch, tensor
 
     read, attend = [], SDPACoreAttention._attend
 
-    def record(self, query, key, value):
+    def record(self, query, key, value, documents):
         read.append((len(query), len(key), len(value)))
-        return attend(self, query, key, value)
+        return attend(self, query, key, value, documents)
 
     monkeypatch.setattr(SDPACoreAttention, "_attend", record)
     in_parts(tensors, 2, monkeypatch)

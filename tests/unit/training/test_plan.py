@@ -21,7 +21,7 @@ def plan(recipe):
     # the real sampler knows any number of samples, the fixed one those of a batch
     plan = make_plan(recipe, mixed_batch())
     plan.sampler.batch = type(plan.sampler.batch)(
-        **{name: array.repeat(3, 0) for name, array in vars(plan.sampler.batch).items()}
+        **{name: array.repeat(3, 0) for name, array in vars(plan.sampler.batch).items() if array is not None}
     )
     return plan
 

@@ -1,0 +1,65 @@
+// The language of every token of a corpus that mixes languages: the runs of its sidecar `prefix.lang`.
+//
+// Layout, little-endian: magic "LPRLANG1", number of runs R u64, first token u64[R] (strictly increasing from 0),
+// language u16[R], an index into the order of the manifest entry's `languages`.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "reader.h"
+
+namespace megatron_lpr {
+
+class LanguageRuns {
+ public:
+  LanguageRuns(const std::string& prefix, std::uint64_t tokens, std::uint64_t languages)
+      : path_(prefix + ".lang"), file_(path_), tokens_(tokens), languages_(languages) {
+    if (file_.size() < kHeader || std::memcmp(file_.data(), "LPRLANG1", 8) != 0)
+      throw CorpusError(path_ + " is not a language sidecar (bad magic)");
+    runs_ = detail::load<std::uint64_t>(file_.data(), 8);
+    if (runs_ == 0 || runs_ > (file_.size() - kHeader) / kRun || file_.size() != kHeader + runs_ * kRun)
+      throw CorpusError(path_ + " has the wrong size for its number of runs: it is truncated or corrupt");
+    if (first_token(0) != 0 || first_token(runs_ - 1) >= tokens_)
+      throw CorpusError(path_ + " is corrupt: its runs do not cover the corpus");
+  }
+
+  // Calls visit(language, tokens) for the runs of tokens [first, first + count), cut to them.
+  template <typename Visit>
+  void for_each(std::uint64_t first, std::uint64_t count, Visit&& visit) const {
+    if (first > tokens_ || count > tokens_ - first) throw std::out_of_range("tokens past the end of the corpus");
+    std::uint64_t low = 0, high = runs_;  // first_token(low) <= first < first_token(high)
+    while (high - low > 1) {
+      const std::uint64_t middle = low + (high - low) / 2;
+      (first_token(middle) <= first ? low : high) = middle;
+    }
+    const std::uint64_t end = first + count;
+    for (std::uint64_t run = low; first < end; ++run) {
+      const std::uint64_t run_end = run + 1 < runs_ ? first_token(run + 1) : tokens_;
+      const std::uint64_t until = std::min(end, run_end);
+      const auto language = detail::load<std::uint16_t>(file_.data(), kHeader + runs_ * 8 + run * 2);
+      if (until <= first || language >= languages_)
+        throw CorpusError(path_ + " is corrupt at run " + std::to_string(run));
+      visit(language, until - first);
+      first = until;
+    }
+  }
+
+ private:
+  static constexpr std::uint64_t kHeader = 16;
+  static constexpr std::uint64_t kRun = 10;
+
+  std::uint64_t first_token(std::uint64_t run) const {
+    return detail::load<std::uint64_t>(file_.data(), kHeader + run * 8);
+  }
+
+  std::string path_;
+  MappedFile file_;
+  std::uint64_t tokens_;
+  std::uint64_t languages_;
+  std::uint64_t runs_ = 0;
+};
+
+}  // namespace megatron_lpr

@@ -1,0 +1,68 @@
+"""The part of each corpus that a run reads: a number of documents, or a share of the tokens, per language."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_lpr.config import ReplayConfig
+from megatron_lpr.data.manifest import ROLES, Corpus, Manifest
+from megatron_lpr.errors import UserError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subset:
+    """Documents or tokens of a corpus that are read; 0: no limit."""
+
+    documents: int = 0
+    tokens: int = 0
+
+
+def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
+    """The subset of every corpus. Documents of a language are shared out over its corpora by their numbers.
+
+    Raises:
+        UserError: an unknown language, a number below 1, a share outside (0, 1], or both for one language.
+    """
+    languages = {language: role for corpus in manifest.corpora for language, role in ((corpus.language, corpus.role),)}
+    for field, limits in (("documents", replay.documents), ("tokens", replay.tokens)):
+        for key, value in limits.items():
+            known = (*ROLES, *languages)
+            if key not in known:
+                raise UserError(f"data.replay.{field}: no role or language '{key}'{nearest(key, known)}")
+            if field == "documents" and value < 1:
+                raise UserError(f"data.replay.documents.{key}: {value}; at least 1, or leave it out to read all")
+            if field == "tokens" and not 0 < value <= 1:
+                raise UserError(f"data.replay.tokens.{key}: {value} is no share of the tokens in (0, 1]")
+    parts: dict[str, Subset] = {}
+    for language, role in languages.items():
+        corpora = [corpus for corpus in manifest.corpora if corpus.language == language]
+        documents = replay.documents.get(language, replay.documents.get(role))
+        share = replay.tokens.get(language, replay.tokens.get(role))
+        if documents is not None and share is not None:
+            raise UserError(f"data.replay: documents and tokens are both limited for {language}; keep one of the two")
+        if documents is not None:
+            parts |= zip((c.name for c in corpora), _documents(corpora, documents), strict=True)
+        if share is not None:
+            parts |= {c.name: Subset(tokens=max(2, round(c.tokens * share))) for c in corpora}
+    return tuple(parts.get(corpus.name, Subset()) for corpus in manifest.corpora)
+
+
+def unshuffled(manifest: Manifest, replay: ReplayConfig) -> list[str]:
+    """A warning for each corpus of which a subset is read and whose documents we did not shuffle."""
+    return [
+        f"corpus '{corpus.name}' was not written by megatron-lpr preprocess: its subset is a run of consecutive "
+        "documents, a random one only if the corpus is shuffled"
+        for corpus, part in zip(manifest.corpora, subsets(manifest, replay), strict=True)
+        if part != Subset() and corpus.source is None
+    ]
+
+
+def _documents(corpora: Sequence[Corpus], wanted: int) -> list[Subset]:
+    """`wanted` documents in proportion to the corpora's, by largest remainder, at least one each."""
+    total = sum(corpus.documents for corpus in corpora)
+    if wanted >= total:
+        return [Subset()] * len(corpora)
+    counts = [corpus.documents * wanted // total for corpus in corpora]
+    by_remainder = sorted(range(len(corpora)), key=lambda i: -(corpora[i].documents * wanted % total))
+    for i in by_remainder[: wanted - sum(counts)]:
+        counts[i] += 1
+    return [Subset(documents=max(1, count)) for count in counts]

@@ -1,0 +1,143 @@
+"""What samples hold beyond packed windows of whole corpora: one document each, document numbers, subsets."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from megatron_lpr.config import ReplayConfig
+from megatron_lpr.data.indexed import IndexedCorpus
+from megatron_lpr.data.manifest import Corpus, Manifest, Source, TokenizerRecord
+from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.subset import unshuffled
+from megatron_lpr.errors import UserError
+
+S = 12
+EOD = 2
+# among them a document of one token, one that fills a sample exactly, and one that is a token too long
+LENGTHS = [5, 1, 13, 14, 2, 30, 12, 3, 40, 7]
+
+
+@pytest.fixture
+def manifest(write_corpus) -> Manifest:
+    """Documents of distinct tokens: 1000 * number + place."""
+    corpora = []
+    for number, (language, role) in enumerate([("hu", "expanded"), ("en", "original"), ("en", "original")]):
+        documents = [
+            [1000 * i + place + 10 for place in range(length)] for i, length in enumerate(LENGTHS[: 10 - number])
+        ]
+        prefix = write_corpus(f"{language}{number}", documents, vocab_size=60_000)
+        name, digest = f"{language}{number}", f"{number + 1}" * 64
+        sizes = {"documents": len(documents), "tokens": sum(map(len, documents))}
+        corpora.append(Corpus(name=name, prefix=prefix, language=language, role=role, digest=digest, **sizes))
+    tokenizer = TokenizerRecord(name="toy", vocab_size=60_000, sha256="0" * 64, eod_id=EOD)
+    return Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=tuple(corpora))
+
+
+def make(manifest: Manifest, **settings) -> ReplaySampler:
+    return ReplaySampler(
+        manifest, **({"seq_length": S, "seed": 3, "mixture": {"expanded": 1, "original": 1}} | settings)
+    )
+
+
+def test_one_document_per_sample(manifest):
+    sampler = make(manifest, windows="document", document_ids=True)
+    assert [sampler.num_windows(corpus) for corpus in range(3)] == [10, 9, 8]
+    corpora = [IndexedCorpus(corpus.prefix) for corpus in manifest.corpora]
+    batch = sampler.fill(0, 80)
+    for row in range(80):
+        pick = sampler.pick(row)
+        document = corpora[pick.corpus].document(pick.window).astype(np.int64)
+        valid = min(S, len(document) - 1)
+        np.testing.assert_array_equal(batch.tokens_BS[row], [*document[:valid], *[EOD] * (S - valid)])
+        np.testing.assert_array_equal(batch.labels_BS[row], [*document[1 : valid + 1], *[EOD] * (S - valid)])
+        np.testing.assert_array_equal(batch.loss_mask_BS[row], np.arange(S) < valid)
+        np.testing.assert_array_equal(batch.tags_BS[row] != 0, np.arange(S) < valid)
+        np.testing.assert_array_equal(batch.documents_BS[row], np.where(np.arange(S) < valid, 0, -1))
+
+
+def test_documents_are_numbered_within_each_sample(manifest):
+    """A new number begins exactly where a document does: with a token that ends in 10, or at the corpus' seam."""
+    sampler = make(manifest, document_ids=True)
+    batch = sampler.fill(0, 120)
+    wrapped = 0
+    for row in range(120):
+        valid = int(batch.loss_mask_BS[row].sum())
+        tokens, numbers = batch.tokens_BS[row, :valid], batch.documents_BS[row, :valid]
+        starts = (tokens % 1000 == 10)[1:]
+        np.testing.assert_array_equal(np.diff(numbers), starts)
+        assert numbers[0] == 0 and (batch.documents_BS[row, valid:] == -1).all()
+        wrapped += len(sampler.spans(sampler.pick(row))) == 2
+    assert wrapped > 0
+
+
+@pytest.mark.parametrize("windows", ["packed", "fixed", "document"])
+@pytest.mark.parametrize("replay", [{}, {"documents": {"original": 5, "hu": 3}}, {"tokens": {"original": 0.4}}])
+@pytest.mark.parametrize("first, count", [(0, 1), (0, 50), (37, 400), (10**12, 60)])
+def test_counts_equal_the_filled_masks(manifest, windows, replay, first, count):
+    sampler = make(manifest, windows=windows, replay=ReplayConfig(**replay))
+    batch, counts = sampler.fill(first, count), sampler.count(first, count)
+    assert counts.tokens == batch.loss_mask_BS.sum()
+    assert counts.tokens_per_language == {"hu": (batch.tags_BS == -1).sum(), "en": (batch.tags_BS == 2).sum()}
+    assert counts.original_tokens == counts.tokens_per_language["en"]
+
+
+def documents_read(sampler: ReplaySampler, samples: int = 300) -> list[set[int]]:
+    """Documents of each corpus whose tokens the first samples hold."""
+    read = [set(), set(), set()]
+    batch = sampler.fill(0, samples)
+    for row, (corpus, _, _) in enumerate(sampler.picks(0, samples).tolist()):
+        held = batch.tokens_BS[row, batch.loss_mask_BS[row] == 1]
+        read[corpus] |= set((held // 1000).tolist())
+    return read
+
+
+@pytest.mark.parametrize("windows", ["packed", "document"])
+def test_a_number_of_documents_per_language(manifest, windows):
+    """4 of 17 English documents: 2 of 9 and 2 of 8; consecutive, always the same, elsewhere with another seed."""
+    chosen = set()
+    for seed in range(40):
+        sampler = make(manifest, windows=windows, seed=seed, replay=ReplayConfig(documents={"original": 4}))
+        hu, *en = documents_read(sampler)
+        # of a document of one token behind the run's first, nothing is read: it has no label
+        assert hu >= set(range(10)) - {1}
+        for documents in en:
+            assert len(documents) <= 2 and max(documents) - min(documents) <= 1
+        chosen.add(tuple(map(min, en)))
+    assert len(chosen) > 10
+
+
+def test_a_share_of_the_tokens(manifest):
+    sampler = make(manifest, replay=ReplayConfig(tokens={"original": 0.25, "hu": 0.5}))
+    for corpus, share in ((0, 0.5), (1, 0.25), (2, 0.25)):
+        assert sampler.num_tokens(corpus) == round(manifest.corpora[corpus].tokens * share)
+    first = min(first for first, _ in sampler.spans(sampler.pick(0)))
+    offsets = np.cumsum([0, *LENGTHS])
+    assert first in offsets or sampler.pick(0).window > 0
+
+
+@pytest.mark.parametrize(
+    "replay, message",
+    [
+        ({"documents": {"enn": 5}}, "data.replay.documents: no role or language 'enn'; did you mean 'en'"),
+        ({"documents": {"en": 0}}, "data.replay.documents.en: 0; at least 1"),
+        ({"tokens": {"original": 1.5}}, r"data.replay.tokens.original: 1.5 is no share of the tokens in \(0, 1\]"),
+        ({"tokens": {"original": 0.5}, "documents": {"en": 3}}, "both limited for en"),
+    ],
+)
+def test_bad_subsets(manifest, replay, message):
+    with pytest.raises(UserError, match=message):
+        make(manifest, replay=ReplayConfig(**replay))
+
+
+def test_warns_of_a_subset_of_a_corpus_that_nobody_shuffled(manifest):
+    source = Source(sha256="ab", seed=0, skipped_lines=0)
+    manifest = manifest.with_corpus(dataclasses.replace(manifest.corpora[1], source=source))
+    (warning,) = unshuffled(manifest, ReplayConfig(documents={"original": 3}))
+    assert "corpus 'en2' was not written by megatron-lpr preprocess" in warning
+    assert unshuffled(manifest, ReplayConfig(documents={"original": 17})) == []
+
+
+def test_as_many_documents_as_there_are_is_all(manifest):
+    sampler = make(manifest, replay=ReplayConfig(documents={"original": 17, "expanded": 10**9}))
+    assert [sampler.num_tokens(c) for c in range(3)] == [corpus.tokens for corpus in manifest.corpora]
