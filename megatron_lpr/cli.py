@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "recipe" in options:
             under = take_tree(options) if command == "preprocess" else {}
             options["recipe"] = load_recipe(options["recipe"], overrides, under)
-        getattr(commands, command)(**options)
+        getattr(commands, command.replace("-", "_"))(**options)
     except UserError as error:
         print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
         return 2

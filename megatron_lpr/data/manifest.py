@@ -97,7 +97,14 @@ class Manifest:
     @property
     def languages(self) -> tuple[str, ...]:
         """Languages in order of first appearance; a language tag is an index into these, plus one."""
-        return tuple(dict.fromkeys(corpus.language for corpus in self.corpora))
+        return tuple(self.language_roles)
+
+    @property
+    def language_roles(self) -> dict[str, str]:
+        """Role of each language: those of the corpora, and those inside corpora that mix languages."""
+        own = {corpus.language: corpus.role for corpus in self.corpora}
+        inside = {language: role for corpus in self.corpora for language, role in (corpus.languages or {}).items()}
+        return own | {language: role for language, role in inside.items() if language not in own}
 
     @cached_property
     def digest(self) -> str:
