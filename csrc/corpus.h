@@ -3,10 +3,10 @@
 // Packed windows. A corpus of n tokens has n - 1 positions, token i with label i + 1, and W = ceil((n - 1) / S)
 // windows of S positions. Epoch e cuts them from position shift_e on (0 in epoch 0, a keyed number below S later):
 // window w holds the positions (shift_e + w S + j) mod (n - 1). So the window that runs over the end goes on at the
-// beginning, the last one ends where the first began and is the only one that may be short, and every position is seen
-// exactly once in an epoch.
+// beginning, the last one ends where the first began and is the only one that may be short, and every position is
+// seen exactly once in an epoch.
 //
-// One document per sample. Sample w is document w: its first S positions where it is longer, padded where it is shorter.
+// One document per sample. Sample w is document w: its first S positions where it is longer, padded where shorter.
 //
 // Positions without a label, behind the end of a short window, hold the end-of-document token, loss mask 0 and tag 0.
 #pragma once

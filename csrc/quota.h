@@ -128,7 +128,8 @@ class QuotaOrder {
   }
   // ceil((n - 1/2) w), for the sum of the weights of any corpora.
   std::uint64_t upper_bound(std::uint64_t weight, std::uint64_t n) const {
-    return n == 0 ? 0 : static_cast<std::uint64_t>(((2 * Wide{n} - 1) * weight + 2 * Wide{total_} - 1) / (2 * Wide{total_}));
+    if (n == 0) return 0;
+    return static_cast<std::uint64_t>(((2 * Wide{n} - 1) * weight + 2 * Wide{total_} - 1) / (2 * Wide{total_}));
   }
   std::uint64_t release(std::uint64_t weight, std::uint64_t j) const {
     return static_cast<std::uint64_t>((2 * Wide{j} * total_ + weight) / (2 * Wide{weight}));
@@ -166,8 +167,9 @@ class QuotaOrder {
     }
     std::uint64_t missing = n - done, weight_after = total_, done_after = done;
     if (missing == 0) return counts;
-    std::sort(by_release.begin(), by_release.end(),
-              [](const Choice& a, const Choice& b) { return std::pair(a.release, a.corpus) < std::pair(b.release, b.corpus); });
+    std::sort(by_release.begin(), by_release.end(), [](const Choice& a, const Choice& b) {
+      return std::pair(a.release, a.corpus) < std::pair(b.release, b.corpus);
+    });
     using Candidate = std::pair<std::uint64_t, std::uint32_t>;  // deadline, corpus
     std::priority_queue<Candidate, std::vector<Candidate>, std::greater<Candidate>> pool;
     for (std::size_t i = 0; i < size(); ++i) {
