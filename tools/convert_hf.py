@@ -102,15 +102,16 @@ def upcycle(options: dict, command_line: str) -> int:
 
 
 def hf_to_megatron(options: dict, command_line: str) -> int:
+    arch = read_architecture(options["base"])
     model = ModelConfig(
         base=options["base"],
-        num_experts=options["num_experts"],
+        num_experts=options["num_experts"] or arch.num_experts,
         num_frozen_experts=options["num_frozen"],
         topk=options["topk"],
+        mlp_only_layers=tuple(options["mlp_only_layers"]),
         router_init_std=options["router_std"],
         router_init_seed=options["seed"],
-        mlp_only_layers=tuple(options["mlp_only_layers"]),
-        dtype=options["dtype"] or read_architecture(options["base"]).dtype,
+        dtype=options["dtype"] or arch.dtype,
     )
     parallel = ParallelConfig(**{size: options[size] for size in LAYOUT})
     recipe = Recipe(name="convert_hf", output=options["out"], model=model, parallel=parallel)

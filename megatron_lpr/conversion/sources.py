@@ -28,11 +28,6 @@ class Source(Protocol):
     def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]: ...
 
 
-def zero_names(arch: Architecture, num_experts: int) -> list[str]:
-    """Tensors that the MoE class has and Megatron's model has not: they are zero, and do nothing."""
-    return [name for name, origin in origins(arch, num_experts).items() if origin.kind == "zeros"]
-
-
 class UpcycledSource:
     """A HF model upcycled as it is read; a unit is a tensor of the result. UserError: see `check_checkpoint`."""
 
@@ -69,7 +64,7 @@ class CheckpointSource:
                     f"checkpoint {folder}: its parameter '{name}' {list(self._checkpoint[name].shape)} has no place in "
                     f"a {arch.family} model like the base: was it trained from another one?"
                 )
-        self._zeros = {name: [name] for name in zero_names(arch, num_experts)}
+        self._zeros = {name: [name] for name in family_of(arch).zero_shapes(arch, num_experts)}
         self._shapes = family_of(arch).shapes(arch, num_experts)
         given = {tensor for tensors in names.values() for tensor in tensors} | self._zeros.keys()
         missing = [name for name in self._shapes if name not in given]
