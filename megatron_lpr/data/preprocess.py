@@ -105,7 +105,9 @@ def check(
         UserError: as `preprocess`.
     """
     check_sources(corpora, seed)
-    corpora = [dataclasses.replace(source, files=expand(source.files)) for source in corpora]
+    corpora = [
+        dataclasses.replace(source, files=expand(source.files, where=f"corpus '{source.name}': ")) for source in corpora
+    ]
     tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
