@@ -108,7 +108,7 @@ def export_model(
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
 
     def fill(writer: ShardedWriter) -> None:
-        for name, tensor in to_hf(((name, t.detach()) for name, t in tensors), arch, num_frozen=num_frozen):
+        for name, tensor in to_hf(tensors, arch, num_frozen=num_frozen):
             writer.write(name, tensor)
         for name in zero_names(arch, num_experts):
             writer.write(name, torch.zeros(family_of(arch).shapes(arch, num_experts)[name]))
