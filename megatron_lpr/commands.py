@@ -164,9 +164,6 @@ def export(
     _single_process("export")
     source = checkpoint_folder(checkpoint)
     check_vacant(out)
-    if dry_run:
-        print(f"would export {source} to {out}")
-        return
     export_checkpoint(
         source,
         out,
@@ -176,8 +173,9 @@ def export(
         on_verified=print if verify else None,
         command=command_line,
         progress=True,
+        dry_run=dry_run,
     )
-    print(f"exported {source} to {out}" + ("" if verify else "; not verified"))
+    print(f"{'would export' if dry_run else 'exported'} {source} to {out}" + ("" if verify else "; not verified"))
 
 
 def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:

@@ -111,7 +111,7 @@ def export_model(
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
 
     def fill(writer: ShardedWriter) -> None:
-        for name, tensor in to_hf(((name, t.detach()) for name, t in tensors), arch, num_frozen=num_frozen):
+        for name, tensor in to_hf(tensors, arch, num_frozen=num_frozen):
             writer.write(name, tensor)
         for name, tensor in zero_tensors(arch, num_experts):
             writer.write(name, tensor)
@@ -195,12 +195,14 @@ def export_checkpoint(
     on_verified: OnVerified | None = None,
     command: str | None = None,
     progress: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Writes a distributed checkpoint, or the newest of a run, as a stock HF model; needs no Megatron and no GPU.
 
     base_dir: the HF model that training started from. graft_delta: (BASE, INSTRUCT), see graft.py; the export then
     has INSTRUCT's config, tokenizer and frozen tensors. on_verified: verify the folder before it appears, and hand
-    over the report. UserError as `export_model`, and when checkpoint and base do not belong together.
+    over the report. dry_run: check everything that can be checked first, write nothing. UserError as `export_model`,
+    and when checkpoint and base do not belong together.
     """
     settings = settings or ExportConfig()
     folder = checkpoint_folder(str(checkpoint))
@@ -225,7 +227,7 @@ def export_checkpoint(
         )
         arch = dataclasses.replace(arch, max_position_embeddings=read_architecture(hf_dir).max_position_embeddings)
     provenance = read_provenance(folder)
-    return _Export(
+    planned = _Export(
         arch=arch,
         hf_dir=hf_dir,
         out_dir=Path(out_dir),
@@ -247,7 +249,10 @@ def export_checkpoint(
             command=command,
         ),
         on_verified=on_verified,
-    ).write(_from(source, "export", processes=settings.processes, progress=progress))
+    )
+    if dry_run:
+        return planned.out_dir
+    return planned.write(_from(source, "export", processes=settings.processes, progress=progress))
 
 
 def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:

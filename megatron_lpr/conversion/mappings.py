@@ -130,18 +130,32 @@ def fill(
     target.narrow(axis, filled, rows - filled).zero_()
 
 
+def positions(
+    kind: Copy | QKV | GateUp, shapes: Sequence[tuple[int, ...]], *, rows: int, groups: int
+) -> list[list[tuple[int, int]]]:
+    """Of each HF tensor: (first row, number of rows) of its parts in the whole parameter, which has `rows` rows.
+
+    Rows are counted along the mapping's axis; those that only pad the parameter belong to no tensor.
+    """
+    lengths = [shape[kind.axis] for shape in shapes]
+    assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), (
+        f"a parameter of {rows} rows is not made of {lengths}"
+    )
+    found: list[list[tuple[int, int]]] = [[] for _ in lengths]
+    row = 0
+    for source, start, stop in kind.segments(lengths, groups=groups, rows=rows, rank=0, size=1):
+        found[source].append((row, stop - start))
+        row += stop - start
+    return found
+
+
 def take_apart(
     tensor: torch.Tensor, kind: Copy | QKV | GateUp, shapes: Sequence[tuple[int, ...]], *, groups: int
 ) -> list[torch.Tensor]:
     """The HF tensors a whole (unpartitioned) Megatron parameter is made of; padding is cut off."""
-    axis, rows = kind.axis, tensor.shape[kind.axis]
-    lengths = [shape[axis] for shape in shapes]
-    assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), (
-        f"a parameter of {rows} rows is not made of {lengths}"
-    )
-    pieces: list[list[torch.Tensor]] = [[] for _ in lengths]
-    row = 0
-    for source, start, stop in kind.segments(lengths, groups=groups, rows=rows, rank=0, size=1):
-        pieces[source].append(tensor.narrow(axis, row, stop - start))
-        row += stop - start
-    return [part[0] if len(part) == 1 else torch.cat(part, dim=axis) for part in pieces]
+    axis = kind.axis
+    tensors = []
+    for parts in positions(kind, shapes, rows=tensor.shape[axis], groups=groups):
+        pieces = [tensor.narrow(axis, row, length) for row, length in parts]
+        tensors.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis))
+    return tensors

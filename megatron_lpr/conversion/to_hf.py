@@ -7,8 +7,8 @@ import torch
 
 from megatron_lpr.conversion.dist_checkpoint import StoredParameter
 from megatron_lpr.conversion.families import Architecture, Family, family_of
-from megatron_lpr.conversion.file_tensor import FileTensor, Narrowable
-from megatron_lpr.conversion.mappings import Mapping
+from megatron_lpr.conversion.file_tensor import FileTensor, Narrowable, Shape
+from megatron_lpr.conversion.mappings import Mapping, positions, take_apart
 from megatron_lpr.conversion.names import ParameterName, parse
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -22,30 +22,26 @@ def to_hf(
     for megatron_name, parameter in parameters:
         names = hf_names(megatron_name, arch, num_frozen=num_frozen)
         assert names, f"the {family.name} table has no parameter '{megatron_name}'"
+        if isinstance(parameter, torch.Tensor):
+            parameter = parameter.detach()
         if parse(megatron_name).role == "router":
             yield names[0], parameter.narrow(0, 0, parameter.shape[0])
             continue
         mapping = _mapping(family, parse(megatron_name))
-        yield from zip(names, _take_apart(parameter, mapping, arch), strict=True)
+        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
+        stored = _on_disk(parameter, mapping, shapes, arch) if isinstance(parameter, StoredParameter) else None
+        parts = stored or take_apart(parameter, mapping.kind, shapes, groups=arch.num_query_groups)
+        yield from zip(names, parts, strict=True)
 
 
-def _take_apart(parameter: Narrowable, mapping: Mapping, arch: Architecture) -> Iterator[torch.Tensor | FileTensor]:
-    """The HF tensors of a whole parameter, without its padding; one that lies in a file in one piece is left there."""
-    kind, shapes = mapping.kind, [arch.shape(dims) for dims in mapping.hf.values()]
-    lengths, rows = [shape[kind.axis] for shape in shapes], parameter.shape[kind.axis]
-    assert rows >= sum(lengths) if kind.padded else rows == sum(lengths), f"{rows} rows are not made of {lengths}"
-    ranges: list[list[tuple[int, int]]] = [[] for _ in shapes]
-    row = 0
-    for source, start, stop in kind.segments(lengths, groups=arch.num_query_groups, rows=rows, rank=0, size=1):
-        ranges[source].append((row, stop - start))
-        row += stop - start
-    for first, *others in ranges:
-        stored = parameter.on_disk(kind.axis, *first) if isinstance(parameter, StoredParameter) and not others else None
-        if stored is not None:
-            yield stored
-        else:
-            pieces = [parameter.narrow(kind.axis, *piece) for piece in (first, *others)]
-            yield pieces[0] if not others else torch.cat(pieces, dim=kind.axis)
+def _on_disk(
+    parameter: StoredParameter, mapping: Mapping, shapes: list[Shape], arch: Architecture
+) -> list[FileTensor] | None:
+    """The HF tensors of a parameter where they lie; None unless each of them lies in a file in one piece."""
+    kind, rows = mapping.kind, parameter.shape[mapping.kind.axis]
+    parts = positions(kind, shapes, rows=rows, groups=arch.num_query_groups)
+    found = [parameter.on_disk(kind.axis, *pieces[0]) if len(pieces) == 1 else None for pieces in parts]
+    return None if None in found else found
 
 
 def hf_names(megatron_name: str, arch: Architecture, *, num_frozen: int) -> list[str]:

@@ -261,6 +261,14 @@ def test_base_of_another_shape(run, tmp_path):
         export_checkpoint(run, tmp_path / "out", base_dir=other)
 
 
+def test_dry_run_checks_and_writes_nothing(run, toy_base, tmp_path):
+    export_checkpoint(run, tmp_path / "out", base_dir=toy_base, dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    other = write_toy_model(tmp_path / "other", intermediate_size=40)
+    with pytest.raises(UserError, match="was it trained from another one"):
+        export_checkpoint(run, tmp_path / "out", base_dir=other, dry_run=True)
+
+
 def test_config_and_card_name_the_run(run, toy_base, tmp_path):
     out = export_checkpoint(run, tmp_path / "out", base_dir=toy_base, command="megatron-lpr export x")
     assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
