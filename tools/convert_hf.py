@@ -38,12 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
             added.add_argument(folder.lower(), metavar=folder, help=FOLDERS[folder])
         return added
 
-    upcycle = door("upcycle", "HF model, dense or with experts -> HF MoE model, without Megatron", "BASE", "OUT")
+    upcycle = door("upcycle", "HF model -> HF MoE model, without Megatron", "BASE", "OUT")
     upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
     _add_expert_options(upcycle)
-    upcycle.add_argument(
-        "--shared-expert-size", type=int, default=None, help="width of the zero shared expert; Qwen2 only, None: 128"
-    )
+    upcycle.add_argument("--shared-expert-size", type=int, default=None, help="width of Qwen2Moe's zero shared expert")
     upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
     upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help="largest safetensors file")
     upcycle.add_argument("--processes", metavar="N", type=int, default=1, help="processes that share the work")
@@ -76,13 +74,13 @@ FOLDERS = {
 
 
 def _add_expert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mlp-only-layers", type=int, nargs="+", default=(), help="layers (from 0) that get no experts; Qwen only"
+    )
     parser.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
     parser.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
     parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial router")
-    parser.add_argument(
-        "--mlp-only-layers", type=int, nargs="+", default=[], help="layers (from 0) that get no experts; Qwen only"
-    )
 
 
 def upcycle(options: dict, command_line: str) -> int:
@@ -103,11 +101,12 @@ def upcycle(options: dict, command_line: str) -> int:
 
 def hf_to_megatron(options: dict, command_line: str) -> int:
     arch = read_architecture(options["base"])
+    as_it_is = arch.num_experts and options["num_experts"] in (0, arch.num_experts)
     model = ModelConfig(
         base=options["base"],
         num_experts=options["num_experts"] or arch.num_experts,
         num_frozen_experts=options["num_frozen"],
-        topk=options["topk"],
+        topk=arch.topk if as_it_is else options["topk"],
         mlp_only_layers=tuple(options["mlp_only_layers"]),
         router_init_std=options["router_std"],
         router_init_seed=options["seed"],

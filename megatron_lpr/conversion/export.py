@@ -18,12 +18,7 @@ from megatron_lpr.conversion.graft import GraftedSource, check_own_base
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
 from megatron_lpr.conversion.model_card import ModelCard
-from megatron_lpr.conversion.origins import (
-    check_upcycling,
-    with_layers_kept_dense,
-    with_shared_expert,
-    zero_tensors,
-)
+from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
 from megatron_lpr.conversion.parallel_write import write_all
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.provenance import read_provenance
@@ -144,9 +139,9 @@ def upcycle_hf(
     topk: int = 2,
     router_std: float = 0.02,
     seed: int = 0,
+    dtype: str | None = None,
     mlp_only_layers: Sequence[int] = (),
     shared_expert_size: int | None = None,
-    dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     processes: int = 1,
     on_verified: OnVerified | None = None,
@@ -155,10 +150,10 @@ def upcycle_hf(
 ) -> Path:
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
-    The result computes what a dense model computes (for one that has experts already see origins.py) and equals what
-    `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see `with_layers_kept_dense`
-    and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over the report. UserError as
-    `export_model`.
+    The result computes what a dense model computes (for one that has experts already see origins.py) and equals
+    what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see
+    `with_layers_kept_dense` and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over
+    the report. UserError as `export_model`.
     """
     arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
@@ -210,8 +205,9 @@ def export_checkpoint(
     model, untouched = saved.model, saved.untouched_experts if saved.model.num_experts else 0
     dtype = model.dtype if settings.dtype == "auto" else settings.dtype
     num_frozen = model.num_frozen_experts if model.num_experts else 0
-    arch, hf_dir = with_layers_kept_dense(read_architecture(base_dir), model.mlp_only_layers), Path(base_dir)
+    arch = with_layers_kept_dense(read_architecture(base_dir), model.mlp_only_layers)
     arch = with_shared_expert(arch, settings.shared_expert_size)
+    hf_dir = Path(base_dir)
     source: Source = CheckpointSource(folder, arch, num_experts=model.num_experts, num_frozen=num_frozen)
     if graft_delta:
         check_own_base(graft_delta[0], base_dir)

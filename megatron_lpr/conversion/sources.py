@@ -14,7 +14,7 @@ from megatron_lpr.conversion.dist_checkpoint import DistCheckpoint
 from megatron_lpr.conversion.families import Architecture, family_of
 from megatron_lpr.conversion.file_tensor import FileTensor
 from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.origins import initial_tensor, origins
+from megatron_lpr.conversion.origins import initial_tensor, origins, zero_tensors
 from megatron_lpr.conversion.to_hf import has_shape_of, hf_names, to_hf
 from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError
@@ -64,22 +64,23 @@ class CheckpointSource:
                     f"checkpoint {folder}: its parameter '{name}' {list(self._checkpoint[name].shape)} has no place in "
                     f"a {arch.family} model like the base: was it trained from another one?"
                 )
-        self._zeros = {name: [name] for name in family_of(arch).zero_shapes(arch, num_experts)}
-        self._shapes = family_of(arch).shapes(arch, num_experts)
+        self._zeros = dict(zero_tensors(arch, num_experts))
+        shapes = family_of(arch).shapes(arch, num_experts)
         given = {tensor for tensors in names.values() for tensor in tensors} | self._zeros.keys()
-        missing = [name for name in self._shapes if name not in given]
-        unexpected = [name for name in given if name not in self._shapes]
+        missing = [name for name in shapes if name not in given]
+        unexpected = [name for name in given if name not in shapes]
         if missing or unexpected:
             what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, of an expert or layer too many"
             raise UserError(
                 f"checkpoint {folder}: {what} ({len(missing)} tensors missing, {len(unexpected)} unexpected)"
             )
-        position = {name: number for number, name in enumerate(self._shapes)}
-        self.units = dict(sorted((names | self._zeros).items(), key=lambda unit: position[unit[1][0]]))
+        position = {name: number for number, name in enumerate(shapes)}
+        units = names | {name: [name] for name in self._zeros}
+        self.units = dict(sorted(units.items(), key=lambda unit: position[unit[1][0]]))
 
     def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
         for unit in units:
             if unit in self._zeros:
-                yield unit, torch.zeros(self._shapes[unit])
+                yield unit, self._zeros[unit]
             else:
                 yield from to_hf([(unit, self._checkpoint[unit])], self._arch, num_frozen=self._num_frozen)

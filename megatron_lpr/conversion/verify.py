@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,27 +174,50 @@ def _scan(
     dtype: torch.dtype,
     num_frozen: int,
 ) -> _Scan:
+    """On all cores: reading, hashing and comparing release the GIL. Each thread holds two tensors at a time."""
     found = _Scan({}, [], {}, [])
-    for name in names:
-        tensor, origin = export.get(name), origins[name]
-        # One reduction answers both questions: NaN and infinities reach the extremes.
-        low, high = (extreme.item() for extreme in tensor.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            found.wrong.append(f"{name} is not finite")
-        if origin.kind == "zeros" and not low == high == 0:
-            found.wrong.append(f"{name} is not zero")
-        if origin.kind != "copy":
-            continue
-        expected = base.get(origin.base).to(dtype)
-        if num_frozen and (origin.expert is None or origin.expert < num_frozen):
-            found.frozen[name] = _sha256(tensor)
-            if found.frozen[name] != _sha256(expected):
-                found.changed.append(name)
-        else:
-            found.trained[name] = tensor.dtype != dtype or not torch.equal(tensor, expected)
-        if low == high == 0 and expected.any():
-            found.wrong.append(f"{name} is all zero")
+
+    def look(name: str) -> _Look:
+        return _look(export.get(name), origins[name], base, dtype, num_frozen)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for name, seen in zip(names, threads.map(look, names), strict=True):
+            found.wrong.extend(f"{name} is {what}" for what in seen.wrong)
+            if seen.sha256 is not None:
+                found.frozen[name] = seen.sha256
+                if not seen.same:
+                    found.changed.append(name)
+            elif seen.same is not None:
+                found.trained[name] = not seen.same
     return found
+
+
+class _Look(NamedTuple):
+    """What one tensor of an export is."""
+
+    wrong: list[str]
+    same: bool | None  # as the base's tensor that it was copied from; None: it was copied from none
+    sha256: str | None  # of a frozen one
+
+
+def _look(
+    tensor: torch.Tensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int
+) -> _Look:
+    wrong = []
+    # One reduction answers both questions: NaN and infinities reach the extremes.
+    low, high = (extreme.item() for extreme in tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        wrong.append("not finite")
+    if origin.kind == "zeros" and not low == high == 0:
+        wrong.append("not zero")
+    if origin.kind != "copy":
+        return _Look(wrong, None, None)
+    expected = base.get(origin.base).to(dtype)
+    if low == high == 0 and expected.any():
+        wrong.append("all zero")
+    is_frozen = num_frozen and (origin.expert is None or origin.expert < num_frozen)
+    same = tensor.dtype == dtype and _same_bits(tensor, expected)
+    return _Look(wrong, same, _sha256(tensor) if is_frozen else None)
 
 
 def _listed(names: Iterable[str]) -> str:

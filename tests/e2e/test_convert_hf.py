@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import TINY, save_tiny
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -42,6 +43,31 @@ def test_upcycling_through_megatron_is_upcycling_without(convert_hf, base, tmp_p
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
     assert convert_hf("verify", tmp_path / "one", base, "--num-frozen", 2) == 0
+
+
+def same_model(one, other):
+    files = ("model.safetensors", "config.json")
+    return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_through_megatron_and_without(convert_hf, tmp_path, family):
+    """Upcycled, as it is, and expanded again; a Qwen with a layer that keeps its dense FFN."""
+
+    def both_ways(source, name, *options):
+        assert convert_hf("hf-to-megatron", source, tmp_path / f"megatron_{name}", *options) == 0
+        assert convert_hf("megatron-to-hf", tmp_path / f"megatron_{name}", tmp_path / name) == 0
+        assert convert_hf("upcycle", source, tmp_path / f"{name}_offline", *options) == 0
+        assert same_model(tmp_path / name, tmp_path / f"{name}_offline")
+        return tmp_path / name
+
+    base = save_tiny(family, tmp_path / "base")
+    dense_layers = ["--mlp-only-layers", 0] if family.startswith("qwen") else []
+    once = both_ways(base, "once", "--num-experts", 4, "--router-std", 0.5, *dense_layers)
+    assert convert_hf("hf-to-megatron", once, tmp_path / "megatron") == 0
+    assert convert_hf("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 0
+    assert same_model(once, tmp_path / "back")
+    both_ways(once, "twice", "--num-experts", 6, "--num-frozen", 4)
 
 
 def test_a_checkpoint_in_the_way(convert_hf, base, tmp_path, capsys):
