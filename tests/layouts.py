@@ -2,7 +2,7 @@
 
 import dataclasses
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,10 +200,14 @@ class Comparison:
         arguments = self.base, self.source, world_size, [self.cases[name] for name in cases], list(loads.values())
         by_rank = run_distributed(run_cases, world_size, *arguments, timeout_seconds=900)
         for name, ranks in zip(cases, zip(*(runs for runs, _ in by_rank), strict=True), strict=True):
-            assert all(metrics == ranks[0][0] for metrics, _ in ranks), f"{name}: metrics differ between ranks"
-            self.outcomes[name] = Outcome(metrics=ranks[0][0], gradients=assemble([found for _, found in ranks]))
+            self.take(name, ranks)
         for name, ranks in zip(loads, zip(*(weights for _, weights in by_rank), strict=True), strict=True):
             self.loaded[name] = assemble(list(ranks), exact=True)
+
+    def take(self, name: str, ranks: Sequence[tuple[list[dict], list[Piece]]]) -> None:
+        """What `run_case` gave on each rank."""
+        assert all(metrics == ranks[0][0] for metrics, _ in ranks), f"{name}: metrics differ between ranks"
+        self.outcomes[name] = Outcome(metrics=ranks[0][0], gradients=assemble([found for _, found in ranks]))
 
     def check(self, name: str) -> None:
         """Losses, gradient norm and router statistics of every step, and every gradient of the first, to rounding.

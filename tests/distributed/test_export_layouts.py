@@ -38,7 +38,7 @@ def rewrite_one(base, source, out, parallel):
     from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
     from megatron_lpr.training.weights import fill_weights
 
-    recipe, arch = recipe_of(base, "stage1", out, **parallel), read_architecture(base)
+    recipe, arch = recipe_of(base, "stage1", out, {"parallel": parallel}), read_architecture(base)
     init_model_parallel(recipe.parallel)
     chunks = build_model(recipe, arch)
     fill_weights(recipe, arch, chunks, checkpoint_folder(source))
@@ -71,7 +71,7 @@ def root(tmp_path_factory):
 def in_memory(base, source, out):
     from megatron_lpr.evaluation.megatron_model import MegatronModel
 
-    model = MegatronModel(recipe_of(base, "stage1", out), str(source))
+    model = MegatronModel(recipe_of(base, "stage1", out, {}), str(source))
     parameters = model.module.named_parameters()
     return export_model(parameters, model.arch, base_dir=base, out_dir=out, num_experts=5, num_frozen=1)
 

@@ -1,9 +1,11 @@
 """What only some families have, trained with tensor parallelism: biases of q, k and v, norms of q and k, a window."""
 
-import pytest
-from layouts import LOSSES, two_steps, write_source
+from pathlib import Path
 
-from megatron_lpr.platform import leave_layout, megatron
+import pytest
+from layouts import Case, Comparison, run_case
+
+from megatron_lpr.platform import megatron
 from megatron_lpr.testing.run_distributed import run_distributed
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -12,36 +14,29 @@ FAMILIES = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
 }
-LAYOUT = {"tensor": 2, "expert": 2}
+RANKS = 2
+CASE = Case(stage="moe_full", changes={"parallel": {"tensor": 2, "expert": 2}})
 
 
-def run_families(bases, sources) -> dict[str, list]:
-    """On each rank: both steps of every family, in which everything is trained."""
-    results = {}
+def run_families(models: list[tuple[Path, Path]]) -> list:
+    """On each rank: `run_case` of every (base, source)."""
     with megatron():
-        for name, base in bases.items():
-            results[name] = two_steps(base, "all", sources[name], 2, **LAYOUT)
-            leave_layout()
-    return results
+        return [run_case(base, CASE, source, source / "unused", RANKS) for base, source in models]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def comparisons(tmp_path_factory):
+    """By family; one launch for all."""
     root = tmp_path_factory.mktemp("families")
-    bases = {name: write_toy_model(root / name, **fields) for name, fields in FAMILIES.items()}
-    sources, expected = {}, {}
-    for name, base in bases.items():
-        with megatron():
-            sources[name] = write_source(base, root / f"{name}_source")
-        with megatron():
-            expected[name] = two_steps(base, "all", sources[name], 1)
-    return run_distributed(run_families, 2, bases, sources)[0], expected
+    found = {}
+    for name, fields in FAMILIES.items():
+        found[name] = Comparison(write_toy_model(root / name, **fields), root / f"{name}_runs", {name: CASE})
+    by_rank = run_distributed(run_families, RANKS, [(one.base, one.source) for one in found.values()])
+    for name, ranks in zip(found, zip(*by_rank, strict=True), strict=True):
+        found[name].take(name, ranks)
+    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradient_norms_of_one_process(runs, family):
-    """Those of the second step show what the optimizer did with every weight."""
-    results, expected = runs
-    for step, (got, want) in enumerate(zip(results[family], expected[family], strict=True)):
-        for name in LOSSES:
-            assert got[name] == pytest.approx(want[name], rel=1e-5), (step, name)
+def test_numbers_of_one_process(comparisons, family):
+    comparisons[family].check(family)
