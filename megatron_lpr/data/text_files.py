@@ -64,7 +64,7 @@ def expand(files: Sequence[str]) -> tuple[str, ...]:
     for file in files:
         found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
         if not found:
-            raise UserError(f"no such text file: {file}")
+            raise UserError(f"no file {file}")
         paths += found
     return tuple(paths)
 
