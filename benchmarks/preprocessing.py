@@ -28,38 +28,43 @@ import psutil
 TEXT = sorted((Path(__file__).parent.parent / "examples" / "quickstart" / "text").glob("*.train.jsonl.gz"))
 
 
-def ours(tokenizer: str, text: str, folder: str, workers: int) -> float:
+Cost = tuple[float, float]  # seconds, CPU seconds
+
+
+def ours(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
     return _preprocess(tokenizer, text, folder, workers, "tokenizers")
 
 
-def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> float:
+def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
     return _preprocess(tokenizer, text, folder, workers, "fastokens")
 
 
-def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> float:
+def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> Cost:
     from megatron_lpr.config import SourceConfig
     from megatron_lpr.data.preprocess import preprocess
 
-    start = time.perf_counter()
+    start = clock()
     source = SourceConfig(name="corpus", files=(text,), language="xx", role="expanded")
     preprocess([source], tokenizer_dir=tokenizer, output_dir=folder, workers=workers, engine=engine)
-    return time.perf_counter() - start
+    return since(start)
 
 
-def peer(tokenizer: str, text: str, folder: str, workers: int) -> float:
+def peer(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
     global _tokenizer
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from transformers import AutoTokenizer
 
     os.makedirs(folder, exist_ok=True)
     _tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    start = time.perf_counter()
+    start = clock()
     builder = IndexedDatasetBuilder(f"{folder}/corpus.bin", dtype=DType.optimal_dtype(len(_tokenizer)))
     with multiprocessing.get_context("fork").Pool(workers) as pool, open(text, encoding="utf-8") as lines:
         for ids in pool.imap(_encode, lines, 32):
             builder.add_document(ids, [len(ids)])
+        pool.close()
+        pool.join()  # so that its CPU seconds count
     builder.finalize(f"{folder}/corpus.idx")
-    return time.perf_counter() - start
+    return since(start)
 
 
 def _encode(line: str) -> list[int]:
@@ -73,17 +78,21 @@ def measured(connection, run, *arguments) -> None:
     peak, done = [0], threading.Event()
     watcher = threading.Thread(target=_watch, args=(peak, done), daemon=True)
     watcher.start()
-    before = _cpu_seconds()
-    seconds = run(*arguments)
-    cpu = _cpu_seconds() - before
+    seconds, cpu = run(*arguments)
     done.set()
     watcher.join()
     connection.send((seconds, cpu, peak[0]))
 
 
-def _cpu_seconds() -> float:
+def clock() -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process and its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def since(start: tuple[float, float]) -> Cost:
+    now = clock()
+    return now[0] - start[0], now[1] - start[1]
 
 
 def _watch(peak: list[int], done: threading.Event) -> None:

@@ -139,7 +139,8 @@ def _tokenize(
                 kept += 1
                 progress.keep(share, tokens)
             progress.update(share, documents, tokens)
-    progress.close()
+    if documents:
+        progress.close()
     if kept:
         print(f"{source.name}: {kept:,} of {len(records):,} parts were there from an earlier run", file=sys.stderr)
     for reason, (count, first) in bad_lines.by_reason.items():

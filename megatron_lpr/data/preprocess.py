@@ -105,9 +105,7 @@ def check(
         UserError: as `preprocess`.
     """
     check_sources(corpora, seed)
-    corpora = [
-        dataclasses.replace(source, files=expand(source.files, where=f"corpus '{source.name}': ")) for source in corpora
-    ]
+    corpora = [dataclasses.replace(source, files=_files(source)) for source in corpora]
     tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
@@ -115,6 +113,13 @@ def check(
     others = [corpus for corpus in manifest.corpora if corpus.name not in {source.name for source in corpora}]
     check_language_roles(manifest.path, (triple for corpus in (*others, *corpora) for triple in language_roles(corpus)))
     return corpora, tokenizer, manifest
+
+
+def _files(source: SourceConfig) -> tuple[str, ...]:
+    try:
+        return expand(source.files)
+    except UserError as error:
+        raise UserError(f"preprocess.corpora: {source.name}: {error}") from None
 
 
 def _open_manifest(path: str, tokenizer: Tokenizer) -> Manifest:

@@ -17,7 +17,6 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._next = self._start + (1 if self._terminal else 10)
         self._line = ""
-        self._documents = 0
         self._kept = (0.0, 0)
 
     def keep(self, done: float, tokens: int) -> None:
@@ -26,7 +25,6 @@ class Progress:
 
     def update(self, done: float, documents: int, tokens: int) -> None:
         """Takes the share done, in [0, 1], and the counts so far."""
-        self._documents = documents
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
         kept, kept_tokens = self._kept
@@ -40,8 +38,8 @@ class Progress:
             self._next = now + (1 if self._terminal else 10)
 
     def close(self) -> None:
-        """Shows the last state; where no document came, what follows says so."""
-        if self._documents:
+        """Shows the last state."""
+        if self._line:
             self._show()
             if self._terminal:
                 sys.stderr.write("\n")

@@ -54,11 +54,8 @@ class Block:
     position: int
 
 
-def expand(files: Sequence[str], where: str = "") -> tuple[str, ...]:
+def expand(files: Sequence[str]) -> tuple[str, ...]:
     """Paths in order, shell patterns (text/hu/*.jsonl.gz) replaced by what they match, sorted.
-
-    Args:
-        where: what an error begins with.
 
     Raises:
         UserError: a file that is not there, or a pattern that matches none.
@@ -67,7 +64,7 @@ def expand(files: Sequence[str], where: str = "") -> tuple[str, ...]:
     for file in files:
         found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
         if not found:
-            raise UserError(f"{where}no such text file: {file}")
+            raise UserError(f"no file {file}")
         paths += found
     return tuple(paths)
 

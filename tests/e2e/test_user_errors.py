@@ -80,7 +80,7 @@ def test_missing_text(refused, project, tmp_path):
     text = tmp_path / "none.jsonl"
     corpora = f"corpora=[{{name: x, files: {text}, language: x, role: expanded}}]"
     settings = changed(f"preprocess.{corpora}", f"evaluation.{corpora}", f"preprocess.output={tmp_path}/data")
-    assert f"corpus 'x': no such text file: {text}" in refused("preprocess", "upcycle", *settings)
+    assert f"preprocess.corpora: x: no file {text}" in refused("preprocess", "upcycle", *settings)
     out = ["--name", "x", "--out", tmp_path / "x.json"]
     assert f"evaluation.corpora: x: no file {text}" in refused("evaluate", "upcycle", *settings, *out)
 

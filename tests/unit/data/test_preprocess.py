@@ -171,7 +171,7 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
         assert not os.path.exists(tmp_path / "out")
 
     english = {"name": "en", "language": "en"}
-    refused("no such text file: .*nowhere.jsonl", source("nowhere.jsonl", **english))
+    refused("preprocess.corpora: en: no file nowhere.jsonl", source("nowhere.jsonl", **english))
     refused("names no text files", source(**english))
     refused("two corpora are called 'hu'", source(path))
     refused("corpus name 'a/b' is no file name", source(path, name="a/b"))

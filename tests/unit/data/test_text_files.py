@@ -148,7 +148,7 @@ def test_formats_go_by_name():
 def test_patterns(write_text, tmp_path):
     paths = [write_text(f"{name}.jsonl", TEXTS) for name in ("b", "a", "c[1]")]
     assert expand([str(tmp_path / "?.jsonl"), paths[2]]) == (paths[1], paths[0], paths[2])
-    with pytest.raises(UserError, match="no such text file: .*x.*jsonl"):
+    with pytest.raises(UserError, match="no file .*x.*jsonl"):
         expand([str(tmp_path / "x*.jsonl")])
 
 

@@ -134,7 +134,7 @@ def test_evaluate_corpora_reads_plain_and_gzip_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such text file: .*bad.jsonl"),
+        (None, "no file .*bad.jsonl"),
         ("", "evaluation corpus help: no text in .*bad.jsonl"),
         ('{"text": ""}\n', "bad.jsonl:1: empty text"),
         ('{"text": "a"}\n{"content": "b"}\n', 'bad.jsonl:2: no "text" string'),
