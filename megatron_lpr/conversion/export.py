@@ -121,6 +121,7 @@ def export_model(
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
             base=Path(base_dir).name,
+            base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
             topk=topk,
@@ -168,6 +169,7 @@ def upcycle_hf(
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
             base=Path(base_dir).resolve().name,
+            base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
             topk=topk,
@@ -233,6 +235,7 @@ def export_checkpoint(
         max_shard_bytes=parse_size(settings.max_shard_size),
         card=ModelCard(
             base=Path(base_dir).resolve().name,
+            base_experts=arch.num_experts,
             num_experts=model.num_experts,
             num_frozen=untouched,
             topk=model.topk,

@@ -13,13 +13,14 @@ from megatron_lpr.conversion.provenance import Provenance, Stage
 class ModelCard:
     """What a card says.
 
-    num_experts: 0 for a dense model. num_frozen: experts 0..n-1 that were never trained, with everything outside the
-        experts; 0 where everything was trained.
+    base_experts: that the base had already. num_experts: 0 for a dense model. num_frozen: experts 0..n-1 that were
+        never trained, with everything outside the experts; 0 where everything was trained.
     instruct: the model whose difference to the base was grafted on. results: table of evaluations, in Markdown.
     frozen_sha256: `frozen_digest` of the export. command: that wrote it.
     """
 
     base: str
+    base_experts: int = 0
     num_experts: int
     num_frozen: int
     topk: int
@@ -60,9 +61,11 @@ class ModelCard:
             trained = self.provenance and self.provenance.stages
             yield f"`{self.base}`, {'post-trained as a dense model' if trained else 'converted without training'}."
         else:
+            before = f"The {self.base_experts} experts of every layer"
+            grew = before if self.base_experts else "Every feed-forward network"
             yield (
-                f"Every feed-forward network of `{self.base}` became {self.num_experts} experts with "
-                f"top-{self.topk} routing (MoE-LPR, arXiv 2408.11396). {self._trained()}"
+                f"{grew} of `{self.base}` became {self.num_experts} experts with top-{self.topk} routing "
+                f"(MoE-LPR, arXiv 2408.11396). {self._trained()}"
             )
             if self.router_seed is not None:
                 yield ""
@@ -77,14 +80,17 @@ class ModelCard:
 
     def _trained(self) -> str:
         if self.provenance is None or not self.provenance.stages:
+            if self.base_experts:
+                return "Nothing was trained yet: new experts are copies of expert 0."
             return "The new experts are copies of it and the router is random: the function is the base's."
         if not self.num_frozen:
             return "Everything was trained."
         which = "Expert 0 is" if self.num_frozen == 1 else f"Experts 0 to {self.num_frozen - 1} are"
+        whose = f"those of `{self.base}`" if self.base_experts else "the original"
         new = self.num_experts - self.num_frozen
         return (
-            f"{which} the original and was never trained, nor were attention, embeddings and norms. The {new} new "
-            "experts and the router were post-trained."
+            f"{which} {whose}, never trained here, nor were attention, embeddings and norms. The {new} new experts and "
+            "the router were post-trained."
         )
 
     def _languages(self, provenance: Provenance) -> Iterator[str]:

@@ -45,15 +45,9 @@ class MappedFile {
 
 }  // namespace megatron_lpr
 
-#include "reader.h"
-#if __has_include("documents.h")
 #include "documents.h"
-#define HAS_DOCUMENTS
-#endif
-#if __has_include("languages.h")
 #include "languages.h"
-#define HAS_LANGUAGES
-#endif
+#include "reader.h"
 
 namespace {
 
@@ -95,7 +89,6 @@ void read_everything() {
     require(false, "a read past the end of the corpus");
   } catch (const std::out_of_range&) {
   }
-#ifdef HAS_DOCUMENTS
   expect_no_crash([&] {
     const megatron_lpr::DocumentOffsets documents("corpus", header);
     for (std::uint64_t document = 0; document < documents.size(); ++document)
@@ -106,8 +99,6 @@ void read_everything() {
     for (std::uint64_t token = 0; token < header.tokens; ++token)
       expect_no_crash([&] { require(documents.containing(token) < header.documents, "a token without document"); });
   });
-#endif
-#ifdef HAS_LANGUAGES
   expect_no_crash([&] {
     const megatron_lpr::LanguageRuns runs("corpus", header.tokens, 3);
     for (std::uint64_t first = 0; first <= header.tokens; ++first)
@@ -120,7 +111,6 @@ void read_everything() {
         require(seen == header.tokens - first, "languages of too few or too many tokens");
       });
   });
-#endif
 }
 
 // An input is two u16 sizes, of .idx and .bin, and the three files one after the other.

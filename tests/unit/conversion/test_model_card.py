@@ -100,6 +100,18 @@ def test_upcycled_and_dense_models_were_not_trained(toy_base, tmp_path):
     assert "`base`, converted without training." in card and "moe" not in card and "post-trained" not in card
 
 
+def test_a_model_that_was_expanded_again(toy_base, tmp_path):
+    once = upcycle_hf(toy_base, tmp_path / "once", num_experts=3)
+    card = (upcycle_hf(once, tmp_path / "twice", num_experts=5, num_frozen=3) / "README.md").read_text()
+    assert "The 3 experts of every layer of `once` became 5 experts" in card
+    assert "new experts are copies of expert 0" in card and "the function is the base's" not in card
+    write_run(once, tmp_path / "run", recipe={
+        "model": {"base": str(once), "num_experts": 5, "num_frozen_experts": 3}, **train("routers")
+    })  # fmt: skip
+    card = (export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=once) / "README.md").read_text()
+    assert "Experts 0 to 2 are those of `once`, never trained here" in card
+
+
 def test_a_model_of_which_everything_was_trained(toy_base, tmp_path):
     write_run(toy_base, tmp_path / "run", recipe={"name": "full", **train("all")})
     card = (export_checkpoint(tmp_path / "run", tmp_path / "b", base_dir=toy_base) / "README.md").read_text()
