@@ -26,39 +26,6 @@ class Narrowable(Protocol):
     @property
     def shape(self) -> Shape: ...
 
-    def rows(self, start: int, stop: int) -> "FileTensor":
-        """A range of rows, not read yet."""
-        skipped = start * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return FileTensor(self.path, self.offset + skipped, self.dtype, (stop - start, *self.shape[1:]))
-
-    def copy_to(self, file: int, offset: int, dtype: torch.dtype) -> None:
-        """Writes the tensor at `offset` of an open file, by the kernel where nothing is cast, in blocks otherwise.
-
-        OSError when it cannot be written, UserError when it cannot be read.
-        """
-        if dtype != self.dtype or not self._copied_by_kernel(file, offset):
-            row_bytes = max(math.prod(self.shape[1:]), 1) * self.dtype.itemsize
-            rows = max(_BLOCK_BYTES // row_bytes, 1)
-            for start in range(0, self.shape[0], rows):
-                block = tensor_bytes(self[start : start + rows].to(dtype))
-                write_at(file, block, offset)
-                offset += len(block)
-
-    def _copied_by_kernel(self, file: int, offset: int) -> bool:
-        left, start = math.prod(self.shape) * self.dtype.itemsize, self.offset
-        with _open(self.path) as source:
-            while left:
-                try:
-                    copied = os.copy_file_range(source.fileno(), file, left, start, offset)
-                except OSError as error:
-                    if error.errno in _NOT_HERE:
-                        return False
-                    raise
-                if not copied:
-                    raise _truncated(self.path)
-                left, start, offset = left - copied, start + copied, offset + copied
-        return True
-
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor: ...
 
 
