@@ -53,7 +53,7 @@ LAYOUTS = {
         "tp2_pp2_ep2": {"tensor": 2, "pipeline": 2, "expert": 2},
         "tp2_pp2_ep2_recompute_selective": {"tensor": 2, "pipeline": 2, "expert": 2, "recompute": "selective"},
         "cp4": {"context": 4, "micro_batch_size": 2},
-        "cp2_tp2": {"context": 2, "tensor": 2, "micro_batch_size": 2},
+        "cp2_tp2": {"context": 2, "tensor": 2},
         "cp2_pp2": {"context": 2, "pipeline": 2},
         "cp2_ep4_overlap_recompute_full": {"context": 2, "expert": 4, "recompute": "full"} | OVERLAP,
     },
@@ -63,6 +63,8 @@ LAYOUTS = {
     },
 }
 TRAIN = ("micro_batch_size", "recompute")
+NEEDS_EXPERTS = {"expert", "expert_tensor", "dispatcher"}
+VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer"}
 
 
 def sections(sizes: dict) -> dict:
@@ -74,8 +76,10 @@ def sections(sizes: dict) -> dict:
 
 
 def stages(sizes: dict) -> list[str]:
-    needs_experts = {"expert", "expert_tensor", "dispatcher"} & sizes.keys()
-    return [stage for stage in STAGES if not (needs_experts and stage == "dense")]
+    """All that a layout can train; of a variation of another layout only the method's own two."""
+    if VARIATIONS & sizes.keys():
+        return ["stage1", "stage2"]
+    return [stage for stage in STAGES if stage != "dense" or not NEEDS_EXPERTS & sizes.keys()]
 
 
 # ten steps of post-pretraining show that nothing drifts; the other stages share its layout code
