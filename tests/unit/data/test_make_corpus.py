@@ -175,11 +175,12 @@ def test_one_corpus_is_made_by_one_process(write_text, hf_tokenizer, tmp_path):
 
 def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_blocks, monkeypatch):
     read_blocks = make_corpus.read_blocks
+    others = set(psutil.Process().children())  # of earlier tests, as Megatron's
 
     def kill_a_worker(*arguments, **options):
         for number, block in enumerate(read_blocks(*arguments, **options)):
             if number == 8:
-                os.kill(psutil.Process().children()[-1].pid, signal.SIGKILL)
+                max(set(psutil.Process().children()) - others, key=lambda child: child.create_time()).kill()
             yield block
 
     monkeypatch.setattr(make_corpus, "read_blocks", kill_a_worker)
