@@ -22,7 +22,7 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
     Raises:
         UserError: an unknown language, a number below 1, a share outside (0, 1], or both for one language.
     """
-    languages = {language: role for corpus in manifest.corpora for language, role in ((corpus.language, corpus.role),)}
+    languages = {corpus.language: corpus.role for corpus in manifest.corpora}
     for field, limits in (("documents", replay.documents), ("tokens", replay.tokens)):
         for key, value in limits.items():
             known = (*ROLES, *languages)

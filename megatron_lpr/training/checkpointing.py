@@ -6,6 +6,7 @@ nothing that a later run could mistake for one.
 
 import os
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
     if optimizer is not None:
         content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
     try:
+        present = load_sharded_metadata(str(folder))
         for index in range(len(chunks)):
-            content[f"model{index}"] = _without_absent_extra_state(content[f"model{index}"], folder)
+            content[f"model{index}"] = _without_absent_extra_state(content[f"model{index}"], present)
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -93,13 +95,12 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
         scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _without_absent_extra_state(model: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _without_absent_extra_state(model: dict[str, Any], present: Container[str]) -> dict[str, Any]:
     """Ask for the extra state (FP8 scales) of those modules only of which the checkpoint has some.
 
     Transformer Engine's modules have one where the local ones have none, as in norms: without this a checkpoint
     written with one spec would not load with the other.
     """
-    present = load_sharded_metadata(str(folder))
     return {
         name: entry
         for name, entry in model.items()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.conversion.file_tensor import tensor_bytes
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.upcycle import load_dense
 from megatron_lpr.training import checkpointing
@@ -48,9 +48,5 @@ def frozen_digest(chunks: Iterable[torch.nn.Module]) -> str:
         for name, parameter in chunk.named_parameters():
             if not parameter.requires_grad:
                 digest.update(f"{index}.{name}".encode())
-                digest.update(_bytes(parameter))
+                digest.update(tensor_bytes(parameter))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
