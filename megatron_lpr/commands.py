@@ -11,7 +11,7 @@ from megatron_lpr.config import EvaluationCorpus, Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform import Ranks, megatron, together
+from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -119,6 +119,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     ranks = Ranks.from_environment()
     plan = together(lambda: plan_training(recipe, ranks.world_size))
+    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
     if ranks.rank == 0:
         print(describe(plan), flush=True)
     if dry_run or plan.finished:
