@@ -1,6 +1,7 @@
 """A number that is not finite never reaches a weight; its message says the cause, the checkpoint and the way out."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -93,8 +94,13 @@ def test_weights_are_looked_at_before_the_first_step(make_trainer, tmp_path, nam
         make_trainer(resume=folder)
 
 
-def test_changed_optimizer_settings_take_effect(make_trainer, tmp_path):
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("trainable", ["routers", "all"])  # one optimizer, or one more for the experts
+def test_changed_optimizer_settings_take_effect(make_trainer, tmp_path, sharded, trainable):
     """Megatron takes them from the checkpoint, the learning rate too, whatever the recipe says."""
+    make_trainer = functools.partial(
+        make_trainer, parallel={"distributed_optimizer": sharded}, train={"trainable": trainable}
+    )
     trainer = make_trainer(optimizer={"lr": 0.1, "schedule": "constant"})
     trainer.train_step()
     trainer.save(last=False)
