@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform import Ranks, megatron
+from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -76,19 +77,16 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
-    from megatron_lpr.training.run_state import RunState, find_checkpoint
-    from megatron_lpr.validation import check_recipe
+    from megatron_lpr.training.run_folder import run_folder
+    from megatron_lpr.training.run_state import RunState
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
-    check_recipe(recipe, arch, Ranks.from_environment().world_size)
-    if find_checkpoint(recipe.output):
-        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    arch, base = together(lambda: _check_import(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
-    with megatron() as ranks:
+    with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
         from megatron_lpr.training.weights import fill_weights
@@ -96,23 +94,37 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
         fill_weights(recipe, arch, chunks, None)
-        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
+        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
 
 
+def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
+    from megatron_lpr.training.run_state import find_checkpoint
+    from megatron_lpr.training.same_run import base_identity
+    from megatron_lpr.validation import check_recipe
+
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+    check_recipe(recipe, arch, Ranks.from_environment().world_size)
+    if find_checkpoint(recipe.output):
+        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    return arch, base_identity(recipe.model.base, arch)
+
+
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Run a training recipe: post-pretraining, review or a baseline; resumes where an earlier run stopped."""
     from megatron_lpr.training.plan import describe, plan_training
+    from megatron_lpr.training.run_folder import run_folder
 
     ranks = Ranks.from_environment()
-    plan = plan_training(recipe, ranks.world_size)
+    plan = together(lambda: plan_training(recipe, ranks.world_size))
+    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
     if ranks.rank == 0:
         print(describe(plan), flush=True)
-    if dry_run:
+    if dry_run or plan.finished:
         return
-    with megatron():
+    with run_folder(recipe.output, plan.resume), megatron():
         from megatron_lpr.training.train import Trainer
 
         Trainer(plan).run()

@@ -4,9 +4,8 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 nothing that a later run could mistake for one.
 """
 
-import os
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.training.checkpoint_folders import drop_old, publish
 from megatron_lpr.training.run_state import RunState, write_run_state
 
 EXTRA_STATE = "_extra_state"
@@ -55,12 +55,8 @@ def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, k
     dist.barrier()
     if rank == 0:
         write_run_state(writing, state)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-        pointer = root / ".latest"
-        pointer.write_text(folder.name)
-        os.replace(pointer, root / "latest")
-        _drop_old(root, keep)
+        publish(writing, folder)
+        drop_old(folder, keep)
     dist.barrier()
     return folder
 
@@ -90,9 +86,29 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
         weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
-        with cuda_type_names():
-            optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+        _load_optimizer(optimizer, scheduler, loaded)
+
+
+def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
+    """Moments and steps are the checkpoint's, the settings the recipe's.
+
+    Megatron 0.16.1 would take them, the learning rate too, from the checkpoint, whatever the recipe of the resumed run
+    says; 0.19.2 does not find a parameter group whose learning rate has changed. Weight decay the scheduler sets.
+    """
+    settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
+    for group in _param_groups(loaded["optimizer"]):
+        group.update(settings)
+    with cuda_type_names():
+        optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer or of several."""
+    if isinstance(tree, dict):
+        yield from tree.get("param_groups", ())
+        for value in tree.values():
+            yield from _param_groups(value)
 
 
 def _without_absent_extra_state(model: dict[str, Any], present: Container[str]) -> dict[str, Any]:
@@ -145,9 +161,3 @@ def _allocate_state(optimizer) -> None:
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.zeros(())} | moments
-
-
-def _drop_old(root: Path, keep: int) -> None:
-    checkpoints = sorted(root.glob("step_*"))
-    for folder in checkpoints[:-keep] if keep else []:
-        shutil.rmtree(folder)
