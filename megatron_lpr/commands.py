@@ -158,12 +158,10 @@ def export(
 ) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export import export_checkpoint
-    from megatron_lpr.conversion.folders import check_vacant
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("export")
     source = checkpoint_folder(checkpoint)
-    check_vacant(out)
     export_checkpoint(
         source,
         out,

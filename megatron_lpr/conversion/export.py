@@ -6,6 +6,7 @@ offline (`upcycle_hf`), and parameters in memory (`export_model`). None of them 
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,16 @@ from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
 from megatron_lpr.conversion.model_card import ModelCard
 from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
+from megatron_lpr.conversion.output_place import check_place, check_vacant
 from megatron_lpr.conversion.parallel_write import write_all
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.provenance import read_provenance
+from megatron_lpr.conversion.remarks import remarks
 from megatron_lpr.conversion.sizes import parse_size
 from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe_io import from_tree
 from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
@@ -40,6 +43,7 @@ class _Export:
     """What is written beside the tensors, and what the folder must be.
 
     hf_dir: the HF model whose config, tokenizer and frozen tensors the export has: the base, or the instruct model.
+    reads: the other folders that are read.
     num_frozen: experts that were never trained; 0 where everything was.
     on_verified: the folder is verified before it appears, and this is given the report.
     """
@@ -53,9 +57,21 @@ class _Export:
     max_shard_bytes: int
     card: ModelCard
     on_verified: OnVerified | None
+    reads: tuple[str | Path, ...] = ()
 
-    def write(self, fill: Callable[[ShardedWriter], None]) -> Path:
+    def run(self, fill: Callable[[ShardedWriter], None], *, dry_run: bool = False) -> Path:
+        """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
         shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
+        needed = sum(map(math.prod, shapes.values())) * torch_dtype(self.card.dtype).itemsize
+        check_place(self.out_dir, self.hf_dir, *self.reads, needed=needed)
+        check_vacant(self.out_dir)
+        for sentence in remarks(self.arch, self.hf_dir, dtype=self.card.dtype, num_experts=self.num_experts):
+            warn(sentence)
+        if not dry_run:
+            self._write(shapes, fill)
+        return self.out_dir
+
+    def _write(self, shapes: dict[str, tuple[int, ...]], fill: Callable[[ShardedWriter], None]) -> None:
         config = export_config(
             self.arch, read_config(self.hf_dir), num_experts=self.num_experts, topk=self.topk, dtype=self.card.dtype
         )
@@ -70,7 +86,6 @@ class _Export:
             report = self._verify(folder) if self.on_verified else None
             card = dataclasses.replace(self.card, frozen_sha256=report and report.frozen_sha256)
             (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
-        return self.out_dir
 
     def _verify(self, folder: Path) -> VerifyReport:
         report = verify_export(folder, self.hf_dir, num_frozen=self.num_frozen)
@@ -128,7 +143,7 @@ def export_model(
             dtype=dtype or arch.dtype,
         ),
         on_verified=None,
-    ).write(fill)
+    ).run(fill)
 
 
 def upcycle_hf(
@@ -148,18 +163,19 @@ def upcycle_hf(
     on_verified: OnVerified | None = None,
     command: str | None = None,
     progress: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
     The result computes what a dense model computes (for one that has experts already see origins.py) and equals
     what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see
     `with_layers_kept_dense` and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over
-    the report. UserError as `export_model`.
+    the report. dry_run: check everything that can be checked first, write nothing. UserError as `export_model`.
     """
     arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     source = UpcycledSource(base_dir, arch, num_experts=num_experts, router_std=router_std, seed=seed)
-    return _Export(
+    planned = _Export(
         arch=arch,
         hf_dir=Path(base_dir),
         out_dir=Path(out_dir),
@@ -179,7 +195,8 @@ def upcycle_hf(
             command=command,
         ),
         on_verified=on_verified,
-    ).write(_from(source, "upcycle", processes=processes, progress=progress))
+    )
+    return planned.run(_from(source, "upcycle", processes=processes, progress=progress), dry_run=dry_run)
 
 
 def export_checkpoint(
@@ -223,7 +240,10 @@ def export_checkpoint(
             num_frozen=untouched,
             dtype=dtype,
         )
-        arch = dataclasses.replace(arch, max_position_embeddings=read_architecture(hf_dir).max_position_embeddings)
+        instruct = read_architecture(hf_dir)
+        arch = dataclasses.replace(
+            arch, max_position_embeddings=instruct.max_position_embeddings, dtype=instruct.dtype
+        )
     provenance = read_provenance(folder)
     planned = _Export(
         arch=arch,
@@ -248,10 +268,9 @@ def export_checkpoint(
             command=command,
         ),
         on_verified=on_verified,
+        reads=(folder, *(graft_delta or ())),
     )
-    if dry_run:
-        return planned.out_dir
-    return planned.write(_from(source, "export", processes=settings.processes, progress=progress))
+    return planned.run(_from(source, "export", processes=settings.processes, progress=progress), dry_run=dry_run)
 
 
 def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
