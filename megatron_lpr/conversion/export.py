@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lpr.config import ExportConfig, Recipe
-from megatron_lpr.conversion.export_config import export_config
+from megatron_lpr.conversion.export_config import check_carried_over, export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
 from megatron_lpr.conversion.graft import GraftedSource, check_own_base
@@ -63,6 +63,7 @@ class _Export:
         """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
         shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
         needed = sum(map(math.prod, shapes.values())) * torch_dtype(self.card.dtype).itemsize
+        check_carried_over(read_config(self.hf_dir), self.arch, self.hf_dir)
         check_place(self.out_dir, self.hf_dir, *self.reads, needed=needed)
         check_vacant(self.out_dir)
         for sentence in remarks(self.arch, self.hf_dir, dtype=self.card.dtype, num_experts=self.num_experts):

@@ -87,8 +87,7 @@ def _temporary(out: Path) -> Path:
 
 
 def _folders_can_be_renamed(parent: Path) -> bool:
-    """Not on every network file system: some object stores can only rename files. OSError where nothing can be written.
-    """
+    """Not on every network file system: some rename files only. OSError where nothing can be written."""
     probe = Path(tempfile.mkdtemp(prefix=".probe_", dir=parent))
     renamed = probe.with_name(f"{probe.name}.renamed")
     try:

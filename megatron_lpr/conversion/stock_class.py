@@ -15,8 +15,8 @@ def stock_shapes(hf_dir: str | Path) -> dict[str, tuple[int, ...]]:
         config = AutoConfig.from_pretrained(hf_dir)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"transformers cannot read '{hf_dir}/config.json': {error}") from error
+    except Exception as error:  # whatever it is that another library makes of a file
+        raise UserError(f"transformers cannot read '{hf_dir}/config.json': {' '.join(str(error).split())}") from error
     tensors = model.state_dict()
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
