@@ -7,9 +7,11 @@ from pathlib import Path
 import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
-from megatron_lpr.errors import UserError
+from megatron_lpr.conversion.upcycle import check_checkpoint
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.platform import Ranks, megatron
 from megatron_lpr.recipe_io import to_tree
 
@@ -76,30 +78,48 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
-    from megatron_lpr.training.run_state import RunState, find_checkpoint
-    from megatron_lpr.validation import check_recipe
-
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
-    check_recipe(recipe, arch, Ranks.from_environment().world_size)
-    if find_checkpoint(recipe.output):
-        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    arch = _check_import(recipe)
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
     with megatron() as ranks:
+        from megatron_lpr.conversion.progress import byte_progress
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
+        from megatron_lpr.training.run_state import RunState
         from megatron_lpr.training.weights import fill_weights
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
-        fill_weights(recipe, arch, chunks, None)
+        total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+        with byte_progress("convert", total, show=ranks.rank == 0) as bar:
+            fill_weights(recipe, arch, chunks, None, progress=bar.update)
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
+
+
+def _check_import(recipe: Recipe) -> Architecture:
+    """What can be known before the work: UserError, and warnings; the architecture to build."""
+    from megatron_lpr.conversion.output_place import check_place
+    from megatron_lpr.conversion.remarks import base_remarks
+    from megatron_lpr.conversion.sizes import model_bytes
+    from megatron_lpr.training.run_state import find_checkpoint
+    from megatron_lpr.validation import check_recipe
+
+    model, ranks = recipe.model, Ranks.from_environment()
+    arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+    check_recipe(recipe, arch, ranks.world_size)
+    check_checkpoint(SafetensorsReader(model.base), arch)
+    check_place(recipe.output, model.base, needed=model_bytes(arch, model.num_experts, model.dtype))
+    if find_checkpoint(recipe.output):
+        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    for sentence in base_remarks(arch, model.base, dtype=model.dtype) if ranks.rank == 0 else ():
+        warn(sentence)
+    return arch
 
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:

@@ -6,7 +6,6 @@ offline (`upcycle_hf`), and parameters in memory (`export_model`). None of them 
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_lpr.conversion.parallel_write import write_all
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.provenance import read_provenance
 from megatron_lpr.conversion.remarks import remarks
-from megatron_lpr.conversion.sizes import parse_size
+from megatron_lpr.conversion.sizes import model_bytes, parse_size
 from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
@@ -61,18 +60,18 @@ class _Export:
 
     def run(self, fill: Callable[[ShardedWriter], None], *, dry_run: bool = False) -> Path:
         """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
-        shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
-        needed = sum(map(math.prod, shapes.values())) * torch_dtype(self.card.dtype).itemsize
+        needed = model_bytes(self.arch, self.num_experts, self.card.dtype)
         check_carried_over(read_config(self.hf_dir), self.arch, self.hf_dir)
         check_place(self.out_dir, self.hf_dir, *self.reads, needed=needed)
         check_vacant(self.out_dir)
         for sentence in remarks(self.arch, self.hf_dir, dtype=self.card.dtype, num_experts=self.num_experts):
             warn(sentence)
         if not dry_run:
-            self._write(shapes, fill)
+            self._write(fill)
         return self.out_dir
 
-    def _write(self, shapes: dict[str, tuple[int, ...]], fill: Callable[[ShardedWriter], None]) -> None:
+    def _write(self, fill: Callable[[ShardedWriter], None]) -> None:
+        shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
         config = export_config(
             self.arch, read_config(self.hf_dir), num_experts=self.num_experts, topk=self.topk, dtype=self.card.dtype
         )
