@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = _add(commands, "verify", "check an export against the base model, and against its checkpoint")
     verify.add_argument("export_dir", metavar="EXPORT", help="folder that `export` wrote")
     verify.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
+    verify.add_argument(
+        "--no-logits", dest="logits", action="store_false", help="with --checkpoint: tensors only, without Megatron"
+    )
+    _add_graft_delta(verify)
     return parser
 
 
@@ -83,10 +87,14 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", nargs="+", metavar="JSON", help="evaluations for the model card, the base's first (export.results)"
     )
+    _add_graft_delta(parser)
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
+
+
+def _add_graft_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
     )
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
 
 def export_settings(options: dict) -> dict:

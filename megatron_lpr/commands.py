@@ -196,28 +196,57 @@ def export(
     print(f"{'would export' if dry_run else 'exported'} {source} to {out}" + ("" if verify else "; not verified"))
 
 
-def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:
-    """Check an export: keys, shapes and frozen tensors against the base model; tensors and logits against a checkpoint.
+def verify(
+    recipe: Recipe,
+    *,
+    export_dir: str,
+    checkpoint: str | None = None,
+    graft_delta: list[str] | None = None,
+    logits: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Check an export: its files, names and frozen tensors against the base; tensors and logits against a checkpoint.
+
+    What is frozen and how tokens are routed is the checkpoint's record or the export's, not what `recipe` says.
     """
+    from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
+    from megatron_lpr.conversion.record import Made, made_of
     from megatron_lpr.conversion.verify import verify_export
     from megatron_lpr.training.run_state import checkpoint_folder
 
-    source = str(checkpoint_folder(checkpoint)) if checkpoint else None
-    if dry_run:
-        print(f"would verify {export_dir} against {recipe.model.base}" + (f" and {source}" if source else ""))
-        return
-    report = verify_export(export_dir, recipe.model.base, num_frozen=recipe.untouched_experts)
-    print(report)
-    ok = report.ok
-    if source:
+    base = recipe.model.base
+    source = checkpoint_folder(checkpoint) if checkpoint else None
+    with_logits = source is not None and logits and not graft_delta
+    if with_logits:
         _single_process("verify --checkpoint")
+        if not recipe.evaluation.corpora:
+            raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
+    if dry_run:
+        print(f"would verify {export_dir} against {base}" + (f" and {source}" if source else ""))
+        return
+    made = made_of(source) if source else None
+    report = verify_export(
+        export_dir,
+        graft_delta[1] if graft_delta else base,
+        checkpoint=made,
+        recipe=Made.of_recipe(recipe),
+        grafted_on=graft_delta[0] if graft_delta else None,
+    )
+    print(report, flush=True)
+    checks = [*report.checks]
+    if source:
+        checks.append(compare_with_checkpoint(source, made, export_dir, base, graft_delta=graft_delta))
+        print(checks[-1], flush=True)
+    if with_logits:
         with megatron():
-            from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
+            from megatron_lpr.conversion.against_logits import compare_logits
 
-            checks = compare_with_checkpoint(recipe, source, export_dir)
-        print(*checks, sep="\n")
-        ok = ok and all(check.ok for check in checks)
-    if not ok:
+            checks.append(compare_logits(recipe, str(source), export_dir))
+        print(checks[-1])
+    elif source:
+        why = "no Megatron model has the delta that was grafted on" if graft_delta else "--no-logits"
+        print(f"      logits         not compared: {why}")
+    if not all(check.ok for check in checks):
         raise UserError(f"verify {export_dir}: failed (see above)")
 
 

@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     cli.export_options(to_hf)
 
     verify = door("verify", "check an exported HF model against the model it came from", "EXPORT", "BASE")
-    verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
+    verify.add_argument(
+        "--num-frozen", type=int, default=None, help="frozen experts per layer; None: what EXPORT's record says, or 1"
+    )
 
     doors.add_parser("export", add_help=False, help="the same as megatron-lpr export")
     return parser
@@ -133,14 +135,16 @@ def megatron_to_hf(options: dict, command_line: str) -> int:
 def verify(options: dict, command_line: str) -> int:
     report = verify_export(options["export"], options["base"], num_frozen=options["num_frozen"])
     print(report)
-    return 0 if report.ok else 1
+    if not report.ok:
+        raise UserError(f"verify {options['export']}: failed (see above)")
+    return 0
 
 
 DOORS = {"upcycle": upcycle, "hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf, "verify": verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Goes through one door; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
+    """Goes through one door; returns 0, or 2 for a UserError, as when `verify` found something wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["export"]:
         return cli.main(argv)

@@ -103,6 +103,22 @@ class FileTensor:
         return rows
 
 
+def same_bits(there: FileTensor, expected: Narrowable) -> bool:
+    """Whether two tensors are equal, bit for bit once `expected` is cast to the dtype of `there`; block by block.
+
+    `==` would see neither NaN nor the sign of zero.
+    """
+    if there.shape != tuple(expected.shape):
+        return False
+    rows = max(_BLOCK_BYTES // (max(math.prod(there.shape[1:]), 1) * there.dtype.itemsize), 1)
+    for start in range(0, there.shape[0], rows):
+        length = min(rows, there.shape[0] - start)
+        blocks = (there.narrow(0, start, length), expected.narrow(0, start, length).detach().cpu().to(there.dtype))
+        if not torch.equal(*(block.contiguous().reshape(-1).view(torch.uint8) for block in blocks)):
+            return False
+    return True
+
+
 def _open(path: Path) -> BinaryIO:
     try:
         return open(path, "rb", buffering=0)

@@ -29,7 +29,7 @@ def test_upcycle_then_verify(convert_hf, llama, tmp_path, capsys):
     assert convert_hf(["verify", out, str(llama), "--num-frozen", "2"]) == 0
     assert "27 of 27 equal" in capsys.readouterr().out
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    assert convert_hf(["verify", out, str(llama)]) == 1
+    assert convert_hf(["verify", out, str(llama)]) == 2
     assert "FAIL  files" in capsys.readouterr().out
 
 
