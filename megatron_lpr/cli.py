@@ -1,15 +1,19 @@
 """The command line: `megatron-lpr preprocess|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
+import contextlib
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_lpr import __version__
 from megatron_lpr.data.options import add_options, take_tree
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.recipe_io import describe, load_recipe
+
+DISTRIBUTED = ("train", "upcycle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,16 +25,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
         options["command_line"] = shlex.join(["megatron-lpr", *arguments])
     try:
-        from megatron_lpr import commands
-
-        if "recipe" in options:
-            under = take_tree(options) if command == "preprocess" else {}
-            options["recipe"] = load_recipe(options["recipe"], overrides, under)
-        getattr(commands, command.replace("-", "_"))(**options)
+        with all_ranks(functools.partial(_report, command)) if command in DISTRIBUTED else contextlib.nullcontext():
+            _run(command, options, overrides)
+    except AlreadyTold:
+        return 2
     except UserError as error:
-        print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
+        _report(command, error)
         return 2
     return 0
+
+
+def _run(command: str, options: dict, overrides: list[str]) -> None:
+    from megatron_lpr import commands
+    from megatron_lpr.platform import together
+
+    if "recipe" in options:
+        under = take_tree(options) if command == "preprocess" else {}
+        options["recipe"] = together(lambda: load_recipe(options["recipe"], overrides, under))
+    getattr(commands, command.replace("-", "_"))(**options)
+
+
+def all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
+    """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
+    from megatron_lpr.platform import Ranks, meeting
+
+    ranks = Ranks.from_environment()
+    return meeting(ranks.rank, ranks.world_size, report)
+
+
+def _report(command: str, error: UserError) -> None:
+    print(f"megatron-lpr {command}: error: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,7 +13,7 @@ from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.platform import Ranks, megatron
+from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -78,13 +79,15 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
+    from megatron_lpr.training.run_folder import run_folder
+
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = _check_import(recipe)
+    arch, base = together(lambda: _check_import(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
-    with megatron() as ranks:
+    with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.conversion.progress import byte_progress
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
@@ -96,18 +99,19 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
         with byte_progress("convert", total, show=ranks.rank == 0) as bar:
             fill_weights(recipe, arch, chunks, None, progress=bar.update)
-        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
+        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
 
 
-def _check_import(recipe: Recipe) -> Architecture:
-    """What can be known before the work: UserError, and warnings; the architecture to build."""
+def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
+    """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
     from megatron_lpr.conversion.output_place import check_place
     from megatron_lpr.conversion.remarks import base_remarks
     from megatron_lpr.conversion.sizes import model_bytes
     from megatron_lpr.training.run_state import find_checkpoint
+    from megatron_lpr.training.same_run import base_identity
     from megatron_lpr.validation import check_recipe
 
     model, ranks = recipe.model, Ranks.from_environment()
@@ -119,20 +123,21 @@ def _check_import(recipe: Recipe) -> Architecture:
         raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
     for sentence in base_remarks(arch, model.base, dtype=model.dtype) if ranks.rank == 0 else ():
         warn(sentence)
-    return arch
+    return arch, base_identity(model.base, arch)
 
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Run a training recipe: post-pretraining, review or a baseline; resumes where an earlier run stopped."""
     from megatron_lpr.training.plan import describe, plan_training
+    from megatron_lpr.training.run_folder import run_folder
 
     ranks = Ranks.from_environment()
-    plan = plan_training(recipe, ranks.world_size)
+    plan = together(lambda: plan_training(recipe, ranks.world_size))
     if ranks.rank == 0:
         print(describe(plan), flush=True)
-    if dry_run:
+    if dry_run or plan.finished:
         return
-    with megatron():
+    with run_folder(recipe.output, plan.resume), megatron():
         from megatron_lpr.training.train import Trainer
 
         Trainer(plan).run()

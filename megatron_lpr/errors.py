@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Something the user can put right: a path, a configuration value, a corpus, a checkpoint."""
 
 
+class AlreadyTold(UserError):
+    """A `UserError` that stops this rank and has been printed, here or by another rank of the run."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint to append to a message about an unknown `name`: the closest valid name, or all of them."""
     valid = sorted(valid)

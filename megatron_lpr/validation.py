@@ -164,6 +164,9 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
         )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
+    for field in ("every", "keep"):
+        if getattr(recipe.checkpoint, field) < 0:
+            raise UserError(f"checkpoint.{field}: {getattr(recipe.checkpoint, field)}; at least 0")
     _check_data(recipe)
     mixtures = [recipe.data.mixture, *(piece.mixture or {} for piece in recipe.data.schedule)]
     if recipe.lpr.coeff and not any(mixture.get("original") for mixture in mixtures):

@@ -41,6 +41,7 @@ def write_dist_checkpoint(folder, tensors, cuts=None, files=2, transposed=()):
     state["decoder.layers.self_attention.linear_qkv._extra_state/shard_0_1"] = BytesStorageMetadata()
     for file, stream in enumerate(streams):
         (folder / f"__{file}_0.distcp").write_bytes(stream.getvalue())
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(state, None, storage)))
     return folder
 

@@ -6,6 +6,7 @@ checkpoint that it writes loads at every layout, whatever the sizes it was writt
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.hf_io import DTYPES
 from megatron_lpr.conversion.sizes import parse_size
 from megatron_lpr.conversion.verify import verify_export
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.recipe_io import from_tree, to_tree
 from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
@@ -149,11 +150,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["export"]:
         return cli.main(argv)
     options = vars(build_parser().parse_args(argv))
+    door = options.pop("door")
     try:
-        return DOORS[options.pop("door")](options, shlex.join(["convert_hf.py", *argv]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with cli.all_ranks(report) if door == "hf-to-megatron" else contextlib.nullcontext():
+            return DOORS[door](options, shlex.join(["convert_hf.py", *argv]))
+    except AlreadyTold:
         return 2
+    except UserError as error:
+        report(error)
+        return 2
+
+
+def report(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

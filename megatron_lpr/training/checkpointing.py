@@ -4,7 +4,6 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 nothing that a later run could mistake for one.
 """
 
-import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_lpr.conversion.dist_metadata import read_metadata
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.training.checkpoint_folders import drop_old, publish
 from megatron_lpr.training.run_state import RunState, write_run_state
 
 EXTRA_STATE = "_extra_state"
@@ -54,12 +54,8 @@ def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, k
     dist.barrier()
     if rank == 0:
         write_run_state(writing, state)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-        pointer = root / ".latest"
-        pointer.write_text(folder.name)
-        os.replace(pointer, root / "latest")
-        _drop_old(root, keep)
+        publish(writing, folder)
+        drop_old(folder, keep)
     dist.barrier()
     return folder
 
@@ -89,9 +85,18 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
         weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
-        with cuda_type_names():
-            optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+        _load_optimizer(optimizer, scheduler, loaded)
+
+
+def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
+    """Moments and steps are the checkpoint's, the settings the recipe's: Megatron takes them, the learning rate too,
+    from the checkpoint, whatever the recipe of the resumed run says. Weight decay is the scheduler's to set."""
+    settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
+    with cuda_type_names():
+        optimizer.load_state_dict(loaded["optimizer"])
+    for group in optimizer.param_groups:
+        group.update(settings)
+    scheduler.load_state_dict(loaded["scheduler"])
 
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
@@ -142,9 +147,3 @@ def _allocate_state(optimizer) -> None:
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.zeros(())} | moments
-
-
-def _drop_old(root: Path, keep: int) -> None:
-    checkpoints = sorted(root.glob("step_*"))
-    for folder in checkpoints[:-keep] if keep else []:
-        shutil.rmtree(folder)

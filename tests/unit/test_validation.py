@@ -88,6 +88,8 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (2, {"model": {"num_experts": 0}, "parallel": {"expert": 2}}, "parallel.expert: 2 has no effect"),
         (1, {"model": {"num_experts": 0, "mlp_only_layers": [1]}}, "model.mlp_only_layers: (1,) has no effect"),
         (1, {"data": None}, "data: missing"),
+        (1, {"checkpoint": {"keep": -1}}, "checkpoint.keep: -1; at least 0"),
+        (1, {"checkpoint": {"every": -5}}, "checkpoint.every: -5; at least 0"),
         (1, {"train": {"steps": 0}}, "train.steps: 0; at least 1"),
         (1, {"train": {"micro_batch_size": 0}}, "train.micro_batch_size: 0; at least 1"),
         (1, {"train": {"micro_batch_size": 3}}, "no multiple of micro_batch_size x data-parallel size = 3 x 1"),
