@@ -16,6 +16,7 @@ from megatron_lpr.conversion.families import Architecture, family_of, read_archi
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
+from megatron_lpr.conversion.hub_id import check_hub_id, hub_id
 from megatron_lpr.conversion.model_card import ModelCard
 from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
 from megatron_lpr.conversion.output_place import check_place, check_vacant
@@ -146,7 +147,7 @@ def export_model(
         made=_upcycled(arch, num_experts, num_frozen, topk),
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
-            base=Path(base_dir).name,
+            **_names(base_dir, "base"),
             base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
@@ -193,7 +194,7 @@ def upcycle_hf(
         made=_upcycled(arch, num_experts, num_frozen, topk),
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
-            base=Path(base_dir).resolve().name,
+            **_names(base_dir, "base"),
             base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
@@ -248,7 +249,8 @@ def export_checkpoint(
         made=made,
         max_shard_bytes=parse_size(settings.max_shard_size),
         card=ModelCard(
-            base=Path(base_dir).resolve().name,
+            **_names(base_dir, "base", settings.base_model),
+            **(_names(model.hf_dir, "instruct") if graft_delta else {}),
             base_experts=model.arch.num_experts,
             num_experts=made.num_experts,
             num_frozen=made.untouched,
@@ -257,7 +259,6 @@ def export_checkpoint(
             provenance=provenance,
             router_seed=provenance.router_seed,
             router_std=provenance.router_std,
-            instruct=model.hf_dir.resolve().name if graft_delta else None,
             results=_results(settings.results),
             command=command,
         ),
@@ -268,6 +269,12 @@ def export_checkpoint(
     )
     filling = _from(model.source, "export", processes=settings.processes, progress=progress)
     return planned.run(filling, dry_run=dry_run)
+
+
+def _names(hf_dir: str | Path, role: str, given: str | None = None) -> dict[str, str | None]:
+    """What the card calls a model: its id on the hub, where that is known, and a name for people."""
+    name = check_hub_id(given, "export.base_model") if given else hub_id(hf_dir)
+    return {role: name or Path(hf_dir).resolve().name, f"{role}_id": name}
 
 
 def _upcycled(arch: Architecture, num_experts: int, num_frozen: int, topk: int) -> Made:

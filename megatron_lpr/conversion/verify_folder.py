@@ -15,6 +15,7 @@ from megatron_lpr.conversion.folders import COMPANION_FILES
 from megatron_lpr.conversion.hf_io import INDEX_FILE, SafetensorsReader
 from megatron_lpr.conversion.record import RECORD_FILE, Made
 from megatron_lpr.conversion.verify_report import listed
+from megatron_lpr.errors import UserError
 
 # Written into config.json by those who copy or upload a model; nothing follows from them.
 _SAYS_NOTHING = {"_name_or_path", "transformers_version"}
@@ -51,6 +52,10 @@ def census_problems(
         problems.append(f"{len(misshapen)} of another shape: {listed(misshapen)}")
     if dtype and (cast := [f"{key} {export.dtype(key)}" for key in present if export.dtype(key) != dtype]):
         problems.append(f"{len(cast)} of another dtype than the config says: {listed(cast)}")
+    try:
+        export.check_index()
+    except UserError as error:
+        problems.append(str(error))
     return problems
 
 
