@@ -9,6 +9,7 @@ import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.conversion.upcycle import check_checkpoint
@@ -227,6 +228,7 @@ def verify(
         if not recipe.evaluation.corpora:
             raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
     if dry_run:
+        read_config(export_dir), read_architecture(base)
         print(f"would verify {export_dir} against {base}" + (f" and {source}" if source else ""))
         return
     made = made_of(source) if source else None
@@ -236,6 +238,7 @@ def verify(
         checkpoint=made,
         recipe=Made.of_recipe(recipe),
         grafted_on=graft_delta[0] if graft_delta else None,
+        progress=True,
     )
     print(report, flush=True)
     checks = [*report.checks]

@@ -20,13 +20,12 @@ from megatron_lpr.conversion.hub_id import check_hub_id, hub_id
 from megatron_lpr.conversion.model_card import ModelCard
 from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
 from megatron_lpr.conversion.output_place import check_place, check_vacant
-from megatron_lpr.conversion.parallel_write import write_all
-from megatron_lpr.conversion.progress import byte_progress
+from megatron_lpr.conversion.parallel_write import filling
 from megatron_lpr.conversion.provenance import read_provenance
 from megatron_lpr.conversion.record import ExportRecord, Made, digests, made_of
 from megatron_lpr.conversion.remarks import remarks
 from megatron_lpr.conversion.sizes import model_bytes, parse_size
-from megatron_lpr.conversion.sources import Source, UpcycledSource
+from megatron_lpr.conversion.sources import UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.trained_model import trained_model
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
@@ -60,6 +59,7 @@ class _Export:
     reads: tuple[str | Path, ...] = ()
     step: int | None = None
     grafted_on: Path | None = None
+    progress: bool = False
 
     def run(self, fill: Callable[[ShardedWriter], None], *, dry_run: bool = False) -> Path:
         """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
@@ -102,7 +102,9 @@ class _Export:
             (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
 
     def _verify(self, folder: Path) -> VerifyReport:
-        report = verify_export(folder, self.hf_dir, checkpoint=self.made, grafted_on=self.grafted_on)
+        report = verify_export(
+            folder, self.hf_dir, checkpoint=self.made, grafted_on=self.grafted_on, progress=self.progress
+        )
         self.on_verified(report)
         if not report.ok:
             wrong = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
@@ -205,8 +207,9 @@ def upcycle_hf(
             command=command,
         ),
         on_verified=on_verified,
+        progress=progress,
     )
-    return planned.run(_from(source, "upcycle", processes=processes, progress=progress), dry_run=dry_run)
+    return planned.run(filling(source, "upcycle", processes=processes, progress=progress), dry_run=dry_run)
 
 
 def export_checkpoint(
@@ -263,12 +266,13 @@ def export_checkpoint(
             command=command,
         ),
         on_verified=on_verified,
+        progress=progress,
         reads=(folder, *(graft_delta or ())),
         step=state.step,
         grafted_on=Path(graft_delta[0]) if graft_delta else None,
     )
-    filling = _from(model.source, "export", processes=settings.processes, progress=progress)
-    return planned.run(filling, dry_run=dry_run)
+    fill = filling(model.source, "export", processes=settings.processes, progress=progress)
+    return planned.run(fill, dry_run=dry_run)
 
 
 def _names(hf_dir: str | Path, role: str, given: str | None = None) -> dict[str, str | None]:
@@ -284,14 +288,6 @@ def _upcycled(arch: Architecture, num_experts: int, num_frozen: int, topk: int) 
         topk=topk if num_experts else 0,
         mlp_only_layers=arch.mlp_only_layers if num_experts else (),
     )
-
-
-def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
-    def fill(writer: ShardedWriter) -> None:
-        with byte_progress(what, sum(writer.sizes.values()), show=progress) as bar:
-            write_all(source, writer, processes=processes, progress=bar.update)
-
-    return fill
 
 
 def _results(files: Sequence[str]) -> str | None:
