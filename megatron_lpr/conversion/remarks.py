@@ -36,5 +36,5 @@ def base_remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str) -> Itera
         exact = " or ".join(dict.fromkeys(("float32", arch.dtype)))
         yield (
             f"'{hf_dir}' is {arch.dtype} and {dtype} cannot hold all of its numbers: frozen tensors are the base's "
-            f"after rounding, not its bytes; {exact} keeps them"
+            f"rounded, not its very numbers; {exact} keeps them"
         )
