@@ -12,6 +12,7 @@ from megatron_lpr import __version__
 from megatron_lpr.data.options import add_options, take_tree
 from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.recipe_io import describe, load_recipe
+from megatron_lpr.stopping import status_of
 
 DISTRIBUTED = ("train", "upcycle")
 
@@ -20,7 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: something the user can put right, told in one sentence)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
-    command, overrides = options.pop("command"), options.pop("set", [])
+    command = options.pop("command")
+    return status_of(f"megatron-lpr {command}", lambda: _status(command, options, arguments))
+
+
+def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
+    overrides = options.pop("set", [])
     if command == "export":
         overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
         options["command_line"] = shlex.join(["megatron-lpr", *arguments])
@@ -103,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 def export_options(parser: argparse.ArgumentParser) -> None:
     """What `export` can be told beside its recipe."""
     for name, metavar, help_text in (
-        ("dtype", None, "dtype of the weights: auto (as trained), float32, bfloat16"),
+        ("dtype", "DTYPE", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
         ("max-shard-size", "SIZE", "largest safetensors file, as 500MB or 4GB"),
         ("processes", "N", "processes that share the work"),
     ):

@@ -9,8 +9,11 @@ import yaml
 
 from megatron_lpr.config import EvaluationCorpus, Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.hf_config import read_config
+from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
-from megatron_lpr.errors import UserError
+from megatron_lpr.conversion.upcycle import check_checkpoint
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe_io import to_tree
 
@@ -78,7 +81,6 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
     from megatron_lpr.training.run_folder import run_folder
-    from megatron_lpr.training.run_state import RunState
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
     arch, base = together(lambda: _check_import(recipe))
@@ -87,13 +89,17 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
     with run_folder(recipe.output, resume=None), megatron() as ranks:
+        from megatron_lpr.conversion.progress import byte_progress
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
+        from megatron_lpr.training.run_state import RunState
         from megatron_lpr.training.weights import fill_weights
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
-        fill_weights(recipe, arch, chunks, None)
+        total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+        with byte_progress("convert", total, show=ranks.rank == 0) as bar:
+            fill_weights(recipe, arch, chunks, None, progress=bar.update)
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
@@ -101,15 +107,24 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 
 def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
+    """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
+    from megatron_lpr.conversion.output_place import check_place
+    from megatron_lpr.conversion.remarks import base_remarks
+    from megatron_lpr.conversion.sizes import model_bytes
     from megatron_lpr.training.run_state import find_checkpoint
     from megatron_lpr.training.same_run import base_identity
     from megatron_lpr.validation import check_recipe
 
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
-    check_recipe(recipe, arch, Ranks.from_environment().world_size)
+    model, ranks = recipe.model, Ranks.from_environment()
+    arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+    check_recipe(recipe, arch, ranks.world_size)
+    check_checkpoint(SafetensorsReader(model.base), arch)
+    check_place(recipe.output, model.base, needed=model_bytes(arch, model.num_experts, model.dtype))
     if find_checkpoint(recipe.output):
         raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
-    return arch, base_identity(recipe.model.base, arch)
+    for sentence in base_remarks(arch, model.base, dtype=model.dtype) if ranks.rank == 0 else ():
+        warn(sentence)
+    return arch, base_identity(model.base, arch)
 
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
@@ -170,12 +185,10 @@ def export(
 ) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export import export_checkpoint
-    from megatron_lpr.conversion.folders import check_vacant
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("export")
     source = checkpoint_folder(checkpoint)
-    check_vacant(out)
     export_checkpoint(
         source,
         out,
@@ -216,6 +229,7 @@ def verify(
         if not recipe.evaluation.corpora:
             raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
     if dry_run:
+        read_config(export_dir), read_architecture(base)
         print(f"would verify {export_dir} against {base}" + (f" and {source}" if source else ""))
         return
     made = made_of(source) if source else None
@@ -225,6 +239,7 @@ def verify(
         checkpoint=made,
         recipe=Made.of_recipe(recipe),
         grafted_on=graft_delta[0] if graft_delta else None,
+        progress=True,
     )
     print(report, flush=True)
     checks = [*report.checks]

@@ -5,6 +5,7 @@ programmer are `assert`s and keep theirs.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -21,3 +22,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
+
+
+def warn(sentence: str) -> None:
+    """Tells the user something that stops nothing, on stderr."""
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lpr.config import ExportConfig, Recipe
-from megatron_lpr.conversion.export_config import export_config
+from megatron_lpr.conversion.export_config import check_carried_over, export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
 from megatron_lpr.conversion.hf_config import read_config
@@ -19,16 +19,17 @@ from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
 from megatron_lpr.conversion.hub_id import check_hub_id, hub_id
 from megatron_lpr.conversion.model_card import ModelCard
 from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
-from megatron_lpr.conversion.parallel_write import write_all
-from megatron_lpr.conversion.progress import byte_progress
+from megatron_lpr.conversion.output_place import check_place, check_vacant
+from megatron_lpr.conversion.parallel_write import filling
 from megatron_lpr.conversion.provenance import read_provenance
 from megatron_lpr.conversion.record import ExportRecord, Made, digests, made_of
-from megatron_lpr.conversion.sizes import parse_size
-from megatron_lpr.conversion.sources import Source, UpcycledSource
+from megatron_lpr.conversion.remarks import remarks
+from megatron_lpr.conversion.sizes import model_bytes, parse_size
+from megatron_lpr.conversion.sources import UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
 from megatron_lpr.conversion.trained_model import trained_model
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe_io import from_tree
 from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
@@ -42,6 +43,7 @@ class _Export:
     """What is written beside the tensors, and what the folder must be.
 
     hf_dir: the HF model whose config, tokenizer and frozen tensors the export has: the base, or the instruct model.
+    reads: the other folders that are read.
     made: what was made of the base. step: of the checkpoint.
     grafted_on: the base of a grafted delta; `hf_dir` is its instruct model then.
     on_verified: the folder is verified before it appears, and this is given the report.
@@ -54,10 +56,24 @@ class _Export:
     max_shard_bytes: int
     card: ModelCard
     on_verified: OnVerified | None
+    reads: tuple[str | Path, ...] = ()
     step: int | None = None
     grafted_on: Path | None = None
+    progress: bool = False
 
-    def write(self, fill: Callable[[ShardedWriter], None]) -> Path:
+    def run(self, fill: Callable[[ShardedWriter], None], *, dry_run: bool = False) -> Path:
+        """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
+        experts, dtype = self.made.num_experts, self.card.dtype
+        check_carried_over(read_config(self.hf_dir), self.arch, self.hf_dir)
+        check_place(self.out_dir, self.hf_dir, *self.reads, needed=model_bytes(self.arch, experts, dtype))
+        check_vacant(self.out_dir)
+        for sentence in remarks(self.arch, self.hf_dir, dtype=dtype, num_experts=experts):
+            warn(sentence)
+        if not dry_run:
+            self._write(fill)
+        return self.out_dir
+
+    def _write(self, fill: Callable[[ShardedWriter], None]) -> None:
         experts, topk = self.made.num_experts, self.made.topk
         shapes = family_of(self.arch).shapes(self.arch, experts)
         config = export_config(
@@ -84,10 +100,11 @@ class _Export:
                 dataclasses.replace(record, frozen_sha256=report.frozen_sha256).write(folder)
             card = dataclasses.replace(self.card, frozen_sha256=report and report.frozen_sha256)
             (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
-        return self.out_dir
 
     def _verify(self, folder: Path) -> VerifyReport:
-        report = verify_export(folder, self.hf_dir, checkpoint=self.made, grafted_on=self.grafted_on)
+        report = verify_export(
+            folder, self.hf_dir, checkpoint=self.made, grafted_on=self.grafted_on, progress=self.progress
+        )
         self.on_verified(report)
         if not report.ok:
             wrong = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
@@ -140,7 +157,7 @@ def export_model(
             dtype=dtype or arch.dtype,
         ),
         on_verified=None,
-    ).write(fill)
+    ).run(fill)
 
 
 def upcycle_hf(
@@ -160,18 +177,19 @@ def upcycle_hf(
     on_verified: OnVerified | None = None,
     command: str | None = None,
     progress: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
     The result computes what a dense model computes (for one that has experts already see origins.py) and equals
     what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see
     `with_layers_kept_dense` and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over
-    the report. UserError as `export_model`.
+    the report. dry_run: check everything that can be checked first, write nothing. UserError as `export_model`.
     """
     arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     source = UpcycledSource(base_dir, arch, num_experts=num_experts, router_std=router_std, seed=seed)
-    return _Export(
+    planned = _Export(
         arch=arch,
         hf_dir=Path(base_dir),
         out_dir=Path(out_dir),
@@ -189,7 +207,9 @@ def upcycle_hf(
             command=command,
         ),
         on_verified=on_verified,
-    ).write(_from(source, "upcycle", processes=processes, progress=progress))
+        progress=progress,
+    )
+    return planned.run(filling(source, "upcycle", processes=processes, progress=progress), dry_run=dry_run)
 
 
 def export_checkpoint(
@@ -246,12 +266,13 @@ def export_checkpoint(
             command=command,
         ),
         on_verified=on_verified,
+        progress=progress,
+        reads=(folder, *(graft_delta or ())),
         step=state.step,
         grafted_on=Path(graft_delta[0]) if graft_delta else None,
     )
-    if dry_run:
-        return planned.out_dir
-    return planned.write(_from(model.source, "export", processes=settings.processes, progress=progress))
+    fill = filling(model.source, "export", processes=settings.processes, progress=progress)
+    return planned.run(fill, dry_run=dry_run)
 
 
 def _names(hf_dir: str | Path, role: str, given: str | None = None) -> dict[str, str | None]:
@@ -267,14 +288,6 @@ def _upcycled(arch: Architecture, num_experts: int, num_frozen: int, topk: int) 
         topk=topk if num_experts else 0,
         mlp_only_layers=arch.mlp_only_layers if num_experts else (),
     )
-
-
-def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
-    def fill(writer: ShardedWriter) -> None:
-        with byte_progress(what, sum(writer.sizes.values()), show=progress) as bar:
-            write_all(source, writer, processes=processes, progress=bar.update)
-
-    return fill
 
 
 def _results(files: Sequence[str]) -> str | None:

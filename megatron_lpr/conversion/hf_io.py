@@ -33,10 +33,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_on_disk(folder: str | Path) -> str:
-    """Name of the dtype of a checkpoint's first tensor; float32 where there is no checkpoint yet."""
+    """Name of the dtype of a checkpoint's first tensor; float32 where there is no tensor yet."""
     if not any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         return "float32"
     reader = SafetensorsReader(folder)
+    if not reader.keys():
+        return "float32"
     dtype = reader.dtype(reader.keys()[0])
     return next(name for name, known in DTYPES.items() if known == dtype)
 
@@ -73,7 +75,9 @@ class SafetensorsReader:
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
             file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+                raise TypeError("weight_map")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"'{index}' is not a safetensors index: download the model again") from error
         if not isinstance(file_of, dict) or not file_of:
             raise UserError(f"'{index}' is not a safetensors index: its weight_map names no tensors")

@@ -50,5 +50,6 @@ def trained_model(
         num_frozen=made.untouched,
         dtype=dtype,
     )
-    arch = dataclasses.replace(arch, max_position_embeddings=read_architecture(instruct).max_position_embeddings)
+    theirs = read_architecture(instruct)
+    arch = dataclasses.replace(arch, max_position_embeddings=theirs.max_position_embeddings, dtype=theirs.dtype)
     return TrainedModel(arch=arch, hf_dir=instruct, source=grafted)

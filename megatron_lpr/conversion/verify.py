@@ -28,6 +28,7 @@ def verify_export(
     recipe: Made | None = None,
     num_frozen: int | None = None,
     grafted_on: str | Path | None = None,
+    progress: bool = False,
 ) -> VerifyReport:
     """Checks an export, MoE or dense, against the HF model it was made from, which may have experts itself.
 
@@ -60,7 +61,7 @@ def verify_export(
     dtype_name = record.dtype if record else config.get("dtype", "float32")
     dtype = torch_dtype(dtype_name)
     sound = [name for name, shape in shapes.items() if name in export and _shape(export, name) == shape]
-    found = scan(export, base, origins(arch, made.num_experts), sound, dtype, made.untouched)
+    found = scan(export, base, origins(arch, made.num_experts), sound, dtype, made.untouched, progress)
     frozen_sha256 = digest_of_digests(found.frozen.items()) if has_frozen else ""
     names = f"{len(shapes)} names and shapes agree"
     return VerifyReport(

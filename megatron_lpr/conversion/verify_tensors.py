@@ -12,6 +12,7 @@ import torch
 from megatron_lpr.conversion.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import Origin
+from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.sources import Source
 from megatron_lpr.conversion.verify_report import Check, listed
 from megatron_lpr.errors import UserError
@@ -81,9 +82,14 @@ def scan(
     names: list[str],
     dtype: torch.dtype,
     num_frozen: int,
+    progress: bool = False,
 ) -> Scan:
-    """Looks at the tensors `names` on all cores, a block of each tensor and of its base at a time."""
+    """Looks at the tensors `names` on all cores, a block of each tensor and of its base at a time.
+
+    progress: show a bar.
+    """
     found = Scan({}, [], {}, [])
+    sizes = {name: math.prod(export.shape(name)) * dtype.itemsize for name in names}
 
     def look(name: str) -> _Look:
         try:
@@ -91,8 +97,9 @@ def scan(
         except UserError as error:
             return _Look([f"not readable ({error})"], None, None)
 
-    with _all_cores() as threads:
+    with _all_cores() as threads, byte_progress("verify", sum(sizes.values()), show=progress) as bar:
         for name, seen in zip(names, threads.map(look, names), strict=True):
+            bar.update(sizes[name])
             found.wrong.extend(f"{name} is {what}" for what in seen.wrong)
             if seen.sha256 is not None:
                 found.frozen[name] = seen.sha256
