@@ -95,7 +95,7 @@ def corpus_change(**fields):
         (lambda content: content.update(corpus=[]), "unknown key 'corpus'; did you mean 'corpora'"),
         (lambda content: content.pop("tokenizer"), "has no 'tokenizer'"),
         (lambda content: content["tokenizer"].pop("eod_id"), "tokenizer has no 'eod_id'"),
-        (lambda content: content["tokenizer"].update(vocab_size=0), "tokenizer: vocab_size must be in .1, 2.31., not 0"),
+        (lambda content: content["tokenizer"].update(vocab_size=0), "vocab_size must be in .1, 2.31., not 0"),
         (lambda content: content["tokenizer"].update(vocab_size=-5), "tokenizer: vocab_size must be in"),
         (lambda content: content["tokenizer"].update(vocab_size=1 << 40), "tokenizer: vocab_size must be in"),
         (lambda content: content["tokenizer"].update(eod_id=1000), "eod_id must be a token of the 1000 there are"),
