@@ -214,6 +214,11 @@ class PartCursor:
     def close(self) -> None:
         os.close(self._file)
 
+    @property
+    def first_key(self) -> float:
+        """Of the next document, rounded; infinite where there is none."""
+        return float(self._keys[0]) if len(self._keys) or self._fill() else float("inf")
+
     def below(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys uint64 [D] and lengths int32 [D] of the next documents, whose keys are below `limit`."""
         keys, lengths = [], []

@@ -31,10 +31,15 @@ def merge(parts: Sequence[Part], dtype: type, *, bucket_bytes: int = BUCKET_BYTE
             cursors.append(PartCursor(part, dtype))
             stack.callback(cursors[-1].close)
         mixed = len(parts[0].record.columns) > 3
+        # A range of few documents meets few of many parts; the others are not even asked.
+        first_keys = np.array([cursor.first_key for cursor in cursors], np.float64)
         for bucket in range(1, buckets + 1):
-            documents = _next(cursors, (bucket << 64) // buckets, dtype, mixed)
+            limit = (bucket << 64) // buckets
+            some = np.flatnonzero(first_keys <= limit)
+            documents = _next([cursors[number] for number in some], limit, dtype, mixed)
             if documents is not None:
                 yield documents
+            first_keys[some] = [cursors[number].first_key for number in some]
 
 
 def _next(cursors: Sequence[PartCursor], limit: int, dtype: type, mixed: bool) -> Documents | None:
