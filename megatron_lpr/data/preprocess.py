@@ -21,7 +21,7 @@ from megatron_lpr.data.folder_locks import FolderLocks
 from megatron_lpr.data.make_corpus import make_corpus
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord, check_language_roles, language_roles
 from megatron_lpr.data.pending_entries import PendingEntries, contradicts
-from megatron_lpr.data.source_checks import check_plug_ins, check_sources, way_of_reading
+from megatron_lpr.data.source_checks import check_files, check_plug_ins, check_sources, way_of_reading
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.data.work_folder import work_folder
@@ -155,6 +155,7 @@ def check(
     """
     check_sources(corpora, seed)
     corpora = [dataclasses.replace(source, files=_files(source)) for source in corpora]
+    check_files(corpora)
     tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:

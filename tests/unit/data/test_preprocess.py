@@ -194,3 +194,40 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
         run(source(path, name="hu2"), tokenizer_dir=sp_tokenizer)
+
+
+def test_a_file_twice(run, write_text, tmp_path, capsys):
+    path = write_text("a.jsonl", TEXTS)
+    os.symlink(path, tmp_path / "link.jsonl")
+    os.link(path, tmp_path / "hard.jsonl")
+    for files, also in (
+        ((path, path), ""),
+        ((path, str(tmp_path / "a*.jsonl")), ""),
+        ((path, str(tmp_path / "l*.jsonl")), f", also as {path}"),
+        ((path, str(tmp_path / "hard.jsonl")), f", also as {path}"),
+        ((path, f"{tmp_path}/../{tmp_path.name}/a.jsonl"), f", also as {path}"),
+    ):
+        with pytest.raises(UserError, match=f"corpus 'hu' reads .*jsonl twice{also}; list it once"):
+            run(source(*files))
+        with pytest.raises(UserError, match="corpus 'hu' reads .* twice"):
+            run(source(path, name="other"), source(*files))
+    capsys.readouterr()
+    run(source(path), source(str(tmp_path / "link.jsonl"), name="other"))
+    assert capsys.readouterr().err.count("warning: corpora 'hu' and 'other' both read ") == 1
+
+
+def test_archives_and_files_of_no_byte(run, tmp_path):
+    for name in ("a.jsonl.zip", "a.tar.gz", "a.jsonl.lz4"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=f"{name}: .* files are not read; unpack it"):
+            run(source(str(tmp_path / name)))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="a.jsonl.gz is empty"):
+        run(source(str(tmp_path / "a.jsonl.gz")))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "-1e99999", "1" * 5000, "NaN"])
+def test_large_numbers_in_json_lines(run, write_text, number):
+    lines = [f'{{"text": "fox", "id": {number}}}'.encode(), f'{{"text": {number}}}'.encode()]
+    corpus = run(source(write_text("a.jsonl", ["fox", *lines])), on_bad_line="skip").corpora[0]
+    assert corpus.documents + corpus.source.skipped_lines == 3 and corpus.source.skipped_lines <= 2
