@@ -18,6 +18,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess import check
     from megatron_lpr.data.preprocess import preprocess as run
+    from megatron_lpr.data.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
@@ -31,6 +32,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base
+    special = special_tokens(settings)
     if dry_run:
         check(
             settings.corpora,
@@ -38,6 +40,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
             output_dir=settings.output,
             seed=settings.seed,
             engine=settings.engine,
+            special=special,
         )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
@@ -49,6 +52,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         on_bad_line=settings.on_bad_line,
         workers=settings.workers,
         engine=settings.engine,
+        special=special,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:

@@ -235,6 +235,12 @@ class PreprocessConfig:
     engine: Literal["tokenizers", "fastokens"] = opt(
         "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
     )
+    bos: Literal["auto", "true", "false"] = opt(
+        "auto", "a BOS token opens each document, of evaluation too; auto: where the tokenizer itself puts one first"
+    )
+    parse_special_tokens: bool = opt(
+        False, "<|im_end|> and the like, written out in a text, become control tokens, in evaluation too"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The manifest: a YAML file that says which corpora there are, in which language and role, with which weight.
 
-tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
+tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2, parse_special_tokens: false}
 corpora:
 - name: hu
   prefix: hu            # hu.bin and hu.idx, relative to the manifest
@@ -35,12 +35,19 @@ ROLES = ("expanded", "original")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecord:
-    """The tokenizer that wrote the corpora; `sha256` is that of its tokenizer.json or .model file."""
+    """The tokenizer that wrote the corpora, all in the same way.
+
+    `sha256` is that of its tokenizer.json or .model file. `bos_id` opens every document, None: nothing does.
+    `parse_special_tokens` says that control tokens written out in a text became those tokens; None is a manifest
+    from before it was recorded, when tokenizer.json parsed them.
+    """
 
     name: str
     vocab_size: int
     sha256: str
     eod_id: int
+    bos_id: int | None = None
+    parse_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +181,8 @@ class Manifest:
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
-        content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
+        tokenizer = {key: value for key, value in dataclasses.asdict(self.tokenizer).items() if value is not None}
+        content = {"tokenizer": tokenizer, "corpora": entries}
         partial = f"{self.path}.partial"
         try:
             with open(partial, "w", encoding="utf-8") as file:
@@ -258,13 +266,19 @@ def _record(record: type, entry: Any, where: str) -> Any:
                 raise UserError(f"{where}: {name} must be a mapping of strings, not {value!r}")
         elif kind is float:
             value = _number(value, f"{where}: {name}")
-        elif not isinstance(value, kind) or isinstance(value, bool):
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind != (bool | None)):
             raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {value!r}")
         values[name] = value
     return record(**values)
 
 
-_KINDS = {int: "an integer", str: "a string", str | None: "a string"}
+_KINDS = {
+    int: "an integer",
+    int | None: "an integer",
+    str: "a string",
+    str | None: "a string",
+    bool | None: "true or false",
+}
 
 
 def _number(value: Any, where: str) -> float:
