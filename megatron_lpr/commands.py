@@ -1,12 +1,11 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 
-from megatron_lpr.config import EvaluationCorpus, Recipe
+from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.errors import UserError
@@ -126,18 +125,16 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.evaluation.evaluate import evaluate_model
+    from megatron_lpr.evaluation.evaluate import check, evaluate_model
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("evaluate")
     if checkpoint and hf:
         raise UserError("evaluate: give --checkpoint or --hf, not both")
-    if not recipe.evaluation.corpora:
-        raise UserError("evaluation.corpora: empty; list held-out corpora")
-    _check_text("evaluation.corpora", recipe.evaluation.corpora)
     source = str(checkpoint_folder(checkpoint)) if checkpoint else None
     hf = hf or (None if source else recipe.model.base)
     if dry_run:
+        check(recipe, out=Path(out), checkpoint=source, hf=hf)
         print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
         return
     evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
@@ -205,13 +202,6 @@ def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dr
         ok = ok and all(check.ok for check in checks)
     if not ok:
         raise UserError(f"verify {export_dir}: failed (see above)")
-
-
-def _check_text(field: str, corpora: Iterable[EvaluationCorpus]) -> None:
-    for corpus in corpora:
-        for file in corpus.files:
-            if not Path(file).is_file():
-                raise UserError(f"{field}: {corpus.name}: no file {file}")
 
 
 def _single_process(command: str) -> None:

@@ -32,7 +32,7 @@ def compare_with_checkpoint(recipe: Recipe, checkpoint: str, export_dir: str, to
 
 
 def _token_rows(recipe: Recipe, tokens: int) -> list[torch.Tensor]:
-    from megatron_lpr.evaluation.perplexity import read_corpus
+    from megatron_lpr.evaluation.held_out import read_corpus
 
     if not recipe.evaluation.corpora:
         raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text")

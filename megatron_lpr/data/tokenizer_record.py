@@ -1,5 +1,6 @@
 """Is what a manifest says of its tokenizer still so? The corpora of a manifest are all made alike, and read alike."""
 
+from megatron_lpr.config import PreprocessConfig
 from megatron_lpr.data.manifest import TokenizerRecord
 from megatron_lpr.data.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
@@ -37,17 +38,27 @@ def check_same_tokenizer(path: str, there: TokenizerRecord, here: TokenizerRecor
         )
 
 
-def check_trained_alike(field: str, there: TokenizerRecord, base: TokenizerRecord, folder: str) -> None:
-    """Raises UserError where the corpora of the manifest in `field` open or end otherwise than the `base` model has it.
+def check_trained_alike(where: str, there: TokenizerRecord, base: TokenizerRecord) -> None:
+    """Raises UserError where the corpora of the manifest at `where` open or end otherwise than the `base` model has it.
     """
-    again = "preprocess the corpora again with the model's tokenizer"
+    again = "preprocess the corpora again"
     if there.eod_id != base.eod_id:
         raise UserError(
-            f"{field} holds documents that end with token {there.eod_id}, but the eos_token in {folder} is "
-            f"{base.eod_id}; {again}"
+            f"{where} holds documents that end with token {there.eod_id}, but the eos_token of the model's tokenizer "
+            f"is {base.eod_id}; {again}"
         )
     if there.bos_id != base.bos_id:
-        raise UserError(f"{field} holds documents {bos_difference(there, base)}; {again}, or {_set_bos(there)}")
+        raise UserError(f"{where} holds documents {bos_difference(there, base)}; {again}, or {_set_bos(there)}")
+
+
+def read_otherwise(there: TokenizerRecord, settings: PreprocessConfig) -> list[str]:
+    """A warning where evaluation will take control tokens in a text otherwise than the corpora were made."""
+    if parsed(there) == settings.parse_special_tokens:
+        return []
+    return [
+        f"the corpora were made with parse_special_tokens: {str(parsed(there)).lower()}, this recipe evaluates with "
+        f"preprocess.parse_special_tokens: {str(settings.parse_special_tokens).lower()}"
+    ]
 
 
 def bos_difference(there: TokenizerRecord, here: TokenizerRecord) -> str:
