@@ -58,7 +58,8 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
-    print(f"manifest: {manifest.path}")
+    bos = manifest.tokenizer.bos_id
+    print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
 
 
 def inspect_data(
