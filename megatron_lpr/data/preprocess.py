@@ -7,18 +7,21 @@ Windows of the replay sampler are contiguous, so documents are shuffled once, he
 corpus. A killed run continues with the parts it had finished, and ends with the same bytes.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_lpr.config import SourceConfig
 from megatron_lpr.data.documents import OnBadLine
 from megatron_lpr.data.existing import existing_corpus
+from megatron_lpr.data.folder_locks import FolderLocks
 from megatron_lpr.data.make_corpus import make_corpus
 from megatron_lpr.data.manifest import Corpus, Manifest, check_language_roles, language_roles
-from megatron_lpr.data.source_checks import check_plug_ins, check_sources, way_of_reading
+from megatron_lpr.data.pending_entries import PendingEntries, contradicts
+from megatron_lpr.data.source_checks import check_files, check_plug_ins, check_sources, way_of_reading
 from megatron_lpr.data.special_tokens import AS_THE_TOKENIZER_DOES, SpecialTokens
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
@@ -65,41 +68,87 @@ def preprocess(
         corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine, special=special
     )
     made_from = [files_sha256(source.files, way_of_reading(source)) for source in corpora]
-    kept = _kept(manifest, list(zip(corpora, made_from, strict=True)), seed, on_bad_line, overwrite)
+    sources = list(zip(corpora, made_from, strict=True))
     try:
         os.makedirs(output_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the output folder {output_dir}: {error.strerror}") from error
-    for source, sha256 in zip(corpora, made_from, strict=True):
-        corpus = kept.get(source.name)
-        if source.prefix is not None:
-            corpus = existing_corpus(source, manifest.tokenizer)
-        elif corpus is None:
-            corpus = make_corpus(
-                source,
-                prefix=os.path.join(output_dir, source.name),
-                tokenizer=tokenizer,
-                tokenizer_dir=tokenizer_dir,
-                sha256=sha256,
-                seed=seed,
-                on_bad_line=on_bad_line,
-                workers=workers or len(os.sched_getaffinity(0)),
-                engine=engine,
-                special=special,
-            )
-        else:
-            print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
-            corpus = dataclasses.replace(
-                corpus,
-                language=source.language,
-                role=source.role,
-                weight=float(source.weight),
-                languages=dict(source.languages) or None,
-            )
-        manifest = manifest.with_corpus(corpus)
-        manifest.save()
-        shutil.rmtree(work_folder(os.path.join(output_dir, source.name)), ignore_errors=True)
-    return manifest
+    with FolderLocks(output_dir) as locks:
+        entries, to_make = _take_up(manifest.path, tokenizer, sources, locks, seed, on_bad_line, overwrite)
+        with entries:
+            for source, sha256 in to_make:
+                if source.prefix is not None:
+                    corpus = existing_corpus(source, manifest.tokenizer)
+                else:
+                    corpus = make_corpus(
+                        source,
+                        prefix=os.path.join(output_dir, source.name),
+                        tokenizer=tokenizer,
+                        tokenizer_dir=tokenizer_dir,
+                        sha256=sha256,
+                        seed=seed,
+                        on_bad_line=on_bad_line,
+                        workers=workers or len(os.sched_getaffinity(0)),
+                        engine=engine,
+                        special=special,
+                    )
+                entries.add([corpus])
+    return _open_manifest(manifest.path, tokenizer)
+
+
+def _take_up(
+    path: str,
+    tokenizer: Tokenizer,
+    sources: Sequence[tuple[SourceConfig, str]],
+    locks: FolderLocks,
+    seed: int,
+    on_bad_line: OnBadLine,
+    overwrite: bool,
+) -> tuple[PendingEntries, list[tuple[SourceConfig, str]]]:
+    """Enters the corpora that are kept, and takes the locks of those to be made, which it returns.
+
+    All in one step: who has a corpus' lock, and has read the manifest since, knows that nobody makes it meanwhile.
+    """
+    with locks.manifest():
+        manifest = _open_manifest(path, tokenizer)
+        _check_roles(manifest, [source for source, _ in sources])
+        kept = _kept(manifest, sources, seed, on_bad_line, overwrite)
+        to_make = [(source, sha256) for source, sha256 in sources if source.name not in kept]
+        names = {source.name for source, _ in to_make}
+        replaced = [corpus for corpus in manifest.corpora if corpus.name in names]
+        at_the_end = contradicts(replaced, [source for source, _ in sources])
+        for name in [source.name for source, _ in sources] if at_the_end else names:
+            locks.take(name)
+        entries = PendingEntries(lambda: _open_manifest(path, tokenizer), locks, at_the_end=at_the_end)
+        if at_the_end:
+            entries.add(kept.values())
+        elif kept:
+            manifest.with_corpora(kept.values()).save()
+            _remove_left_overs(path, kept, locks)
+        return entries, to_make
+
+
+def _remove_left_overs(path: str, names: Iterable[str], locks: FolderLocks) -> None:
+    """Work folders of a run that was killed when it had entered its corpus."""
+    for name in names:
+        folder = work_folder(os.path.join(os.path.dirname(path), name))
+        if os.path.exists(folder):
+            with contextlib.suppress(UserError):  # another process has it
+                locks.take(name)
+                shutil.rmtree(folder, ignore_errors=True)
+                locks.release(name)
+
+
+def _with_settings(corpus: Corpus, source: SourceConfig) -> Corpus:
+    """A kept entry with what may change without making the corpus again."""
+    print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
+    return dataclasses.replace(
+        corpus,
+        language=source.language,
+        role=source.role,
+        weight=float(source.weight),
+        languages=dict(source.languages) or None,
+    )
 
 
 def check(
@@ -118,13 +167,19 @@ def check(
     """
     check_sources(corpora, seed)
     corpora = [dataclasses.replace(source, files=_files(source)) for source in corpora]
+    check_files(corpora)
     tokenizer = load_tokenizer(tokenizer_dir, engine=engine, special=special)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
         check_plug_ins(source)
-    others = [corpus for corpus in manifest.corpora if corpus.name not in {source.name for source in corpora}]
-    check_language_roles(manifest.path, (triple for corpus in (*others, *corpora) for triple in language_roles(corpus)))
+    _check_roles(manifest, corpora)
     return corpora, tokenizer, manifest
+
+
+def _check_roles(manifest: Manifest, corpora: Sequence[SourceConfig]) -> None:
+    names = {source.name for source in corpora}
+    others = [corpus for corpus in manifest.corpora if corpus.name not in names]
+    check_language_roles(manifest.path, (triple for corpus in (*others, *corpora) for triple in language_roles(corpus)))
 
 
 def _files(source: SourceConfig) -> tuple[str, ...]:
@@ -167,7 +222,7 @@ def _kept(
                 raise _would_replace(manifest, source.name)
         elif corpus.source is not None and (corpus.source.sha256, corpus.source.seed) == (sha256, seed):
             if _is_intact(manifest, corpus) and (corpus.source.skipped_lines == 0 or on_bad_line == "skip"):
-                kept[source.name] = corpus
+                kept[source.name] = _with_settings(corpus, source)
         elif not overwrite:
             raise _would_replace(manifest, source.name)
     return kept

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
 from megatron_lpr.config import SourceConfig
+from megatron_lpr.data.compressed import check_compression
 from megatron_lpr.data.language_runs import MAX_LANGUAGES
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text_files import format_of, parquet_file
@@ -58,6 +61,33 @@ def _contradictions(source: SourceConfig) -> Iterator[str]:
         yield "is plain text, which has no fields; remove text_field and language_field"
     if formats and "text" not in formats and source.sample_by != "document":
         yield "sets sample_by, which has an effect on plain text only"
+
+
+def check_files(corpora: Sequence[SourceConfig]) -> None:
+    """Looks for files that are there twice, under whatever names; the sources' patterns are replaced by paths.
+
+    Warns of a file in two corpora.
+
+    Raises:
+        UserError: a file twice in one corpus, or of a kind that is not read.
+    """
+    corpus_of: dict[tuple[int, int], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for source in corpora:
+        paths: dict[tuple[int, int], str] = {}
+        for path in source.files:
+            check_compression(path)
+            file = os.stat(path)
+            identity = (file.st_dev, file.st_ino)
+            if identity in paths:
+                also = f", also as {paths[identity]}" if paths[identity] != path else ""
+                raise UserError(f"corpus '{source.name}' reads {path} twice{also}; list it once")
+            paths[identity] = path
+            if corpus_of.setdefault(identity, source.name) != source.name:
+                shared.setdefault((corpus_of[identity], source.name), []).append(path)
+    for (name, other), paths in shared.items():
+        more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+        print(f"warning: corpora '{name}' and '{other}' both read {paths[0]}{more}", file=sys.stderr)
 
 
 def check_plug_ins(source: SourceConfig) -> None:

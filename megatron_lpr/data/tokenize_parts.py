@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_lpr.data.documents import BadLine, Document, Reading, documents_of
 from megatron_lpr.data.indexed import token_dtype
-from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, write_part
+from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, part_path, write_part
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
 from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import Block
@@ -52,13 +52,18 @@ class PartJob:
 
     def path(self, number: int) -> str:
         """Path of a part, without suffix."""
-        return os.path.join(self.folder, f"{number:08}")
+        return part_path(self.folder, number, number)
 
 
-def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Iterator[tuple[Block, PartRecord, bool]]:
+def tokenize_parts(
+    blocks: Iterator[Block], job: PartJob, workers: int, combined: Container[int] = ()
+) -> Iterator[tuple[Block, PartRecord, bool]]:
     """Makes the part of every block, unless it is there already; yields in the order of the blocks.
 
     Holds at most `workers` + 1 blocks. The third value says that the part was kept.
+
+    Args:
+        combined: numbers of the blocks whose parts were combined to larger ones.
 
     Raises:
         UserError: from reading or tagging; or a process was killed.
@@ -69,7 +74,7 @@ def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Itera
     if workers == 1 or len(first) < 2:
         work = _Worker(job, threads=len(os.sched_getaffinity(0)))
         for number, block in numbered:
-            kept = finished_part(job.path(number))
+            kept = finished_part(job.path(number), combined=number in combined)
             yield block, kept or work(number, block), kept is not None
         return
     context = multiprocessing.get_context("spawn")
@@ -77,7 +82,7 @@ def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Itera
     pending: deque[tuple[Block, PartRecord | Future[PartRecord]]] = deque()
     try:
         for number, block in numbered:
-            kept = finished_part(job.path(number))
+            kept = finished_part(job.path(number), combined=number in combined)
             pending.append((block, kept or pool.submit(_work, number, block)))
             if len(pending) > workers:
                 yield _result(*pending.popleft())
@@ -130,9 +135,10 @@ class _Worker:
         # Documents of a batch are tagged and tokenised after the whole batch was read.
         bad_lines.sort(key=lambda bad: bad.line)
         if bad_lines and self._job.stop_at_bad_line:
-            return PartRecord(documents=0, tokens=0, bytes=0, sha256="", bad_lines=(bad_lines[0],))
+            return PartRecord(documents=0, tokens=0, columns=(), sha256="", bad_lines=(bad_lines[0],))
         mixed = bool(self._job.reading.languages)
-        return write_part(self._job.path(number), self._keys(places), tokens, languages if mixed else None, bad_lines)
+        tags = languages if mixed else None
+        return write_part(self._job.path(number), self._keys(places), tokens, tags, self._dtype, bad_lines)
 
     def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
         batch: list[Document] = []

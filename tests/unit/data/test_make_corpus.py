@@ -17,8 +17,9 @@ import psutil
 import pytest
 
 from megatron_lpr.config import SourceConfig
-from megatron_lpr.data import make_corpus
+from megatron_lpr.data import combine_parts, make_corpus
 from megatron_lpr.data.indexed import IndexedCorpus
+from megatron_lpr.data.parts import PartCursor, PartWriter
 from megatron_lpr.data.preprocess import preprocess
 from megatron_lpr.data.text_files import files_sha256
 from megatron_lpr.data.tokenize import load_tokenizer
@@ -40,7 +41,7 @@ def run(text: str, tokenizer: str, output: Path, **options):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def test_order_is_that_of_a_keyed_hash_of_the_places(write_text, hf_tokenizer, tmp_path, small_blocks):
@@ -135,6 +136,82 @@ def test_killed_after_tokenisation(write_text, hf_tokenizer, tmp_path, small_blo
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("languages", [{}, {"hu": "expanded", "en": "original"}])
+@pytest.mark.parametrize("most", [2, 3, 10, 1000])
+def test_parts_combined_before_the_merge_change_nothing(
+    write_text, hf_tokenizer, tmp_path, small_blocks, monkeypatch, capsys, most, languages
+):
+    lines = [json.dumps({"text": text, "lang": ["hu", "en"][i % 7 < 3]}).encode() for i, text in enumerate(TEXTS)]
+    settings = {"languages": languages, "language_field": "lang" if languages else None}
+    source = SourceConfig(
+        name="hu", files=(write_text("a.jsonl", lines),), language="hu", role="expanded", **settings
+    )
+    preprocess([source], tokenizer_dir=hf_tokenizer, output_dir=str(tmp_path / "whole"), workers=1)
+    assert "hu combined" not in capsys.readouterr().err
+    monkeypatch.setattr(combine_parts, "_FAN_IN", most)
+    opened, open_at_once = [], []
+    monkeypatch.setattr(PartCursor, "close", lambda self, close=PartCursor.close: (opened.pop(), close(self)))
+
+    def watched(self, *arguments, init=PartCursor.__init__):
+        opened.append(self)
+        open_at_once.append(len(opened))
+        init(self, *arguments)
+
+    monkeypatch.setattr(PartCursor, "__init__", watched)
+    preprocess([source], tokenizer_dir=hf_tokenizer, output_dir=str(tmp_path / "out"), workers=1)
+    assert ("hu combined: 100%" in capsys.readouterr().err) == (most < 1000)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert max(open_at_once) <= most and not opened
+
+
+@pytest.mark.parametrize("most, when", [(2, 1), (2, 7), (3, 2), (3, 6), (10, 1)])
+@pytest.mark.parametrize("what", ["finish", "remove"])
+def test_killed_while_parts_are_combined(
+    write_text, hf_tokenizer, tmp_path, small_blocks, monkeypatch, most, when, what
+):
+    path = write_text("a.jsonl", [*TEXTS, b"{"])
+    run(path, hf_tokenizer, tmp_path / "whole", workers=1, on_bad_line="skip")
+    monkeypatch.setattr(combine_parts, "_FAN_IN", most)
+
+    class Killed(BaseException):
+        pass
+
+    calls, combine, remove = [], PartWriter.finish, os.remove
+
+    def finish(self, *arguments, **options):
+        if options.get("durable"):
+            calls.append("finish")
+        if what == "finish" and calls.count("finish") == when:
+            raise Killed
+        return combine(self, *arguments, **options)
+
+    def removing(name):
+        if str(name).endswith(".part"):
+            calls.append("remove")
+        if what == "remove" and calls.count("remove") == 3 * when:
+            raise Killed
+        remove(name)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PartWriter, "finish", finish)
+        patch.setattr(os, "remove", removing)
+        run(path, hf_tokenizer, tmp_path / "out", workers=1, on_bad_line="skip")
+    assert len(list((tmp_path / "out" / "hu.parts").glob("*.json"))) > 20
+    combined = sorted((tmp_path / "out" / "hu.parts").glob("*-*.json"))
+    assert combined or what == "finish"
+    if when == 7:  # whatever killed the machine damaged a combined part
+        path_of_part = combined[0].with_suffix(".part")
+        path_of_part.write_bytes(path_of_part.read_bytes()[:-1] + b"\xff")
+    run(path, hf_tokenizer, tmp_path / "out", workers=1, on_bad_line="skip")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_few_files_may_be_open(monkeypatch):
+    for soft, expected in ((1024, 512), (256, 128), (resource.RLIM_INFINITY, 512), (3, 2)):
+        monkeypatch.setattr(resource, "getrlimit", lambda which, soft=soft: (soft, soft))
+        assert combine_parts.fan_in() == expected
+
+
 def test_parts_of_something_else_are_not_used(write_text, hf_tokenizer, tmp_path, small_blocks, capsys):
     path = write_text("a.jsonl", [*TEXTS, b"{"])
     with pytest.raises(UserError, match="a.jsonl:601: broken JSON"):
@@ -157,20 +234,6 @@ def test_a_refused_run_continues_when_told_to_skip(write_text, hf_tokenizer, tmp
     assert "parts were there" in capsys.readouterr().err
     listed = (tmp_path / "out" / "hu.bad_lines.txt").read_text().splitlines()
     assert listed == [f"{path}:{line}: broken JSON" for line in (601, 602)]
-
-
-def test_one_corpus_is_made_by_one_process(write_text, hf_tokenizer, tmp_path):
-    import fcntl
-
-    parts = tmp_path / "out" / "hu.parts"
-    parts.mkdir(parents=True)
-    descriptor = os.open(parts, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(UserError, match="another process is making .*hu"):
-            run(write_text("a.jsonl", TEXTS), hf_tokenizer, tmp_path / "out")
-    finally:
-        os.close(descriptor)
 
 
 def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_blocks, monkeypatch):
@@ -199,7 +262,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(write_text, hf_tokenizer, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert run(path, hf_tokenizer, tmp_path / "out", workers=1).corpora[0].documents == 600
     assert "parts were there from an earlier run" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
+    assert sorted(files(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
 
 
 def test_memory_does_not_grow_with_the_corpus(hf_tokenizer, tmp_path):

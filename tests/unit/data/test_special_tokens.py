@@ -225,7 +225,9 @@ def test_manifests_from_before_it_was_recorded(run, edited):
     assert run(edited(OPENS), special={"bos": "false", "parse": True}).corpora == manifest.corpora
 
 
-@pytest.mark.parametrize("field, value", [("bos_id", "one"), ("bos_id", True), ("parse_special_tokens", 1)])
+@pytest.mark.parametrize(
+    "field, value", [("bos_id", "one"), ("bos_id", True), ("bos_id", 1000), ("parse_special_tokens", 1)]
+)
 def test_the_manifest_s_record_is_checked(run, edited, field, value):
     path = run(edited(OPENS)).path
     content = yaml.safe_load(Path(path).read_text())
