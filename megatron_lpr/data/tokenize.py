@@ -125,7 +125,9 @@ class HFTokenizer:
         if resize_cache is not None:
             resize_cache(_REMEMBERED_WORDS)
         self.name = file.resolve().parent.name
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if not self.vocab_size:
+            raise UserError(f"{file} has no tokens")
         self.eod_id = hf_eod(self._tokenizer, file.parent)
         self.bos_id = hf_bos(self._tokenizer, file.parent, special.bos)
         self.parses_special_tokens = special.parse

@@ -1,5 +1,6 @@
 """Held-out text, read as preprocessing reads its text; all of it, and every setting, before a model is loaded."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from megatron_lpr.config import EvaluationConfig, EvaluationCorpus
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.data.documents import OnBadLine, Reading, TextReader
 from megatron_lpr.data.manifest import check_language_roles
+from megatron_lpr.data.source_checks import check_files
 from megatron_lpr.data.text_files import expand, format_of
 from megatron_lpr.errors import UserError
 
@@ -27,8 +29,8 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     """Check everything that needs no reading of text, for the model in `model_dir`.
 
     Raises:
-        UserError: no corpora, a size out of range, a file that is not there, a setting without effect, a language with
-            two roles.
+        UserError: no corpora, a size out of range, a file that is not there or there twice, a setting without effect,
+            a language with two roles.
     """
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
@@ -47,6 +49,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
         if names.count(corpus.name) > 1:
             raise UserError(f"evaluation.corpora: two are called '{corpus.name}'; give each its own name")
         _check_corpus(corpus)
+    check_files([dataclasses.replace(corpus, files=_files(corpus)) for corpus in settings.corpora])
     check_language_roles("evaluation.corpora", ((c.name, c.language, c.role) for c in settings.corpora))
 
 

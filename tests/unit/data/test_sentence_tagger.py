@@ -2,11 +2,13 @@
 
 import bisect
 import random
+import shutil
 
 import nltk.data
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
 from megatron_lpr.data.tokenize import load_tokenizer
@@ -132,6 +134,16 @@ def test_tokens_of_a_part_of_a_character(byte_fallback):
         assert ends == sorted(ends)
         tokens += len(ids)
     assert tokens > 5000
+
+
+def test_parts_of_a_character_of_a_tokenizer_json(hf_tokenizer, tmp_path):
+    shutil.copytree(hf_tokenizer, tmp_path, dirs_exist_ok=True)
+    edited = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    edited.normalizer = tokenizers.normalizers.NFKC()
+    edited.save(str(tmp_path / "tokenizer.json"))
+    [(ids, ends)] = load_tokenizer(str(tmp_path)).encode_with_ends(["fox ½日"])
+    # "1⁄2" is five bytes, the character behind it three; the space before may be in one token with the first
+    assert len(ids) == len(ends) and ends[-3:] == [6] * 3 and ends[-7:-3] == [5] * 4 and 5 not in ends[:-8]
 
 
 def test_unknown_codes_are_told(tagger_module):

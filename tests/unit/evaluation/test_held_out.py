@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 
 import pytest
 
@@ -21,12 +22,14 @@ def test_every_kind_of_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "abc"}\n\n  \n{"id": 1, "body": "de"}\n')  # blank lines hold nothing
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as out:
         out.write(json.dumps({"body": "é"}) + "\n")
+    (tmp_path / "e.txt.xz").write_bytes(lzma.compress(b"packed"))
     (tmp_path / "c.txt").write_text("one\n\ntwo\n")
     (tmp_path / "notes").write_text("f\n")
     assert read_corpus(corpus(tmp_path / "?.jsonl*", text_field="body")) == ["abc", "de", "é"]
     assert read_corpus(corpus(tmp_path / "c.txt")) == ["one\n\ntwo\n"]
     assert read_corpus(corpus(tmp_path / "c.txt", tmp_path / "c.txt", sample_by="line"))[:2] == ["one", "two"]
     assert read_corpus(corpus(tmp_path / "notes", format="text")) == ["f\n"]
+    assert read_corpus(corpus(tmp_path / "e.txt.xz")) == ["packed"]
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"body": ["x", "y"]})
     parquet.write_table(table, tmp_path / "d.parquet")
@@ -72,8 +75,8 @@ def test_sizes_are_checked(tmp_path, settings, message):
     tree = {"corpora": (corpus(tmp_path / "a.jsonl"),), "window": 64} | settings
     with pytest.raises(UserError, match=message):
         check_evaluation(EvaluationConfig(**tree), str(tmp_path))
-    check_evaluation(EvaluationConfig(**tree | {"window": 64, "batch": 1, "max_bytes": None} | {
-        "corpora": (corpus(tmp_path / "a.jsonl"),)}), str(tmp_path))  # fmt: skip
+    good = EvaluationConfig(corpora=(corpus(tmp_path / "a.jsonl"),), window=64, batch=1, max_bytes=1)
+    check_evaluation(good, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,7 @@ def test_sizes_are_checked(tmp_path, settings, message):
         ({"files": ("nowhere.jsonl",)}, "evaluation.corpora: two: no file nowhere.jsonl"),
         ({"files": ("none/*.jsonl",)}, "evaluation.corpora: two: no file none/"),
         ({"files": ()}, "evaluation.corpora: two: names no text files"),
+        ({"files": ("{folder}/a.jsonl", "{folder}/*.jsonl")}, "corpus 'two' reads .*a.jsonl twice"),
         ({"name": "help"}, "two are called 'help'"),
         ({"role": "original"}, "language 'hu' is expanded in corpus 'help' and original in 'two'"),
         ({"sample_by": "line"}, "two: sets sample_by, which has an effect on plain text only"),
@@ -90,7 +94,9 @@ def test_sizes_are_checked(tmp_path, settings, message):
 )
 def test_corpora_are_checked(tmp_path, more, message):
     (tmp_path / "a.jsonl").write_text("")
-    corpora = corpus(tmp_path / "a.jsonl"), corpus(**{"name": "two", "files": (str(tmp_path / "a.jsonl"),)} | more)
+    two = {"name": "two", "files": ("{folder}/a.jsonl",)} | more
+    two["files"] = tuple(file.format(folder=tmp_path) for file in two["files"])
+    corpora = corpus(tmp_path / "a.jsonl"), corpus(**two)
     with pytest.raises(UserError, match=message):
         check_evaluation(EvaluationConfig(corpora=corpora, window=1), str(tmp_path))
 
