@@ -1,13 +1,12 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_lpr.config import EvaluationCorpus, Recipe
+from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader
@@ -22,6 +21,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess import check
     from megatron_lpr.data.preprocess import preprocess as run
+    from megatron_lpr.data.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
@@ -37,6 +37,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base
+    special = special_tokens(settings)
     if dry_run:
         check(
             settings.corpora,
@@ -44,6 +45,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
             output_dir=settings.output,
             seed=settings.seed,
             engine=settings.engine,
+            special=special,
         )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
@@ -56,13 +58,15 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         max_document_bytes=settings.max_document_bytes,
         workers=settings.workers,
         engine=settings.engine,
+        special=special,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
-    print(f"manifest: {manifest.path}")
+    bos = manifest.tokenizer.bos_id
+    print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
 
 
 def inspect_data(
@@ -152,18 +156,16 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.evaluation.evaluate import evaluate_model
+    from megatron_lpr.evaluation.evaluate import check, evaluate_model
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("evaluate")
     if checkpoint and hf:
         raise UserError("evaluate: give --checkpoint or --hf, not both")
-    if not recipe.evaluation.corpora:
-        raise UserError("evaluation.corpora: empty; list held-out corpora")
-    _check_text("evaluation.corpora", recipe.evaluation.corpora)
     source = str(checkpoint_folder(checkpoint)) if checkpoint else None
     hf = hf or (None if source else recipe.model.base)
     if dry_run:
+        check(recipe, out=Path(out), checkpoint=source, hf=hf)
         print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
         return
     evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
@@ -260,13 +262,6 @@ def verify(
         print(f"      logits         not compared: {why}")
     if not all(check.ok for check in checks):
         raise UserError(f"verify {export_dir}: failed (see above)")
-
-
-def _check_text(field: str, corpora: Iterable[EvaluationCorpus]) -> None:
-    for corpus in corpora:
-        for file in corpus.files:
-            if not Path(file).is_file():
-                raise UserError(f"{field}: {corpus.name}: no file {file}")
 
 
 def _single_process(command: str) -> None:

@@ -104,6 +104,8 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (3, {"parallel": {"context": 2}}, "parallel.tensor x context x pipeline: 2 does not divide"),
         (2, {"parallel": {"context": 2}, "train": {"micro_batch_size": 3}}, "data-parallel size = 3 x 1"),
         (1, {"data": {"seq_length": 0}}, "data.seq_length: 0 is no multiple of parallel.tensor (1); the nearest is 1"),
+        (1, {"data": {"seq_length": 129}}, "data.seq_length: 129, but the model has 128 positions"),
+        (2, {"parallel": {"context": 2}, "data": {"seq_length": 132}}, "of its config.json); choose 128 at most"),
         (1, {"parallel": {"first_stage_layers": 1}}, "first_stage_layers: 1 needs parallel.pipeline above 1"),
         (1, {"parallel": {"last_stage_layers": 1}}, "last_stage_layers: 1 needs parallel.pipeline above 1"),
         (2, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}, "parallel.first_stage_layers: 0; at least 1"),
