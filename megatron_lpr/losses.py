@@ -27,6 +27,7 @@ class GlobalCounts:
     tokens: float = 1.0  # positions with a label
     original_tokens: float = 1.0  # those of original languages
     balance_groups: float = 1.0  # sequences (or micro-batches) of the balance loss
+    num_languages: int = 0  # of the whole run: how many sums of token losses there are
 
 
 def next_token_loss(token_loss_BS: Tensor, loss_mask_BS: Tensor, counts: GlobalCounts) -> Tensor:

@@ -39,17 +39,13 @@ class StepResult:
 
 
 def forward_backward(
-    recipe: Recipe,
-    chunks: list[torch.nn.Module],
-    batches: list[Iterator[Batch]],
-    counts: GlobalCounts,
-    num_languages: int,
+    recipe: Recipe, chunks: list[torch.nn.Module], batches: list[Iterator[Batch]], counts: GlobalCounts
 ) -> RankLosses:
     """Accumulate the gradients of this rank's micro-batches; returns this rank's part of the losses."""
     sizes = recipe.train
     data_parallel = parallel_state.get_data_parallel_world_size()
     reported = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, counts, num_languages),
+        forward_step_func=functools.partial(_forward_step, counts),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
         num_microbatches=sizes.global_batch_size // (sizes.micro_batch_size * data_parallel),
@@ -61,15 +57,13 @@ def forward_backward(
     if not reported or parallel_state.get_tensor_model_parallel_rank() > 0:
         return RankLosses(
             ntp_loss=torch.zeros((), device=device()),
-            token_loss_sums_L=torch.zeros(num_languages, dtype=torch.float64, device=device()),
+            token_loss_sums_L=torch.zeros(counts.num_languages, dtype=torch.float64, device=device()),
         )
     shares, sums_L = zip(*reported, strict=True)
     return RankLosses(ntp_loss=torch.stack(shares).sum(), token_loss_sums_L=torch.stack(sums_L).sum(0))
 
 
-def train_step(
-    recipe: Recipe, chunks, optimizer, scheduler, batches, counts: GlobalCounts, num_languages: int, step: int
-) -> StepResult:
+def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: GlobalCounts, step: int) -> StepResult:
     """One optimizer step.
 
     Raises:
@@ -78,7 +72,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = forward_backward(recipe, chunks, batches, counts, num_languages)
+    losses = forward_backward(recipe, chunks, batches, counts)
     with cuda_type_names():
         updated, grad_norm, _ = optimizer.step()
     if not updated or not math.isfinite(grad_norm):
@@ -90,7 +84,7 @@ def train_step(
     return StepResult(losses=losses, grad_norm=float(grad_norm))
 
 
-def _forward_step(counts: GlobalCounts, num_languages: int, batches: Iterator[Batch], model: torch.nn.Module):
+def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):
     batch = next(batches)
     tags_BS = _on_device(batch.tags_BS)
     token_loss_BS = model(
@@ -101,7 +95,7 @@ def _forward_step(counts: GlobalCounts, num_languages: int, batches: Iterator[Ba
         labels=_on_device(batch.labels_BS),
         padding_mask=tags_BS,
     )
-    return token_loss_BS, functools.partial(_loss, counts, num_languages, _on_device(batch.loss_mask_BS), tags_BS)
+    return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS), tags_BS)
 
 
 def _on_device(array: np.ndarray) -> Tensor:
@@ -109,9 +103,9 @@ def _on_device(array: np.ndarray) -> Tensor:
 
 
 def _loss(
-    counts: GlobalCounts, num_languages: int, loss_mask_BS: Tensor, tags_BS: Tensor, token_loss_BS: Tensor
+    counts: GlobalCounts, loss_mask_BS: Tensor, tags_BS: Tensor, token_loss_BS: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(loss to differentiate, token count that Megatron shall not use, share and sums [L] to report)."""
     loss = next_token_loss(token_loss_BS, loss_mask_BS, counts)
-    sums_L = token_loss_sums(token_loss_BS.detach(), loss_mask_BS, tags_BS, num_languages)
+    sums_L = token_loss_sums(token_loss_BS.detach(), loss_mask_BS, tags_BS, counts.num_languages)
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), (loss.detach().clone(), sums_L)

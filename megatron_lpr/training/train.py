@@ -40,6 +40,7 @@ class Trainer:
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)
         self.counts = global_counts(*chunks)
+        self.counts.num_languages = len(plan.manifest.languages)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
         get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
@@ -92,14 +93,7 @@ class Trainer:
         batches = self.micro_batches.step(samples, len(self.chunks))
         lr = self.optimizer.param_groups[0]["lr"]
         result = train_step(
-            recipe,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            batches,
-            self.counts,
-            len(self.plan.manifest.languages),
-            self.step + 1,
+            recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts, self.step + 1
         )
         self.step += 1
         self.consumed_samples += samples
