@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_lpr.training.json_lines import from_json, utc_now
+from megatron_lpr.training.json_lines import from_json, utc_now, writing
 
 
 def set_aside(path: Path, step: int) -> str | None:
@@ -15,12 +15,15 @@ def set_aside(path: Path, step: int) -> str | None:
 
     Returns:
         A sentence that says what was moved where; None where nothing was.
+
+    Raises:
+        UserError: one of the files cannot be written.
     """
     kept, steps = _kept_bytes(path, step)
     if kept == path.stat().st_size:
         return None
     aside = path.with_name(f"{path.stem}.abandoned-{utc_now().replace('-', '').replace(':', '')}{path.suffix}")
-    with path.open("r+b") as file:
+    with writing(path), path.open("r+b") as file:
         if steps:
             file.seek(kept)
             with aside.open("xb") as out:

@@ -1,5 +1,6 @@
 """Files of JSON records, one a line, that several processes may have open and that outlive kills and full disks."""
 
+import contextlib
 import json
 import math
 import os
@@ -17,34 +18,44 @@ def utc_now() -> str:
 
 
 class JsonLines:
-    """Appends records, each with one write to the end of the file; a torn last line is closed, not continued."""
+    """Appends records, each with one write to the end of the file; a torn last line is closed, not continued.
+
+    Raises:
+        UserError: the file cannot be written, as on a full disk.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = self.path.open("ab", buffering=0)
-        if not _ends_a_line(self.path):
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+            torn = not _ends_a_line(self.path)
+        if torn:
             self._write(b"\n")
 
     def append(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
-        """Write one line; `sync` waits until it is on the disk.
-
-        Raises:
-            UserError: the file cannot be written, as on a full disk.
-        """
+        """Write one line; `sync` waits until it is on the disk."""
         self._write(to_json(record).encode() + b"\n")
         if sync:
-            os.fsync(self._file.fileno())
+            with writing(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
     def _write(self, line: bytes) -> None:
-        try:
+        with writing(self.path):
             written = self._file.write(line)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and run again") from error
         if written != len(line):
             raise UserError(f"{self.path}: the disk is full; make room and run again")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside it becomes a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that and run again") from error
 
 
 def to_json(record: Mapping[str, Any]) -> str:

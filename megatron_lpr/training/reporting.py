@@ -50,7 +50,7 @@ def plot_run(recipe: Recipe) -> Path:
     from megatron_lpr.evaluation.routing_plots import LOSSES, first_and_last, plot_frozen_share, plot_losses
 
     metrics, folder = Path(recipe.output) / "metrics.jsonl", Path(recipe.output) / "plots"
-    losses = [{key: record[key] for key in ("step", *LOSSES)} for record in each_record(metrics)]
+    losses = [{key: record.get(key) for key in ("step", *LOSSES)} for record in each_record(metrics)]
     plot_losses({recipe.name: losses}, folder / "losses.png")
     if shares := first_and_last(each_record(metrics)):
         model = recipe.model

@@ -40,6 +40,12 @@ def test_a_torn_line_is_closed_and_kept(tmp_path):
     assert [from_json(line) for line in complete_lines(path)] == [{"a": 1}, None, {"a": 2}]
 
 
+def test_a_file_that_cannot_be_opened_is_a_sentence(tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"x.jsonl: cannot be written \(Is a directory\)"):
+        JsonLines(tmp_path / "x.jsonl")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_a_sentence(tmp_path):
     (tmp_path / "x.jsonl").symlink_to("/dev/full")
