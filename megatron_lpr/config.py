@@ -164,7 +164,10 @@ class CheckpointConfig:
 class LoggingConfig:
     """Metrics: a progress line, JSONL and TensorBoard always."""
 
-    router_every: int = opt(1, "steps between records of the per-language router statistics")
+    router_every: int = opt(1, "steps between summaries over the layers of each language's router statistics")
+    router_layers_every: int = opt(
+        100, "steps between their full records, every layer and expert; the first and the last step have one too"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,9 @@ def _check_training(recipe: Recipe, arch: Architecture, world_size: int) -> None
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
             f"choose 0 to {train.steps - 1}"
         )
+    for field in ("router_every", "router_layers_every"):
+        if getattr(recipe.logging, field) < 1:
+            raise UserError(f"logging.{field}: {getattr(recipe.logging, field)}; at least 1 (a large number is never)")
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
     for field in ("every", "keep"):
