@@ -13,7 +13,7 @@ from megatron_lpr.recipe_io import describe, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: something the user can put right, told in one sentence)."""
+    """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
     command, overrides = options.pop("command"), options.pop("set", [])
@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"megatron-lpr {command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -24,6 +24,8 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         raise UserError("preprocess.corpora: empty; name at least one corpus")
     if settings.workers < 0:
         raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
+    if settings.max_document_bytes < 0:
+        raise UserError(f"preprocess.max_document_bytes: {settings.max_document_bytes}; give bytes, or 0: no limit")
     if settings.output is None:
         raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
     if settings.tokenizer is None and not recipe.model.base:
@@ -49,6 +51,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         output_dir=settings.output,
         seed=settings.seed,
         on_bad_line=settings.on_bad_line,
+        max_document_bytes=settings.max_document_bytes,
         workers=settings.workers,
         engine=settings.engine,
         special=special,

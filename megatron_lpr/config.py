@@ -234,6 +234,9 @@ class PreprocessConfig:
     tokenizer: str | None = opt(None, "tokenizer folder or SentencePiece file; without it the base model's")
     corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
+    max_document_bytes: int = opt(
+        16 << 20, "a longer document is a bad line (140 to 210 MB of memory for each MB of a document); 0: no limit"
+    )
     seed: int = opt(0, "seed of the document shuffle")
     workers: int = opt(0, "tokenising processes; 0 is one per core")
     engine: Literal["tokenizers", "fastokens"] = opt(

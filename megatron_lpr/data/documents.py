@@ -13,13 +13,14 @@ _ROWS = 4096
 
 
 class Document(NamedTuple):
-    """A text, the place of its first byte (of a Parquet file: its row), and the language a field names."""
+    """A text, the place of its first byte (of a Parquet file: its row), the language a field names, bytes in UTF-8."""
 
     text: str
     file: int
     offset: int
     line: int
     language: str | None
+    size: int
 
 
 class BadLine(NamedTuple):
@@ -36,13 +37,14 @@ class BadLine(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How the files of a corpus become documents."""
+    """How the files of a corpus become documents; one above `max_document_bytes` is a bad line, 0: no limit."""
 
     format: Format = "auto"
     text_field: str = "text"
     language_field: str | None = None
     languages: tuple[str, ...] = ()
     sample_by: SampleBy = "document"
+    max_document_bytes: int = 0
 
 
 @dataclass
@@ -212,13 +214,16 @@ def _document(
         return BadLine(block.path, line, "empty text")
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer accepts.
     try:
-        text.encode("utf-8")
+        size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return BadLine(block.path, line, "unpaired surrogate in the text")
+    if 0 < reading.max_document_bytes < size:
+        detail = f" (it has {size:,}; divide it, or raise preprocess.max_document_bytes)"
+        return BadLine(block.path, line, f"document of more than {reading.max_document_bytes:,} bytes", detail)
     if reading.language_field is not None:
         if not isinstance(language, str):
             return BadLine(block.path, line, f'no "{reading.language_field}" string')
         if language not in reading.languages:
             return BadLine(block.path, line, "unknown language code", f" {language!r}")
-        return Document(text, block.file, offset, line, language)
-    return Document(text, block.file, offset, line, None)
+        return Document(text, block.file, offset, line, language, size)
+    return Document(text, block.file, offset, line, None, size)

@@ -38,6 +38,7 @@ def make_corpus(
     sha256: str,
     seed: int,
     on_bad_line: OnBadLine,
+    max_document_bytes: int,
     workers: int,
     engine: Engine,
     special: SpecialTokens,
@@ -61,13 +62,14 @@ def make_corpus(
         "parse_special_tokens": special.parse,
         "tokenizers": tokenizers.__version__,
         "engine": engine,
+        "max_document_bytes": max_document_bytes,
     }
     # Enough blocks to keep every process busy to the end, none so small that starting a process costs more.
     block_bytes = min(max(size // (4 * workers), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
     bad_lines = BadLines(on_bad_line)
     try:
         with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
-            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line)
+            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line, max_document_bytes)
             parts = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
             if not any(part.record.documents for part in parts):
                 raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
@@ -98,6 +100,7 @@ def _job(
     seed: int,
     folder: str,
     on_bad_line: OnBadLine,
+    max_document_bytes: int,
 ) -> PartJob:
     reading = Reading(
         format=source.format,
@@ -105,6 +108,7 @@ def _job(
         language_field=source.language_field,
         languages=tuple(source.languages),
         sample_by=source.sample_by,
+        max_document_bytes=max_document_bytes,
     )
     return PartJob(
         tokenizer=tokenizer_dir,

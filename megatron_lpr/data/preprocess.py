@@ -12,9 +12,9 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from megatron_lpr.config import SourceConfig
+from megatron_lpr.config import PreprocessConfig, SourceConfig
 from megatron_lpr.data.documents import OnBadLine
 from megatron_lpr.data.existing import existing_corpus
 from megatron_lpr.data.folder_locks import FolderLocks
@@ -37,6 +37,7 @@ def preprocess(
     output_dir: str,
     seed: int = 0,
     on_bad_line: OnBadLine = "refuse",
+    max_document_bytes: int = PreprocessConfig.max_document_bytes,
     workers: int = 0,
     engine: Engine = "tokenizers",
     special: SpecialTokens = AS_THE_TOKENIZER_DOES,
@@ -52,7 +53,9 @@ def preprocess(
         seed: of the document shuffle, 0 <= seed < 2^63.
         on_bad_line: `refuse` stops at the first bad line; `skip` leaves bad lines out, and lists them in
             <name>.bad_lines.txt.
-        workers: processes; 0 is one per core. Each holds about 200 MB and the tokenizer.
+        max_document_bytes: a longer document is a bad line; 0: no limit.
+        workers: processes; 0 is one per core. Each holds about 200 MB and the tokenizer, and 140 to 210 bytes for each
+            byte of its longest document.
         engine: what reads a tokenizer.json; fastokens gives the same tokens faster, and is checked on samples. Corpora
             with a tagger need the offsets that tokenizers has.
         special: whether a token opens a document, and what control tokens inside a text are; alike in all corpora of
@@ -67,7 +70,7 @@ def preprocess(
     corpora, tokenizer, manifest = check(
         corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine, special=special
     )
-    made_from = [files_sha256(source.files, way_of_reading(source)) for source in corpora]
+    made_from = [files_sha256(source.files, way_of_reading(source, max_document_bytes)) for source in corpora]
     sources = list(zip(corpora, made_from, strict=True))
     try:
         os.makedirs(output_dir, exist_ok=True)
@@ -75,7 +78,7 @@ def preprocess(
         raise UserError(f"cannot make the output folder {output_dir}: {error.strerror}") from error
     with FolderLocks(output_dir) as locks:
         entries, to_make = _take_up(manifest.path, tokenizer, sources, locks, seed, on_bad_line, overwrite)
-        with entries:
+        with _interrupts_told(), entries:
             for source, sha256 in to_make:
                 if source.prefix is not None:
                     corpus = existing_corpus(source, manifest.tokenizer)
@@ -88,12 +91,22 @@ def preprocess(
                         sha256=sha256,
                         seed=seed,
                         on_bad_line=on_bad_line,
+                        max_document_bytes=max_document_bytes,
                         workers=workers or len(os.sched_getaffinity(0)),
                         engine=engine,
                         special=special,
                     )
                 entries.add([corpus])
     return _open_manifest(manifest.path, tokenizer)
+
+
+@contextlib.contextmanager
+def _interrupts_told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept: run the same command again to go on from there", file=sys.stderr)
+        raise
 
 
 def _take_up(

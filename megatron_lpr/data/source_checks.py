@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.config import EvaluationCorpus, SourceConfig
+from megatron_lpr.config import EvaluationCorpus, PreprocessConfig, SourceConfig
 from megatron_lpr.data.compressed import check_compression
 from megatron_lpr.data.language_runs import MAX_LANGUAGES
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings
@@ -103,11 +103,13 @@ def check_plug_ins(source: SourceConfig) -> None:
                     raise UserError(f"{path} has no column '{field}'; it has {', '.join(names)}")
 
 
-def way_of_reading(source: SourceConfig) -> dict[str, object]:
+def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, object]:
     """What, beside the bytes of the files, decides the tokens and their languages: all that is no default."""
     fields = ("format", "text_field", "language_field", "sample_by", "tagger", "sentence_splitter", "sentence_model")
     defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
     settings = {name: getattr(source, name) for name in fields if getattr(source, name) != defaults[name]}
+    if max_document_bytes != PreprocessConfig.max_document_bytes:
+        settings["max_document_bytes"] = max_document_bytes
     return settings | ({"languages": list(source.languages)} if source.languages else {})
 
 

@@ -1,9 +1,11 @@
 """Blocks of text to parts, on all cores: one process per core, each with a tokenizer of its own.
 
 Processes, not the tokenizer libraries' threads: reading JSON, making arrays and writing parts run in parallel too,
-and nothing but the text travels between processes. A corpus of a single block is tokenised here, by threads.
+and nothing but the text travels between processes. A single process is another one too, except for small blocks:
+where it runs out of memory, this one can tell.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
@@ -27,9 +29,10 @@ from megatron_lpr.data.text_files import Block
 from megatron_lpr.data.tokenize import Engine, load_tokenizer
 from megatron_lpr.errors import UserError
 
-# One call of the tokenizer: its encodings take a hundred times the memory of the ids.
+# One call of the tokenizer: it takes up to 150 times the memory of the text.
 _BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 18
+_BATCH_BYTES = 1 << 18
+_SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,37 +73,56 @@ def tokenize_parts(
     """
     numbered = enumerate(blocks)
     first = list(islice(numbered, 2))
-    numbered = chain(first, numbered)
-    if workers == 1 or len(first) < 2:
-        work = _Worker(job, threads=len(os.sched_getaffinity(0)))
-        for number, block in numbered:
-            kept = finished_part(job.path(number), combined=number in combined)
-            yield block, kept or work(number, block), kept is not None
-        return
+    if len(first) < 2:
+        workers = 1
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    pending: deque[tuple[Block, PartRecord | Future[PartRecord]]] = deque()
+    alive, stop = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, workers, alive))
+    here: _Worker | None = None
+    pending: deque[tuple[Block, PartRecord | Future[PartRecord], bool]] = deque()
     try:
-        for number, block in numbered:
+        for number, block in chain(first, numbered):
             kept = finished_part(job.path(number), combined=number in combined)
-            pending.append((block, kept or pool.submit(_work, number, block)))
+            if kept is not None:
+                pending.append((block, kept, True))
+            elif workers == 1 and block.data is not None and len(block.data) <= _SMALL_BYTES:
+                here = here or _Worker(job, threads=_cores())
+                pending.append((block, here(number, block), False))
+            else:
+                with _interrupts_wait():
+                    pending.append((block, pool.submit(_work, number, block), False))
             if len(pending) > workers:
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
+        pool.shutdown()
     except BrokenProcessPool:
         raise UserError(
             "a tokenisation process was killed, perhaps for want of memory; run the same command again, with a smaller "
-            "preprocess.workers: finished parts are kept"
+            "preprocess.workers or preprocess.max_document_bytes: finished parts are kept"
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stop.close()  # whatever a process is still at, nobody waits for it
+        pool.shutdown(cancel_futures=True)
+        alive.close()
 
 
-def _result(block: Block, made: "PartRecord | Future[PartRecord]") -> tuple[Block, PartRecord, bool]:
-    if isinstance(made, PartRecord):
-        return block, made, True
-    return block, made.result(), False
+def _result(block: Block, made: "PartRecord | Future[PartRecord]", kept: bool) -> tuple[Block, PartRecord, bool]:
+    return block, made if isinstance(made, PartRecord) else made.result(), kept
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes after the block. Processes started in it never see one: the parent decides what becomes of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 class _Worker:
@@ -142,18 +164,18 @@ class _Worker:
 
     def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
         batch: list[Document] = []
-        characters = 0
+        size = 0
         for document in documents_of(block, self._job.reading):
             if isinstance(document, BadLine):
                 bad_lines.append(document)
                 if self._job.stop_at_bad_line:
                     break
                 continue
-            batch.append(document)
-            characters += len(document.text)
-            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            if batch and (len(batch) == _BATCH_DOCUMENTS or size + document.size > _BATCH_BYTES):
                 yield batch
-                batch, characters = [], 0
+                batch, size = [], 0
+            batch.append(document)
+            size += document.size
         if batch:
             yield batch
 
@@ -195,18 +217,15 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(job: PartJob) -> None:
+def _start_worker(job: PartJob, workers: int, alive: Connection) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(job, threads=1)
+    threading.Thread(target=_die_with, args=(alive,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+    _worker = _Worker(job, threads=_cores() if workers == 1 else 1)
 
 
-def _die_with(sentinel: int) -> None:
-    wait([sentinel])
+def _die_with(alive: Connection) -> None:
+    wait([alive])  # its other end goes when the parent closes it, or dies
     os._exit(1)
 
 

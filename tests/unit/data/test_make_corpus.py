@@ -17,12 +17,12 @@ import psutil
 import pytest
 
 from megatron_lpr.config import SourceConfig
-from megatron_lpr.data import combine_parts, make_corpus
+from megatron_lpr.data import combine_parts, make_corpus, tokenize_parts
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.parts import PartCursor, PartWriter
 from megatron_lpr.data.preprocess import preprocess
 from megatron_lpr.data.text_files import files_sha256
-from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.tokenize import HFTokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 
 SCRIPT = Path(__file__).with_name("preprocess_slowly.py")
@@ -107,6 +107,34 @@ def test_killed_by_sigkill_it_continues_to_the_same_bytes(write_text, hf_tokeniz
 
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"hu: {finished - 1} of " in again.stderr and "parts were there from an earlier run" in again.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_interrupted_by_ctrl_c_it_continues_to_the_same_bytes(write_text, hf_tokenizer, tmp_path, workers):
+    text = f"the quick fox árvíz {'a lazy dog ' * 20}"
+    path = write_text("a.jsonl", [f"{number} {text}" for number in range(12_000)])
+    arguments = [sys.executable, str(SCRIPT), path, hf_tokenizer]
+    subprocess.run([*arguments, str(tmp_path / "whole"), "2", str(1 << 20)], check=True, capture_output=True)
+    parts = tmp_path / "out" / "hu.parts"
+    for finished in (0, 1, 2):
+        process = subprocess.Popen(
+            [*arguments, str(tmp_path / "out"), workers, str(1 << 20), "0.5"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 60
+        while (not parts.exists() or len(list(parts.glob("0*.json"))) < finished) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        assert "interrupted; what was finished is kept: run the same command again" in errors
+        assert not psutil.wait_procs(family, timeout=10)[1]
+    again = subprocess.run([*arguments, str(tmp_path / "out"), workers, str(1 << 20)], capture_output=True, text=True)
+    assert "parts were there from an earlier run" in again.stderr
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
@@ -249,6 +277,53 @@ def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_block
     monkeypatch.setattr(make_corpus, "read_blocks", kill_a_worker)
     with pytest.raises(UserError, match="a tokenisation process was killed.*finished parts are kept"):
         run(write_text("a.jsonl", TEXTS), hf_tokenizer, tmp_path / "out", workers=2)
+
+
+def test_a_killed_single_process_is_told_too(hf_tokenizer, tmp_path, monkeypatch):
+    """A document of 24 MB takes 3 GB; here the process may have 1.5 GB, and dies as by the system's hand."""
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps " * 1_000_000)
+    monkeypatch.setattr(tokenize_parts, "_start_worker", _start_small_worker)
+    with pytest.raises(UserError, match="a tokenisation process was killed, perhaps for want of memory"):
+        run(str(tmp_path / "a.txt"), hf_tokenizer, tmp_path / "out", workers=1, max_document_bytes=0)
+
+
+def _start_small_worker(*arguments) -> None:
+    tokenize_parts._start_worker(*arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_long_document_is_a_bad_line(write_text, hf_tokenizer, tmp_path, capsys, text):
+    if text:
+        path = str(tmp_path / "a.txt")
+        Path(path).write_text("fox\n" * 300)
+        (tmp_path / "b.txt").write_text("fox")
+        paths = (path, str(tmp_path / "b.txt"))
+    else:
+        paths = (write_text("a.jsonl", ["ű" * 501, "ű" * 500]),)
+    source = SourceConfig(name="hu", files=paths, language="hu", role="expanded")
+    options = {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(UserError, match=r"a\.\w+:1: document of more than 1,000 bytes .it has 1,\d+; divide it, or"):
+        preprocess([source], max_document_bytes=1000, **options)
+    made = preprocess([source], max_document_bytes=1000, on_bad_line="skip", **options)
+    assert (made.corpora[0].documents, made.corpora[0].source.skipped_lines) == (1, 1)
+    assert "left out 1 lines (document of more than 1,000 bytes)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="made from other text, in another way"):
+        preprocess([source], **options)
+    assert preprocess([source], overwrite=True, **options).corpora[0].documents == 2
+
+
+def test_the_tokenizer_gets_few_bytes_at_once(write_text, hf_tokenizer, tmp_path, monkeypatch):
+    batches = []
+
+    def encode_batch(self, texts, encode=HFTokenizer.encode_batch):
+        batches.append([len(text.encode()) for text in texts])
+        return encode(self, texts)
+
+    monkeypatch.setattr(tokenize_parts, "_BATCH_BYTES", 5000)
+    monkeypatch.setattr(HFTokenizer, "encode_batch", encode_batch)
+    run(write_text("a.jsonl", ["ű" * 2000, "é" * 400, "fox", "ű" * 9000, "dog"]), hf_tokenizer, tmp_path / "out")
+    assert batches == [[4000, 800, 3], [18000], [3]]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(write_text, hf_tokenizer, tmp_path, small_blocks, capsys):
