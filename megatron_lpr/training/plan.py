@@ -11,7 +11,7 @@ from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
-from megatron_lpr.data.subset import unshuffled
+from megatron_lpr.data.subset import short_windows, unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
@@ -154,6 +154,7 @@ def describe(plan: Plan) -> str:
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
+            *(f"warning      {sentence}" for sentence in short_windows(plan.manifest, plan.sampler)),
         ]
     )
 
