@@ -12,7 +12,7 @@ from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.data.special_tokens import special_tokens
-from megatron_lpr.data.subset import unshuffled
+from megatron_lpr.data.subset import short_windows, unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.data.tokenizer_record import check_trained_alike, read_otherwise, record_of
 from megatron_lpr.errors import UserError
@@ -157,6 +157,7 @@ def describe(plan: Plan) -> str:
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
+            *(f"warning      {sentence}" for sentence in short_windows(plan.manifest, plan.sampler)),
             *(f"warning      {sentence}" for sentence in read_otherwise(plan.manifest.tokenizer, recipe.preprocess)),
         ]
     )
