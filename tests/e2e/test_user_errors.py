@@ -70,6 +70,7 @@ def test_empty_corpus(refused, project, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     corpora = f"[{{name: x, files: {tmp_path}/empty.jsonl, language: x, role: expanded}}]"
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".lock").touch()  # stays where it is
     error = refused(
         "preprocess", "upcycle", *changed(f"preprocess.corpora={corpora}", f"preprocess.output={tmp_path}/data")
     )
