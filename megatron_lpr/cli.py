@@ -1,39 +1,66 @@
 """The command line: `megatron-lpr preprocess|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
+import contextlib
+import functools
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_lpr import __version__
 from megatron_lpr.data.options import add_options, take_tree
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.recipe_io import describe, load_recipe
+from megatron_lpr.stopping import status_of
+
+DISTRIBUTED = ("train", "upcycle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
-    command, overrides = options.pop("command"), options.pop("set", [])
+    command = options.pop("command")
+    return status_of(f"megatron-lpr {command}", lambda: _status(command, options, arguments))
+
+
+def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
+    overrides = options.pop("set", [])
     if command == "export":
         overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
         options["command_line"] = shlex.join(["megatron-lpr", *arguments])
     try:
-        from megatron_lpr import commands
-
-        if "recipe" in options:
-            under = take_tree(options) if command == "preprocess" else {}
-            options["recipe"] = load_recipe(options["recipe"], overrides, under)
-        getattr(commands, command.replace("-", "_"))(**options)
-    except UserError as error:
-        print(f"megatron-lpr {command}: error: {error}", file=sys.stderr)
+        with all_ranks(functools.partial(_report, command)) if command in DISTRIBUTED else contextlib.nullcontext():
+            _run(command, options, overrides)
+    except AlreadyTold:
         return 2
-    except KeyboardInterrupt:
-        print(f"megatron-lpr {command}: interrupted", file=sys.stderr)
-        return 130
+    except UserError as error:
+        _report(command, error)
+        return 2
     return 0
+
+
+def _run(command: str, options: dict, overrides: list[str]) -> None:
+    from megatron_lpr import commands
+    from megatron_lpr.platform import together
+
+    if "recipe" in options:
+        under = take_tree(options) if command == "preprocess" else {}
+        options["recipe"] = together(lambda: load_recipe(options["recipe"], overrides, under))
+    getattr(commands, command.replace("-", "_"))(**options)
+
+
+def all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
+    """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
+    from megatron_lpr.platform import Ranks, meeting
+
+    ranks = Ranks.from_environment()
+    return meeting(ranks.rank, ranks.world_size, report)
+
+
+def _report(command: str, error: UserError) -> None:
+    print(f"megatron-lpr {command}: error: {error}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,13 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     verify = _add(commands, "verify", "check an export against the base model, and against its checkpoint")
     verify.add_argument("export_dir", metavar="EXPORT", help="folder that `export` wrote")
     verify.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
+    verify.add_argument(
+        "--no-logits", dest="logits", action="store_false", help="with --checkpoint: tensors only, without Megatron"
+    )
+    _add_graft_delta(verify)
     return parser
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
     """What `export` can be told beside its recipe."""
     for name, metavar, help_text in (
-        ("dtype", None, "dtype of the weights: auto (as trained), float32, bfloat16"),
+        ("dtype", "DTYPE", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
         ("max-shard-size", "SIZE", "largest safetensors file, as 500MB or 4GB"),
         ("processes", "N", "processes that share the work"),
     ):
@@ -86,10 +117,14 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", nargs="+", metavar="JSON", help="evaluations for the model card, the base's first (export.results)"
     )
+    _add_graft_delta(parser)
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
+
+
+def _add_graft_delta(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
     )
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
 
 def export_settings(options: dict) -> dict:

@@ -1,16 +1,19 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_lpr.config import EvaluationCorpus, Recipe
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.config import Recipe
+from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.hf_config import read_config
+from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
-from megatron_lpr.errors import UserError
-from megatron_lpr.platform import Ranks, megatron
+from megatron_lpr.conversion.upcycle import check_checkpoint
+from megatron_lpr.errors import UserError, warn
+from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -18,6 +21,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess import check
     from megatron_lpr.data.preprocess import preprocess as run
+    from megatron_lpr.data.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
@@ -33,6 +37,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base
+    special = special_tokens(settings)
     if dry_run:
         check(
             settings.corpora,
@@ -40,6 +45,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
             output_dir=settings.output,
             seed=settings.seed,
             engine=settings.engine,
+            special=special,
         )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
@@ -52,13 +58,15 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         max_document_bytes=settings.max_document_bytes,
         workers=settings.workers,
         engine=settings.engine,
+        special=special,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
-    print(f"manifest: {manifest.path}")
+    bos = manifest.tokenizer.bos_id
+    print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
 
 
 def inspect_data(
@@ -79,43 +87,66 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
-    from megatron_lpr.training.run_state import RunState, find_checkpoint
-    from megatron_lpr.validation import check_recipe
+    from megatron_lpr.training.run_folder import run_folder
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
-    check_recipe(recipe, arch, Ranks.from_environment().world_size)
-    if find_checkpoint(recipe.output):
-        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    arch, base = together(lambda: _check_import(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
-    with megatron() as ranks:
+    with run_folder(recipe.output, resume=None), megatron() as ranks:
+        from megatron_lpr.conversion.progress import byte_progress
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.training import checkpointing
+        from megatron_lpr.training.run_state import RunState
         from megatron_lpr.training.weights import fill_weights
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
-        fill_weights(recipe, arch, chunks, None)
-        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
+        total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
+        with byte_progress("convert", total, show=ranks.rank == 0) as bar:
+            fill_weights(recipe, arch, chunks, None, progress=bar.update)
+        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
         folder = checkpointing.save(recipe.output, state, chunks)
         if ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
 
 
+def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
+    """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
+    from megatron_lpr.conversion.output_place import check_place
+    from megatron_lpr.conversion.remarks import base_remarks
+    from megatron_lpr.conversion.sizes import model_bytes
+    from megatron_lpr.training.run_state import find_checkpoint
+    from megatron_lpr.training.same_run import base_identity
+    from megatron_lpr.validation import check_recipe
+
+    model, ranks = recipe.model, Ranks.from_environment()
+    arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+    check_recipe(recipe, arch, ranks.world_size)
+    check_checkpoint(SafetensorsReader(model.base), arch)
+    check_place(recipe.output, model.base, needed=model_bytes(arch, model.num_experts, model.dtype))
+    if find_checkpoint(recipe.output):
+        raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
+    for sentence in base_remarks(arch, model.base, dtype=model.dtype) if ranks.rank == 0 else ():
+        warn(sentence)
+    return arch, base_identity(model.base, arch)
+
+
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Run a training recipe: post-pretraining, review or a baseline; resumes where an earlier run stopped."""
     from megatron_lpr.training.plan import describe, plan_training
+    from megatron_lpr.training.run_folder import run_folder
 
     ranks = Ranks.from_environment()
-    plan = plan_training(recipe, ranks.world_size)
+    plan = together(lambda: plan_training(recipe, ranks.world_size))
+    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
     if ranks.rank == 0:
         print(describe(plan), flush=True)
-    if dry_run:
+    if dry_run or plan.finished:
         return
-    with megatron():
+    with run_folder(recipe.output, plan.resume), megatron():
         from megatron_lpr.training.train import Trainer
 
         Trainer(plan).run()
@@ -125,18 +156,16 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.evaluation.evaluate import evaluate_model
+    from megatron_lpr.evaluation.evaluate import check, evaluate_model
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("evaluate")
     if checkpoint and hf:
         raise UserError("evaluate: give --checkpoint or --hf, not both")
-    if not recipe.evaluation.corpora:
-        raise UserError("evaluation.corpora: empty; list held-out corpora")
-    _check_text("evaluation.corpora", recipe.evaluation.corpora)
     source = str(checkpoint_folder(checkpoint)) if checkpoint else None
     hf = hf or (None if source else recipe.model.base)
     if dry_run:
+        check(recipe, out=Path(out), checkpoint=source, hf=hf)
         print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
         return
     evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
@@ -161,12 +190,10 @@ def export(
 ) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export import export_checkpoint
-    from megatron_lpr.conversion.folders import check_vacant
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("export")
     source = checkpoint_folder(checkpoint)
-    check_vacant(out)
     export_checkpoint(
         source,
         out,
@@ -181,36 +208,60 @@ def export(
     print(f"{'would export' if dry_run else 'exported'} {source} to {out}" + ("" if verify else "; not verified"))
 
 
-def verify(recipe: Recipe, *, export_dir: str, checkpoint: str | None = None, dry_run: bool = False) -> None:
-    """Check an export: keys, shapes and frozen tensors against the base model; tensors and logits against a checkpoint.
+def verify(
+    recipe: Recipe,
+    *,
+    export_dir: str,
+    checkpoint: str | None = None,
+    graft_delta: list[str] | None = None,
+    logits: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Check an export: its files, names and frozen tensors against the base; tensors and logits against a checkpoint.
+
+    What is frozen and how tokens are routed is the checkpoint's record or the export's, not what `recipe` says.
     """
+    from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
+    from megatron_lpr.conversion.record import Made, made_of
     from megatron_lpr.conversion.verify import verify_export
     from megatron_lpr.training.run_state import checkpoint_folder
 
-    source = str(checkpoint_folder(checkpoint)) if checkpoint else None
-    if dry_run:
-        print(f"would verify {export_dir} against {recipe.model.base}" + (f" and {source}" if source else ""))
-        return
-    report = verify_export(export_dir, recipe.model.base, num_frozen=recipe.untouched_experts)
-    print(report)
-    ok = report.ok
-    if source:
+    base = recipe.model.base
+    source = checkpoint_folder(checkpoint) if checkpoint else None
+    with_logits = source is not None and logits and not graft_delta
+    if with_logits:
         _single_process("verify --checkpoint")
+        if not recipe.evaluation.corpora:
+            raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
+    if dry_run:
+        read_config(export_dir), read_architecture(base)
+        print(f"would verify {export_dir} against {base}" + (f" and {source}" if source else ""))
+        return
+    made = made_of(source) if source else None
+    report = verify_export(
+        export_dir,
+        graft_delta[1] if graft_delta else base,
+        checkpoint=made,
+        recipe=Made.of_recipe(recipe),
+        grafted_on=graft_delta[0] if graft_delta else None,
+        progress=True,
+    )
+    print(report, flush=True)
+    checks = [*report.checks]
+    if source:
+        checks.append(compare_with_checkpoint(source, made, export_dir, base, graft_delta=graft_delta))
+        print(checks[-1], flush=True)
+    if with_logits:
         with megatron():
-            from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
+            from megatron_lpr.conversion.against_logits import compare_logits
 
-            checks = compare_with_checkpoint(recipe, source, export_dir)
-        print(*checks, sep="\n")
-        ok = ok and all(check.ok for check in checks)
-    if not ok:
+            checks.append(compare_logits(recipe, str(source), export_dir))
+        print(checks[-1])
+    elif source:
+        why = "no Megatron model has the delta that was grafted on" if graft_delta else "--no-logits"
+        print(f"      logits         not compared: {why}")
+    if not all(check.ok for check in checks):
         raise UserError(f"verify {export_dir}: failed (see above)")
-
-
-def _check_text(field: str, corpora: Iterable[EvaluationCorpus]) -> None:
-    for corpus in corpora:
-        for file in corpus.files:
-            if not Path(file).is_file():
-                raise UserError(f"{field}: {corpus.name}: no file {file}")
 
 
 def _single_process(command: str) -> None:

@@ -164,7 +164,10 @@ class CheckpointConfig:
 class LoggingConfig:
     """Metrics: a progress line, JSONL and TensorBoard always."""
 
-    router_every: int = opt(1, "steps between records of the per-language router statistics")
+    router_every: int = opt(1, "steps between summaries over the layers of each language's router statistics")
+    router_layers_every: int = opt(
+        100, "steps between their full records, every layer and expert; the first and the last step have one too"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,12 @@ class EvaluationCorpus:
     """Held-out text."""
 
     name: str = required("row of the table")
-    files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
+    files: tuple[str, ...] = required("text files of any kind that preprocess.corpora[].files knows; patterns too")
     language: str = required("language code")
     role: Literal["original", "expanded"] = required("whether the base model is meant to know the language")
+    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "as preprocess.corpora[].format")
+    text_field: str = opt("text", "field (column) of the text")
+    sample_by: Literal["document", "paragraph", "line"] = opt("document", "as preprocess.corpora[].sample_by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,16 +191,20 @@ class EvaluationConfig:
     window: int = opt(1024, "tokens of context window")
     batch: int = opt(8, "windows of one forward pass")
     max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all")
+    on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """The Hugging Face folder that `export` writes."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = opt("auto", "`auto` is the dtype that was trained")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "`auto` is the dtype that was trained")
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
     processes: int = opt(1, "processes that read the checkpoint and write the shards")
     results: tuple[str, ...] = opt((), "evaluation results (JSON) for the model card, the base model's first")
+    base_model: str | None = opt(
+        None, "hub id (organisation/name) of the base for the model card; without it as its folder tells, if it does"
+    )
     shared_expert_size: int | None = opt(
         None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128"
     )
@@ -237,6 +247,12 @@ class PreprocessConfig:
     workers: int = opt(0, "tokenising processes; 0 is one per core")
     engine: Literal["tokenizers", "fastokens"] = opt(
         "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
+    )
+    bos: Literal["auto", "true", "false"] = opt(
+        "auto", "a BOS token opens each document, of evaluation too; auto: where the tokenizer itself puts one first"
+    )
+    parse_special_tokens: bool = opt(
+        False, "<|im_end|> and the like, written out in a text, become control tokens, in evaluation too"
     )
 
 

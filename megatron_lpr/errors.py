@@ -5,6 +5,7 @@ programmer are `assert`s and keep theirs.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -12,8 +13,17 @@ class UserError(ValueError):
     """Something the user can put right: a path, a configuration value, a corpus, a checkpoint."""
 
 
+class AlreadyTold(UserError):
+    """A `UserError` that stops this rank and has been printed, here or by another rank of the run."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint to append to a message about an unknown `name`: the closest valid name, or all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else f"; valid: {', '.join(valid)}"
+
+
+def warn(sentence: str) -> None:
+    """Tells the user something that stops nothing, on stderr."""
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)

@@ -102,6 +102,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if origin is typing.Literal:
+        if isinstance(value, bool):
+            value = str(value).lower()  # YAML reads the word true as a bool
         if value not in arguments:
             raise UserError(f"{where}: unknown value '{value}'{nearest(str(value), arguments)}")
         return value

@@ -6,6 +6,7 @@ checkpoint that it writes loads at every layout, whatever the sizes it was writt
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,14 +14,18 @@ from collections.abc import Sequence
 from megatron_lpr import cli, commands
 from megatron_lpr.config import ModelConfig, ParallelConfig, Recipe
 from megatron_lpr.conversion.export import upcycle_hf
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.conversion.families import Architecture, read_architecture
+from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import DTYPES
 from megatron_lpr.conversion.sizes import parse_size
 from megatron_lpr.conversion.verify import verify_export
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import AlreadyTold, UserError, warn
+from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe_io import from_tree, to_tree
+from megatron_lpr.stopping import status_of
 from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
+SAYS = "(default: %(default)s)"
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
 
@@ -31,35 +36,46 @@ def build_parser() -> argparse.ArgumentParser:
     doors = parser.add_subparsers(dest="door", required=True)
 
     def door(name: str, help: str, *folders: str) -> argparse.ArgumentParser:
-        added = doors.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        added = doors.add_parser(name, help=help, description=help)
+        added.add_argument("--dry-run", action="store_true", help="check, say what would be done, do nothing")
         for folder in folders:
             added.add_argument(folder.lower(), metavar=folder, help=FOLDERS[folder])
         return added
 
     upcycle = door("upcycle", "HF model -> HF MoE model, without Megatron", "BASE", "OUT")
-    upcycle.add_argument("--num-experts", type=int, required=True, help="experts per layer, the frozen ones included")
+    upcycle.add_argument(
+        "--num-experts", metavar="N", type=int, required=True, help="experts per layer, the frozen ones included"
+    )
     _add_expert_options(upcycle)
-    upcycle.add_argument("--shared-expert-size", type=int, default=None, help="width of Qwen2Moe's zero shared expert")
-    upcycle.add_argument("--dtype", choices=list(DTYPES), default=None, help="dtype to write; None: that of BASE")
-    upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help="largest safetensors file")
-    upcycle.add_argument("--processes", metavar="N", type=int, default=1, help="processes that share the work")
+    upcycle.add_argument(
+        "--shared-expert-size", metavar="N", type=int, help="width of Qwen2Moe's zero shared expert (default: 128)"
+    )
+    upcycle.add_argument("--dtype", choices=list(DTYPES), help="dtype to write (default: that of BASE)")
+    upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
+    upcycle.add_argument("--processes", metavar="N", type=int, default=1, help=f"processes that share the work {SAYS}")
     upcycle.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
-    to_megatron = door("hf-to-megatron", "HF model, upcycled or as it is -> distributed checkpoint", "BASE", "OUT")
-    to_megatron.add_argument("--num-experts", type=int, default=0, help="experts per layer; 0: as many as BASE has")
+    what = "HF model, upcycled or as it is -> distributed checkpoint"
+    to_megatron = door("hf-to-megatron", what, "BASE", "CHECKPOINTS")
+    to_megatron.add_argument(
+        "--num-experts", metavar="N", type=int, default=0, help="experts per layer (default: as many as BASE has)"
+    )
     _add_expert_options(to_megatron)
-    to_megatron.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="None: that of BASE")
+    to_megatron.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="dtype to write (default: that of BASE; float32 for float16)"
+    )
     for size in LAYOUT:
-        to_megatron.add_argument(f"--{size.replace('_', '-')}", type=int, default=1, help=f"{size}-parallel size")
+        name = size.replace("_", "-")
+        to_megatron.add_argument(f"--{name}", metavar="N", type=int, default=1, help=f"{name}-parallel size {SAYS}")
 
     to_hf = door("megatron-to-hf", "distributed checkpoint -> HF model", "CHECKPOINT", "OUT")
-    to_hf.add_argument("--base", default=None, help="folder of the base model; None: where training found it")
+    to_hf.add_argument("--base", metavar="BASE", help="folder of the base model (default: where training found it)")
     cli.export_options(to_hf)
 
     verify = door("verify", "check an exported HF model against the model it came from", "EXPORT", "BASE")
-    verify.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
+    verify.add_argument(
+        "--num-frozen", metavar="N", type=int, help="frozen experts (default: what EXPORT's record says, or 1)"
+    )
 
     doors.add_parser("export", add_help=False, help="the same as megatron-lpr export")
     return parser
@@ -68,54 +84,77 @@ def build_parser() -> argparse.ArgumentParser:
 FOLDERS = {
     "BASE": "folder of the HF model",
     "OUT": "folder to write; must not exist, or be empty",
+    "CHECKPOINTS": "folder to write, as the output of a run; must hold no checkpoint",
     "CHECKPOINT": "checkpoint, or output folder of a run",
     "EXPORT": "folder of the exported model",
 }
 
 
 def _add_expert_options(parser: argparse.ArgumentParser) -> None:
+    for name, kind, default, what in (
+        ("num-frozen", int, 1, "frozen experts per layer"),
+        ("router-std", float, 0.02, "standard deviation of the initial router"),
+        ("seed", int, 0, "seed of the initial router"),
+    ):
+        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{what} {SAYS}")
     parser.add_argument(
-        "--mlp-only-layers", type=int, nargs="+", default=(), help="layers (from 0) that get no experts; Qwen only"
+        "--topk", metavar="N", type=int, help="experts that each token is routed to (default: that of BASE, or 2)"
     )
-    parser.add_argument("--num-frozen", type=int, default=1, help="frozen experts per layer")
-    parser.add_argument("--topk", type=int, default=2, help="experts that each token is routed to")
-    parser.add_argument("--router-std", type=float, default=0.02, help="standard deviation of the initial router")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial router")
+    parser.add_argument(
+        "--mlp-only-layers", metavar="N", type=int, nargs="+", default=(), help="layers (from 0) without experts; Qwen"
+    )
 
 
 def upcycle(options: dict, command_line: str) -> int:
     base, out, verify = options.pop("base"), options.pop("out"), options.pop("verify")
     max_shard_bytes = parse_size(options.pop("max_shard_size"))
+    topk = _topk(options.pop("topk"), read_architecture(base))
     upcycle_hf(
         base,
         out,
         **options,
+        topk=topk,
         max_shard_bytes=max_shard_bytes,
         on_verified=print if verify else None,
         command=command_line,
         progress=True,
     )
-    print(f"wrote {out}")
+    print(f"{'would write' if options['dry_run'] else 'wrote'} {out}")
     return 0
 
 
 def hf_to_megatron(options: dict, command_line: str) -> int:
     arch = read_architecture(options["base"])
-    as_it_is = arch.num_experts and options["num_experts"] in (0, arch.num_experts)
     model = ModelConfig(
         base=options["base"],
         num_experts=options["num_experts"] or arch.num_experts,
         num_frozen_experts=options["num_frozen"],
-        topk=arch.topk if as_it_is else options["topk"],
+        topk=_topk(options["topk"], arch),
         mlp_only_layers=tuple(options["mlp_only_layers"]),
         router_init_std=options["router_std"],
         router_init_seed=options["seed"],
-        dtype=options["dtype"] or arch.dtype,
+        dtype=options["dtype"] or _trainable(arch.dtype, options["base"]),
     )
     parallel = ParallelConfig(**{size: options[size] for size in LAYOUT})
-    recipe = Recipe(name="convert_hf", output=options["out"], model=model, parallel=parallel)
-    commands.import_hf(from_tree(Recipe, to_tree(recipe), where=command_line))
+    recipe = Recipe(name="convert_hf", output=options["checkpoints"], model=model, parallel=parallel)
+    commands.import_hf(from_tree(Recipe, to_tree(recipe), where=command_line), dry_run=options["dry_run"])
     return 0
+
+
+def _topk(asked: int | None, arch: Architecture) -> int:
+    return asked if asked is not None else arch.topk or 2
+
+
+def _trainable(dtype: str, base: str) -> str:
+    """The dtype of the base's checkpoint: its own, but for float16, in which nothing is trained here."""
+    if dtype != "float16":
+        return dtype
+    if Ranks.from_environment().rank == 0:
+        warn(
+            f"'{base}' is float16, in which nothing is trained here: the checkpoint is float32, exactly the same "
+            "numbers; export it with --dtype float16 to have their bytes again"
+        )
+    return "float32"
 
 
 def megatron_to_hf(options: dict, command_line: str) -> int:
@@ -131,25 +170,43 @@ def megatron_to_hf(options: dict, command_line: str) -> int:
 
 
 def verify(options: dict, command_line: str) -> int:
-    report = verify_export(options["export"], options["base"], num_frozen=options["num_frozen"])
+    if options["dry_run"]:
+        read_config(options["export"]), read_architecture(options["base"])
+        print(f"would verify {options['export']} against {options['base']}")
+        return 0
+    report = verify_export(options["export"], options["base"], num_frozen=options["num_frozen"], progress=True)
     print(report)
-    return 0 if report.ok else 1
+    if not report.ok:
+        raise UserError(f"verify {options['export']}: failed (see above)")
+    return 0
 
 
 DOORS = {"upcycle": upcycle, "hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf, "verify": verify}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Goes through one door; returns 0, 1 when `verify` found something wrong, or 2 for a UserError."""
+    """Goes through one door; returns 0, or 2 for a UserError, as when `verify` found something wrong."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["export"]:
         return cli.main(argv)
     options = vars(build_parser().parse_args(argv))
+    door = options.pop("door")
+    return status_of("convert_hf.py", lambda: _status(door, options, shlex.join(["convert_hf.py", *argv])))
+
+
+def _status(door: str, options: dict, command_line: str) -> int:
     try:
-        return DOORS[options.pop("door")](options, shlex.join(["convert_hf.py", *argv]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with cli.all_ranks(report) if door == "hf-to-megatron" else contextlib.nullcontext():
+            return DOORS[door](options, command_line)
+    except AlreadyTold:
         return 2
+    except UserError as error:
+        report(error)
+        return 2
+
+
+def report(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_lpr.conversion.dist_metadata import read_metadata
 from megatron_lpr.conversion.file_tensor import FileTensor, Shape
 from megatron_lpr.errors import UserError
 
@@ -48,13 +49,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._reader = FileSystemReader(self.folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # unpickling a damaged file raises whatever it likes
-            raise UserError(
-                f"checkpoint {folder}: its .metadata cannot be read ({type(error).__name__}: {error}); "
-                "it is damaged, or no torch_dist checkpoint"
-            ) from error
+        self._metadata = read_metadata(self.folder)
         self._opened: dict[MetadataIndex, FileTensor] = {}
         self._places = {
             name: place

@@ -11,22 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lpr.config import ExportConfig, Recipe
-from megatron_lpr.conversion.export_config import export_config
+from megatron_lpr.conversion.export_config import check_carried_over, export_config
 from megatron_lpr.conversion.families import Architecture, family_of, read_architecture
 from megatron_lpr.conversion.folders import complete_folder, copy_companions
-from megatron_lpr.conversion.graft import GraftedSource, check_own_base
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import ShardedWriter, torch_dtype
+from megatron_lpr.conversion.hub_id import check_hub_id, hub_id
 from megatron_lpr.conversion.model_card import ModelCard
 from megatron_lpr.conversion.origins import check_upcycling, with_layers_kept_dense, with_shared_expert, zero_tensors
-from megatron_lpr.conversion.parallel_write import write_all
-from megatron_lpr.conversion.progress import byte_progress
+from megatron_lpr.conversion.output_place import check_place, check_vacant
+from megatron_lpr.conversion.parallel_write import filling
 from megatron_lpr.conversion.provenance import read_provenance
-from megatron_lpr.conversion.sizes import parse_size
-from megatron_lpr.conversion.sources import CheckpointSource, Source, UpcycledSource
+from megatron_lpr.conversion.record import ExportRecord, Made, digests, made_of
+from megatron_lpr.conversion.remarks import remarks
+from megatron_lpr.conversion.sizes import model_bytes, parse_size
+from megatron_lpr.conversion.sources import UpcycledSource
 from megatron_lpr.conversion.to_hf import NamedTensors, to_hf
+from megatron_lpr.conversion.trained_model import trained_model
 from megatron_lpr.conversion.verify import VerifyReport, verify_export
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe_io import from_tree
 from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
@@ -40,24 +43,48 @@ class _Export:
     """What is written beside the tensors, and what the folder must be.
 
     hf_dir: the HF model whose config, tokenizer and frozen tensors the export has: the base, or the instruct model.
-    num_frozen: experts that were never trained; 0 where everything was.
+    reads: the other folders that are read.
+    made: what was made of the base. step: of the checkpoint.
+    grafted_on: the base of a grafted delta; `hf_dir` is its instruct model then.
     on_verified: the folder is verified before it appears, and this is given the report.
     """
 
     arch: Architecture
     hf_dir: Path
     out_dir: Path
-    num_experts: int
-    num_frozen: int
-    topk: int
+    made: Made
     max_shard_bytes: int
     card: ModelCard
     on_verified: OnVerified | None
+    reads: tuple[str | Path, ...] = ()
+    step: int | None = None
+    grafted_on: Path | None = None
+    progress: bool = False
 
-    def write(self, fill: Callable[[ShardedWriter], None]) -> Path:
-        shapes = family_of(self.arch).shapes(self.arch, self.num_experts)
+    def run(self, fill: Callable[[ShardedWriter], None], *, dry_run: bool = False) -> Path:
+        """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
+        experts, dtype = self.made.num_experts, self.card.dtype
+        check_carried_over(read_config(self.hf_dir), self.arch, self.hf_dir)
+        check_place(self.out_dir, self.hf_dir, *self.reads, needed=model_bytes(self.arch, experts, dtype))
+        check_vacant(self.out_dir)
+        for sentence in remarks(self.arch, self.hf_dir, dtype=dtype, num_experts=experts):
+            warn(sentence)
+        if not dry_run:
+            self._write(fill)
+        return self.out_dir
+
+    def _write(self, fill: Callable[[ShardedWriter], None]) -> None:
+        experts, topk = self.made.num_experts, self.made.topk
+        shapes = family_of(self.arch).shapes(self.arch, experts)
         config = export_config(
-            self.arch, read_config(self.hf_dir), num_experts=self.num_experts, topk=self.topk, dtype=self.card.dtype
+            self.arch, read_config(self.hf_dir), num_experts=experts, topk=topk, dtype=self.card.dtype
+        )
+        record = ExportRecord(
+            made=self.made,
+            dtype=self.card.dtype,
+            step=self.step,
+            base=digests(self.grafted_on or self.hf_dir),
+            instruct=digests(self.hf_dir) if self.grafted_on else None,
         )
         with complete_folder(self.out_dir) as folder:
             writer = ShardedWriter(
@@ -67,13 +94,17 @@ class _Export:
             writer.close()
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             copy_companions(self.hf_dir, folder)
+            record.write(folder)
             report = self._verify(folder) if self.on_verified else None
+            if report and report.frozen_sha256:
+                dataclasses.replace(record, frozen_sha256=report.frozen_sha256).write(folder)
             card = dataclasses.replace(self.card, frozen_sha256=report and report.frozen_sha256)
             (folder / "README.md").write_text(card.markdown(), encoding="utf-8")
-        return self.out_dir
 
     def _verify(self, folder: Path) -> VerifyReport:
-        report = verify_export(folder, self.hf_dir, num_frozen=self.num_frozen)
+        report = verify_export(
+            folder, self.hf_dir, checkpoint=self.made, grafted_on=self.grafted_on, progress=self.progress
+        )
         self.on_verified(report)
         if not report.ok:
             wrong = "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
@@ -115,12 +146,10 @@ def export_model(
         arch=arch,
         hf_dir=Path(base_dir),
         out_dir=Path(out_dir),
-        num_experts=num_experts,
-        num_frozen=num_frozen,
-        topk=topk,
+        made=_upcycled(arch, num_experts, num_frozen, topk),
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
-            base=Path(base_dir).name,
+            **_names(base_dir, "base"),
             base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
@@ -128,7 +157,7 @@ def export_model(
             dtype=dtype or arch.dtype,
         ),
         on_verified=None,
-    ).write(fill)
+    ).run(fill)
 
 
 def upcycle_hf(
@@ -148,27 +177,26 @@ def upcycle_hf(
     on_verified: OnVerified | None = None,
     command: str | None = None,
     progress: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Upcycles a HF checkpoint into the family's stock MoE class, tensor by tensor, without Megatron.
 
     The result computes what a dense model computes (for one that has experts already see origins.py) and equals
     what `load_dense` followed by `export_model` writes. mlp_only_layers, shared_expert_size: see
     `with_layers_kept_dense` and `with_shared_expert`. on_verified: verify the folder before it appears, and hand over
-    the report. UserError as `export_model`.
+    the report. dry_run: check everything that can be checked first, write nothing. UserError as `export_model`.
     """
     arch = with_shared_expert(with_layers_kept_dense(read_architecture(base_dir), mlp_only_layers), shared_expert_size)
     check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen, topk=topk)
     source = UpcycledSource(base_dir, arch, num_experts=num_experts, router_std=router_std, seed=seed)
-    return _Export(
+    planned = _Export(
         arch=arch,
         hf_dir=Path(base_dir),
         out_dir=Path(out_dir),
-        num_experts=num_experts,
-        num_frozen=num_frozen,
-        topk=topk,
+        made=_upcycled(arch, num_experts, num_frozen, topk),
         max_shard_bytes=max_shard_bytes,
         card=ModelCard(
-            base=Path(base_dir).resolve().name,
+            **_names(base_dir, "base"),
             base_experts=arch.num_experts,
             num_experts=num_experts,
             num_frozen=num_frozen,
@@ -179,7 +207,9 @@ def upcycle_hf(
             command=command,
         ),
         on_verified=on_verified,
-    ).write(_from(source, "upcycle", processes=processes, progress=progress))
+        progress=progress,
+    )
+    return planned.run(filling(source, "upcycle", processes=processes, progress=progress), dry_run=dry_run)
 
 
 def export_checkpoint(
@@ -203,63 +233,61 @@ def export_checkpoint(
     """
     settings = settings or ExportConfig()
     folder = checkpoint_folder(str(checkpoint))
-    saved = from_tree(Recipe, read_run_state(folder).recipe, where=f"checkpoint {folder}")
-    model, untouched = saved.model, saved.untouched_experts if saved.model.num_experts else 0
-    dtype = model.dtype if settings.dtype == "auto" else settings.dtype
-    num_frozen = model.num_frozen_experts if model.num_experts else 0
-    arch = with_layers_kept_dense(read_architecture(base_dir), model.mlp_only_layers)
-    arch = with_shared_expert(arch, settings.shared_expert_size)
-    hf_dir = Path(base_dir)
-    source: Source = CheckpointSource(folder, arch, num_experts=model.num_experts, num_frozen=num_frozen)
-    if graft_delta:
-        check_own_base(graft_delta[0], base_dir)
-        hf_dir = Path(graft_delta[1])
-        source = GraftedSource(
-            source,
-            arch,
-            base_dir=graft_delta[0],
-            instruct_dir=hf_dir,
-            num_experts=model.num_experts,
-            num_frozen=untouched,
-            dtype=dtype,
-        )
-        arch = dataclasses.replace(arch, max_position_embeddings=read_architecture(hf_dir).max_position_embeddings)
+    state, made = read_run_state(folder), made_of(folder)
+    saved = from_tree(Recipe, state.recipe, where=f"checkpoint {folder}")
+    dtype = saved.model.dtype if settings.dtype == "auto" else settings.dtype
+    model = trained_model(
+        folder,
+        made,
+        base_dir=base_dir,
+        dtype=dtype,
+        shared_expert_size=settings.shared_expert_size,
+        graft_delta=graft_delta,
+    )
     provenance = read_provenance(folder)
     planned = _Export(
-        arch=arch,
-        hf_dir=hf_dir,
+        arch=model.arch,
+        hf_dir=model.hf_dir,
         out_dir=Path(out_dir),
-        num_experts=model.num_experts,
-        num_frozen=untouched,
-        topk=model.topk,
+        made=made,
         max_shard_bytes=parse_size(settings.max_shard_size),
         card=ModelCard(
-            base=Path(base_dir).resolve().name,
-            base_experts=arch.num_experts,
-            num_experts=model.num_experts,
-            num_frozen=untouched,
-            topk=model.topk,
+            **_names(base_dir, "base", settings.base_model),
+            **(_names(model.hf_dir, "instruct") if graft_delta else {}),
+            base_experts=model.arch.num_experts,
+            num_experts=made.num_experts,
+            num_frozen=made.untouched,
+            topk=made.topk,
             dtype=dtype,
             provenance=provenance,
             router_seed=provenance.router_seed,
             router_std=provenance.router_std,
-            instruct=hf_dir.resolve().name if graft_delta else None,
             results=_results(settings.results),
             command=command,
         ),
         on_verified=on_verified,
+        progress=progress,
+        reads=(folder, *(graft_delta or ())),
+        step=state.step,
+        grafted_on=Path(graft_delta[0]) if graft_delta else None,
     )
-    if dry_run:
-        return planned.out_dir
-    return planned.write(_from(source, "export", processes=settings.processes, progress=progress))
+    fill = filling(model.source, "export", processes=settings.processes, progress=progress)
+    return planned.run(fill, dry_run=dry_run)
 
 
-def _from(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
-    def fill(writer: ShardedWriter) -> None:
-        with byte_progress(what, sum(writer.sizes.values()), show=progress) as bar:
-            write_all(source, writer, processes=processes, progress=bar.update)
+def _names(hf_dir: str | Path, role: str, given: str | None = None) -> dict[str, str | None]:
+    """What the card calls a model: its id on the hub, where that is known, and a name for people."""
+    name = check_hub_id(given, "export.base_model") if given else hub_id(hf_dir)
+    return {role: name or Path(hf_dir).resolve().name, f"{role}_id": name}
 
-    return fill
+
+def _upcycled(arch: Architecture, num_experts: int, num_frozen: int, topk: int) -> Made:
+    return Made(
+        num_experts=num_experts,
+        num_frozen_experts=num_frozen if num_experts else 0,
+        topk=topk if num_experts else 0,
+        mlp_only_layers=arch.mlp_only_layers if num_experts else (),
+    )
 
 
 def _results(files: Sequence[str]) -> str | None:

@@ -3,10 +3,12 @@
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_lpr.conversion.output_place import INSIDE, check_vacant, resolved
 from megatron_lpr.errors import UserError
 
 # What belongs to a model besides weights and config; copied byte for byte, because transformers 5 saves a
@@ -19,51 +21,139 @@ COMPANION_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
 )
-
-
-def check_vacant(out_dir: str | Path) -> None:
-    """UserError when `out_dir` exists and is anything but an empty folder."""
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output folder '{out_dir}' exists and is not empty: choose another or remove it")
+# The files that make a folder a model.
+LAST = (".index.json", "config.json")
 
 
 @contextmanager
 def complete_folder(out_dir: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `out_dir` when the block ends well, and vanishes when it does not.
 
-    It lies beside `out_dir` as `.NAME.incomplete`. A process that is killed leaves it, the next one replaces it.
-    UserError, before anything is done, when `out_dir` exists and is not empty, or while another process writes it;
-    and when the disk is full or the folder cannot be written.
+    It lies beside `out_dir` as `.NAME.incomplete` and is renamed at the end. Where that is impossible, and where
+    `out_dir` is there already (a mount point, a link, a folder with an owner and permissions for a purpose), it lies
+    inside, and its files are moved up at the end, config.json last, without which no folder is a model. A process that
+    is killed leaves the temporary folder, the next one replaces it. A block that ended well is never deleted: when its
+    folder cannot be put in place after all, it stays.
+
+    UserError, before anything is done, when `out_dir` exists and is not empty, while another process writes it, and
+    where neither way works; and when the disk is full.
     """
     check_vacant(out_dir)
-    out = Path(out_dir).absolute()
-    temporary = out.with_name(f".{out.name}.incomplete")
+    out = resolved(out_dir)
+    absent = [path for path in (out, *out.parents) if not path.exists()]
+    lock = None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(out)
         lock = os.open(temporary, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot create '{temporary}': {error.strerror}") from error
-    try:
         _lock(lock, fcntl.LOCK_EX, out_dir)
         check_vacant(out_dir)  # the other process may have just finished
         _empty(temporary)
         _lock(lock, fcntl.LOCK_SH, out_dir)
         try:
+            if temporary.parent == out:
+                _try_moving_up(temporary)
             yield temporary
+            for path in temporary.iterdir():
+                _sync(path)
             os.fsync(lock)
-            temporary.rename(out)
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(f"cannot write '{out_dir}': {error.strerror or error}") from error
+            _remove_empty(absent)
             raise
+        _put_in_place(temporary, out, out_dir)
+    except OSError as error:
+        raise UserError(f"cannot write '{out_dir}': {error.strerror or error}") from error
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def _temporary(out: Path) -> Path:
+    """Makes the folder to write into, or finds the one that a killed process left. OSError where there can be none."""
+    beside = out.with_name(f".{out.name}.incomplete")
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if _folders_can_be_renamed(out.parent):
+            beside.mkdir(exist_ok=True)
+            return beside
+    inside = out / INSIDE
+    inside.mkdir(parents=True, exist_ok=True)
+    return inside
+
+
+def _folders_can_be_renamed(parent: Path) -> bool:
+    """Not on every network file system: some rename files only. OSError where nothing can be written."""
+    probe = Path(tempfile.mkdtemp(prefix=".probe_", dir=parent))
+    renamed = probe.with_name(f"{probe.name}.renamed")
+    try:
+        (probe / "file").touch()
+        probe.rename(renamed)
+        return True
+    except OSError:
+        return False
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
+        shutil.rmtree(renamed, ignore_errors=True)
+
+
+def _try_moving_up(folder: Path) -> None:
+    """OSError where a file cannot be moved from a folder to its parent."""
+    probe = folder / f".probe_{os.getpid()}"
+    probe.touch()
+    probe.rename(folder.parent / probe.name).unlink()
+
+
+def _put_in_place(temporary: Path, out: Path, out_dir: str | Path) -> None:
+    try:
+        check_vacant(out_dir)
+        if temporary.parent == out:
+            _move_up(temporary)
+        else:
+            temporary.rename(out)
+    except (OSError, UserError) as error:
+        raise UserError(
+            f"'{out_dir}' is written and complete but could not be put in place, and stays in '{temporary}': move what "
+            f"is there to where you want it ({error})"
+        ) from error
+
+
+def _move_up(folder: Path) -> None:
+    """Moves the files of a folder to its parent, those last without which no program takes it for a model."""
+    files = sorted(folder.iterdir(), key=lambda path: (path.name.endswith(LAST), path.name == LAST[-1], path.name))
+    moved = []
+    try:
+        for path in files:
+            moved.append(folder.parent / path.name)
+            path.rename(moved[-1])
+        folder.rmdir()
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Those that were made for nothing, the innermost first."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            pass  # it was never made, or is not empty: another process uses it
 
 
 @contextmanager

@@ -33,10 +33,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_on_disk(folder: str | Path) -> str:
-    """Name of the dtype of a checkpoint's first tensor; float32 where there is no checkpoint yet."""
+    """Name of the dtype of a checkpoint's first tensor; float32 where there is no tensor yet."""
     if not any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         return "float32"
     reader = SafetensorsReader(folder)
+    if not reader.keys():
+        return "float32"
     dtype = reader.dtype(reader.keys()[0])
     return next(name for name, known in DTYPES.items() if known == dtype)
 
@@ -44,9 +46,9 @@ def dtype_on_disk(folder: str | Path) -> str:
 class SafetensorsReader:
     """The tensors of a HF folder by name, from `model.safetensors` or from the shards of its index.
 
-    Opens and reads nothing but what is asked for. UserError for a folder without safetensors, a shard that is
-    missing or truncated, and a tensor that is not there or not in a floating-point format that training
-    starts from.
+    Opens and reads nothing but what is asked for. UserError for a folder without safetensors or with two models, a
+    shard that is missing, truncated or outside the folder, and a tensor that is not there or not in a floating-point
+    format that training starts from.
     """
 
     def __init__(self, folder: str | Path):
@@ -55,22 +57,52 @@ class SafetensorsReader:
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
-        index = self.folder / INDEX_FILE
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
         if not index.is_file():
-            if not (self.folder / SINGLE_FILE).is_file():
+            if not single.is_file():
                 raise UserError(
                     f"'{self.folder}' holds neither {SINGLE_FILE} nor {INDEX_FILE}: "
                     "download the model in safetensors format"
                 )
             return dict.fromkeys(self._header(SINGLE_FILE), SINGLE_FILE)
+        if single.exists():
+            raise UserError(
+                f"'{self.folder}' holds two models, {SINGLE_FILE}, which transformers reads, and the shards of "
+                f"{INDEX_FILE}: remove the one that is not meant"
+            )
+        return self._read_index(index)
+
+    def _read_index(self, index: Path) -> dict[str, str]:
         try:
             file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+                raise TypeError("weight_map")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"'{index}' is not a safetensors index: download the model again") from error
-        for shard in sorted(set(file_of.values())):
+        if not isinstance(file_of, dict) or not file_of:
+            raise UserError(f"'{index}' is not a safetensors index: its weight_map names no tensors")
+        for shard in sorted(set(map(str, file_of.values()))):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise UserError(f"'{index}' names '{shard}': a shard is a .safetensors file inside the folder")
             if not (self.folder / shard).is_file():
                 raise UserError(f"'{self.folder}' lacks the shard {shard} that its index names: download it again")
         return file_of
+
+    def check_index(self) -> None:
+        """UserError where a shard holds a tensor that the index does not find in it: transformers reads it there."""
+        for file in sorted(self.files()):
+            for name in self._header(file):
+                if name in self._file_of and self._file_of[name] != file:
+                    raise UserError(
+                        f"'{self.folder}' holds the tensor '{name}' twice, in {file} and, by its index, in "
+                        f"{self._file_of[name]}: remove the one that is not meant"
+                    )
+                if name not in self._file_of and not name.endswith("rotary_emb.inv_freq"):
+                    raise UserError(f"'{self.folder / file}' holds the tensor '{name}', which its index does not name")
+
+    def files(self) -> set[str]:
+        """Names of the safetensors files, without the index."""
+        return set(self._file_of.values())
 
     def _header(self, file: str) -> dict[str, Any]:
         """A file's header: dtype, shape and byte range in the file (`start`) of each tensor."""

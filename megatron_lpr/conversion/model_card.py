@@ -15,11 +15,13 @@ class ModelCard:
 
     base_experts: that the base had already. num_experts: 0 for a dense model. num_frozen: experts 0..n-1 that were
         never trained, with everything outside the experts; 0 where everything was trained.
-    instruct: the model whose difference to the base was grafted on. results: table of evaluations, in Markdown.
-    frozen_sha256: `frozen_digest` of the export. command: that wrote it.
+    base, instruct: names for people; instruct is the model whose difference to the base was grafted on. base_id,
+        instruct_id: theirs on the hub, which the header links to; None: unknown.
+    results: table of evaluations, in Markdown. frozen_sha256: `frozen_digest` of the export. command: that wrote it.
     """
 
     base: str
+    base_id: str | None = None
     base_experts: int = 0
     num_experts: int
     num_frozen: int
@@ -29,6 +31,7 @@ class ModelCard:
     router_seed: int | None = None
     router_std: float | None = None
     instruct: str | None = None
+    instruct_id: str | None = None
     results: str | None = None
     frozen_sha256: str | None = None
     command: str | None = None
@@ -46,8 +49,9 @@ class ModelCard:
         return "\n".join([*lines, *self._exported(), ""])
 
     def _header(self) -> dict[str, object]:
+        known = [name for name in (self.base_id, self.instruct_id) if name]
         header: dict[str, object] = {
-            "base_model": [self.base, self.instruct] if self.instruct else self.base,
+            **({"base_model": known[0] if len(known) == 1 else known} if known else {}),
             "library_name": "transformers",
             "tags": ["megatron_lpr", *(["moe"] if self.num_experts else [])],
         }
@@ -124,10 +128,8 @@ def _stage(stage: Stage) -> Iterator[str]:
     yield "| corpus | language | role | tokens | tokens of its language trained on | SHA-256 |"
     yield "|---|---|---|---:|---:|---|"
     for corpus in stage.corpora:
-        trained_on = stage.tokens_per_language.get(corpus.language, 0)
+        trained_on = sum(stage.tokens_per_language.get(language, 0) for language in corpus.languages)
         yield (
-            f"| {corpus.name} | {corpus.language} | {corpus.role} | {corpus.tokens:,} | {trained_on:,} | "
+            f"| {corpus.name} | {', '.join(corpus.languages)} | {corpus.role} | {corpus.tokens:,} | {trained_on:,} | "
             f"`{corpus.digest}` |"
         )
-    yield ""
-    yield f"SHA-256 of the manifest: `{stage.manifest}`."

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_lpr.conversion.families import Architecture, family_of
+from megatron_lpr.conversion.families.reading import MOST_EXPERTS
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.errors import UserError
 
@@ -59,6 +60,10 @@ def check_upcycling(arch: Architecture, *, num_experts: int, num_frozen: int, to
     if not num_experts:
         return
     check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk or 1)
+    if num_experts * arch.num_layers > MOST_EXPERTS:
+        raise UserError(
+            f"{num_experts} experts in {arch.num_layers} layers: a model can have {MOST_EXPERTS} in all layers together"
+        )
     if old and topk not in (None, arch.topk):
         raise UserError(f"the base model routes to its top {arch.topk} experts; top-{topk} would be another function")
     if old and num_experts > old and num_frozen < old:

@@ -9,8 +9,20 @@ import torch
 
 from megatron_lpr.conversion.folders import hold_folder
 from megatron_lpr.conversion.hf_io import ShardedWriter
+from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.conversion.sources import Source
 from megatron_lpr.errors import UserError
+from megatron_lpr.stopping import not_for_children
+
+
+def filling(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:
+    """A function that writes all of `source` to the writer it is given, with a bar named `what` where asked for."""
+
+    def fill(writer: ShardedWriter) -> None:
+        with byte_progress(what, sum(writer.sizes.values()), show=progress) as bar:
+            write_all(source, writer, processes=processes, progress=bar.update)
+
+    return fill
 
 
 def write_all(source: Source, writer: ShardedWriter, *, processes: int, progress: Callable[[int], object]) -> None:
@@ -33,7 +45,8 @@ def write_all(source: Source, writer: ShardedWriter, *, processes: int, progress
             receiver, sender = spawn.Pipe(duplex=False)
             arguments = (source, writer, units, sender, os.getpid())
             worker = spawn.Process(target=_write_units, args=arguments, daemon=True)
-            worker.start()
+            with not_for_children():
+                worker.start()
             sender.close()
             workers[receiver] = worker
         open_ends = list(workers)

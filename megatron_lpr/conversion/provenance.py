@@ -12,18 +12,18 @@ from megatron_lpr.training.run_state import RunState, checkpoint_folder, read_ru
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Training text of one language; `digest` is the SHA-256 of its tokens on disk."""
+    """Training text; `digest` is the SHA-256 of its tokens on disk, `languages` are those in it, with their roles."""
 
     name: str
-    language: str
     role: str
+    languages: dict[str, str]
     tokens: int
     digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training run. losses: of its last step, by name, those that were computed. manifest: digest of its data."""
+    """One training run. losses: of its last step, by name, those that were computed."""
 
     name: str
     trainable: str
@@ -32,7 +32,6 @@ class Stage:
     objective: str
     losses: dict[str, float]
     tokens_per_language: dict[str, int]
-    manifest: str
     corpora: tuple[Corpus, ...]
 
 
@@ -47,7 +46,8 @@ class Provenance:
     def languages(self, role: str) -> list[str]:
         """Languages of the training data that have this role, in order of appearance."""
         corpora = [corpus for stage in self.stages for corpus in stage.corpora]
-        return list(dict.fromkeys(corpus.language for corpus in corpora if corpus.role == role))
+        roles = [item for corpus in corpora for item in corpus.languages.items()]
+        return list(dict.fromkeys(language for language, own in roles if own == role))
 
 
 def read_provenance(checkpoint: Path) -> Provenance:
@@ -77,10 +77,14 @@ def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:
 
 def _stage(folder: Path, state: RunState) -> Stage:
     recipe, data = state.recipe, state.data_state or {}
-    corpora = (
-        Corpus(name=name, **{key: corpus[key] for key in ("language", "role", "tokens", "digest")})
+    corpora = [
+        Corpus(
+            name=name,
+            languages=corpus.get("languages") or {corpus["language"]: corpus["role"]},
+            **{key: corpus[key] for key in ("role", "tokens", "digest")},
+        )
         for name, corpus in data.get("corpora", {}).items()
-    )
+    ]
     return Stage(
         name=recipe["name"],
         trainable=recipe["train"]["trainable"],
@@ -89,7 +93,6 @@ def _stage(folder: Path, state: RunState) -> Stage:
         objective=_objective(recipe),
         losses=_losses(folder.parent.parent / "metrics.jsonl", state.step),
         tokens_per_language=state.tokens_per_language or {},
-        manifest=data.get("manifest", ""),
         corpora=tuple(corpora),
     )
 

@@ -1,5 +1,9 @@
-"""Sizes in bytes, as users write them."""
+"""Sizes in bytes: as users write them, and of models."""
 
+import math
+
+from megatron_lpr.conversion.families import Architecture, family_of
+from megatron_lpr.conversion.hf_io import torch_dtype
 from megatron_lpr.errors import UserError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -20,3 +24,9 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise UserError(f"max_shard_size: '{text}' is no size; write it as 500MB or 4GB")
     return size
+
+
+def model_bytes(arch: Architecture, num_experts: int, dtype: str) -> int:
+    """Bytes of all tensors on disk of a model with `num_experts` experts (0: dense)."""
+    shapes = family_of(arch).shapes(arch, num_experts)
+    return sum(map(math.prod, shapes.values())) * torch_dtype(dtype).itemsize

@@ -3,6 +3,7 @@
 There is no second model and no intermediate checkpoint; what each parameter is made of says origins.py.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,11 +11,14 @@ from dataclasses import replace
 import torch
 
 from megatron_lpr.conversion.families import EMBEDDING, OUTPUT_LAYER, Architecture, family_of
+from megatron_lpr.conversion.file_tensor import same_bits
 from megatron_lpr.conversion.hf_io import SafetensorsReader, torch_dtype
 from megatron_lpr.conversion.mappings import fill
 from megatron_lpr.conversion.names import ParameterName, parse
 from megatron_lpr.conversion.origins import check_experts, check_upcycling, router_rows, source_expert
 from megatron_lpr.errors import UserError
+
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 __all__ = ["check_checkpoint", "check_experts", "load_dense", "router_rows"]
 
@@ -22,6 +26,7 @@ __all__ = ["check_checkpoint", "check_experts", "load_dense", "router_rows"]
 def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
     """UserError unless the checkpoint holds exactly the tensors, shapes and dtype that its config promises."""
     family, dtype = family_of(arch), torch_dtype(arch.dtype)
+    reader.check_index()
     shapes = family.shapes(arch, arch.num_experts)
     for name, shape in shapes.items():
         if reader.shape(name) != shape:
@@ -41,9 +46,21 @@ def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
             )
     for name in reader.keys():
         # Old versions of transformers save rotary frequencies; a tied head is the embedding again.
-        tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
+        tied_head = arch.tie_word_embeddings and name == HEAD
         if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not tied_head:
             raise UserError(f"'{reader.folder}' holds the tensor '{name}', which has no place in a {arch.family} model")
+    if arch.tie_word_embeddings and HEAD in reader:
+        _check_tied_head(reader)
+
+
+def _check_tied_head(reader: SafetensorsReader) -> None:
+    """A head of its own would be left out, for the config says that the embedding is the head."""
+    head, embeddings = reader.slice(HEAD), reader.slice(EMBEDDINGS)
+    if head.dtype != embeddings.dtype or not same_bits(head, embeddings):
+        raise UserError(
+            f"'{reader.folder}' holds a '{HEAD}' that is not its '{EMBEDDINGS}', although config.json says "
+            "tie_word_embeddings = true: set it to false, or remove the tensor"
+        )
 
 
 @torch.no_grad()
@@ -84,7 +101,8 @@ def load_dense(
         name = _globally(parse(local_name), layer_offset=layer_offset, first_new=first_new)
         if name.role == "router":
             assert parameter.shape == (num_experts, arch.hidden_size), (local_name, parameter.shape)
-            old = reader.get(family_of(arch).router_name(name.layer)) if arch.num_experts else None
+            router = family_of(arch).router_name(name.layer)
+            old = _Finite(reader, router, parameter.dtype)[:] if arch.num_experts else None
             parameter.copy_(
                 router_rows(arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed, old=old)
             )
@@ -125,16 +143,36 @@ def _fill_from_base(
     tied_head = name.weight == OUTPUT_LAYER and arch.tie_word_embeddings
     mapping = family.find(name.role, EMBEDDING if tied_head else name.weight)
     sources = family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert)
-    slices = [reader.slice(source) for source in sources]
     fill(
         parameter,
-        slices,
+        [_Finite(reader, source, parameter.dtype) for source in sources],
         mapping.kind,
         [arch.shape(dims) for dims in mapping.hf.values()],
         groups=arch.num_query_groups,
         rank=rank,
         size=size,
     )
+
+
+class _Finite:
+    """A tensor of the base, still on disk, of which everything that is read must be finite as a parameter of `dtype`.
+
+    What is read anyway is looked at once more in memory; each rank looks at its own slices. UserError otherwise.
+    """
+
+    def __init__(self, reader: SafetensorsReader, name: str, dtype: torch.dtype):
+        self._where, self._tensor, self._dtype = f"tensor '{name}' of '{reader.folder}'", reader.slice(name), dtype
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
+        part = self._tensor[index]
+        if self._dtype.itemsize < part.dtype.itemsize:
+            part = part.to(self._dtype)  # large numbers of a wider dtype become infinite
+        if part.numel() and not all(math.isfinite(extreme.item()) for extreme in part.aminmax()):
+            raise UserError(
+                f"{self._where} holds values that are not finite as {part.dtype} (NaN or infinite): download the model "
+                "again, or repair it"
+            )
+        return part
 
 
 def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:

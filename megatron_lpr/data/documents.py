@@ -49,13 +49,14 @@ class Reading:
 
 @dataclass
 class BadLines:
-    """Refuses bad lines, or counts them by reason and keeps the first of each.
+    """Refuses bad lines, or counts them by reason and keeps the first of each; `setting` is what decides.
 
     Raises:
         UserError: from `add`, where bad lines are refused.
     """
 
     on_bad_line: OnBadLine
+    setting: str = "on_bad_line"
     by_reason: dict[str, tuple[int, BadLine]] = field(default_factory=dict)
 
     @property
@@ -64,7 +65,7 @@ class BadLines:
 
     def add(self, bad: BadLine) -> None:
         if self.on_bad_line == "refuse":
-            raise UserError(f"{bad}; correct it, or leave such lines out with on_bad_line: skip")
+            raise UserError(f"{bad}; correct it, or leave such lines out with {self.setting}: skip")
         count, first = self.by_reason.get(bad.reason, (0, bad))
         self.by_reason[bad.reason] = (count + 1, first)
 
@@ -76,10 +77,17 @@ class TextReader:
         UserError: a file is missing, unreadable or incomplete; a bad line that is to be refused.
     """
 
-    def __init__(self, files: Sequence[str], on_bad_line: OnBadLine, reading: Reading | None = None):
+    def __init__(
+        self,
+        files: Sequence[str],
+        on_bad_line: OnBadLine,
+        reading: Reading | None = None,
+        *,
+        setting: str = "on_bad_line",
+    ):
         self.files = expand(files)
         self.reading = reading or Reading()
-        self.bad_lines = BadLines(on_bad_line)
+        self.bad_lines = BadLines(on_bad_line, setting)
 
     def __iter__(self) -> Iterator[str]:
         for block in read_blocks(self.files, format=self.reading.format, sample_by=self.reading.sample_by):

@@ -19,6 +19,7 @@ from megatron_lpr.data.parts import Part
 from megatron_lpr.data.progress import Progress
 from megatron_lpr.data.shuffle import BUCKET_BYTES, merge
 from megatron_lpr.data.source_checks import tagger_settings
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.tokenize import Engine, Tokenizer
 from megatron_lpr.data.tokenize_parts import PartJob, tokenize_parts
@@ -40,6 +41,7 @@ def make_corpus(
     max_document_bytes: int,
     workers: int,
     engine: Engine,
+    special: SpecialTokens,
 ) -> Corpus:
     """Writes `prefix`.bin, .idx and, where the corpus mixes languages, .lang; returns the manifest's entry.
 
@@ -56,6 +58,8 @@ def make_corpus(
         "seed": seed,
         "tokenizer_sha256": tokenizer.sha256,
         "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
+        "parse_special_tokens": special.parse,
         "tokenizers": tokenizers.__version__,
         "engine": engine,
         "max_document_bytes": max_document_bytes,
@@ -65,7 +69,7 @@ def make_corpus(
     bad_lines = BadLines(on_bad_line)
     try:
         with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
-            job = _job(source, tokenizer_dir, engine, sha256, seed, folder, on_bad_line, max_document_bytes)
+            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line, max_document_bytes)
             parts = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
             if not any(part.record.documents for part in parts):
                 raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
@@ -91,6 +95,7 @@ def _job(
     source: SourceConfig,
     tokenizer_dir: str,
     engine: Engine,
+    special: SpecialTokens,
     sha256: str,
     seed: int,
     folder: str,
@@ -108,6 +113,7 @@ def _job(
     return PartJob(
         tokenizer=tokenizer_dir,
         engine=engine,
+        special=special,
         reading=reading,
         tagger=tagger_settings(source),
         seed=seed,

@@ -1,6 +1,6 @@
 """The manifest: a YAML file that says which corpora there are, in which language and role, with which weight.
 
-tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
+tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2, parse_special_tokens: false}
 corpora:
 - name: hu
   prefix: hu            # hu.bin and hu.idx, relative to the manifest
@@ -35,12 +35,19 @@ ROLES = ("expanded", "original")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecord:
-    """The tokenizer that wrote the corpora; `sha256` is that of its tokenizer.json or .model file."""
+    """The tokenizer that wrote the corpora, all in the same way.
+
+    `sha256` is that of its tokenizer.json or .model file. `bos_id` opens every document, None: nothing does.
+    `parse_special_tokens` says that control tokens written out in a text became those tokens; None is a manifest
+    from before it was recorded, when tokenizer.json parsed them.
+    """
 
     name: str
     vocab_size: int
     sha256: str
     eod_id: int
+    bos_id: int | None = None
+    parse_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,8 @@ class Manifest:
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
-        content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
+        tokenizer = {key: value for key, value in dataclasses.asdict(self.tokenizer).items() if value is not None}
+        content = {"tokenizer": tokenizer, "corpora": entries}
         partial = f"{self.path}.partial"
         try:
             with open(partial, "w", encoding="utf-8") as file:
@@ -225,10 +233,10 @@ def _tokenizer(entry: Any, where: str) -> TokenizerRecord:
     tokenizer = read_record(TokenizerRecord, entry, where)
     if not 0 < tokenizer.vocab_size <= 1 << 31:
         raise UserError(f"{where}: vocab_size must be in [1, 2^31], not {tokenizer.vocab_size}")
-    if not 0 <= tokenizer.eod_id < tokenizer.vocab_size:
-        raise UserError(
-            f"{where}: eod_id must be a token of the {tokenizer.vocab_size} there are, not {tokenizer.eod_id}"
-        )
+    for name in ("eod_id", "bos_id"):
+        token = getattr(tokenizer, name)
+        if token is not None and not 0 <= token < tokenizer.vocab_size:
+            raise UserError(f"{where}: {name} must be a token of the {tokenizer.vocab_size} there are, not {token}")
     return tokenizer
 
 

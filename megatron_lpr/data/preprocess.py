@@ -19,11 +19,13 @@ from megatron_lpr.data.documents import OnBadLine
 from megatron_lpr.data.existing import existing_corpus
 from megatron_lpr.data.folder_locks import FolderLocks
 from megatron_lpr.data.make_corpus import make_corpus
-from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord, check_language_roles, language_roles
+from megatron_lpr.data.manifest import Corpus, Manifest, check_language_roles, language_roles
 from megatron_lpr.data.pending_entries import PendingEntries, contradicts
 from megatron_lpr.data.source_checks import check_files, check_plug_ins, check_sources, way_of_reading
+from megatron_lpr.data.special_tokens import AS_THE_TOKENIZER_DOES, SpecialTokens
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
+from megatron_lpr.data.tokenizer_record import check_same_tokenizer, record_of
 from megatron_lpr.data.work_folder import work_folder
 from megatron_lpr.errors import UserError
 
@@ -38,13 +40,14 @@ def preprocess(
     max_document_bytes: int = PreprocessConfig.max_document_bytes,
     workers: int = 0,
     engine: Engine = "tokenizers",
+    special: SpecialTokens = AS_THE_TOKENIZER_DOES,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes each corpus and its entry in `output_dir`/manifest.yaml; safe to kill, and to repeat.
 
     A corpus that is already there, made from the same text in the same way, is kept; only its languages' roles and
-    its weight are taken over. An end-of-document token follows every document. A corpus with a `prefix` is there
-    already and gets its entry only.
+    its weight are taken over. An end-of-document token follows every document, a BOS token opens it where there is
+    one. A corpus with a `prefix` is there already and gets its entry only.
 
     Args:
         seed: of the document shuffle, 0 <= seed < 2^63.
@@ -55,6 +58,8 @@ def preprocess(
             byte of its longest document.
         engine: what reads a tokenizer.json; fastokens gives the same tokens faster, and is checked on samples. Corpora
             with a tagger need the offsets that tokenizers has.
+        special: whether a token opens a document, and what control tokens inside a text are; alike in all corpora of
+            a manifest.
         overwrite: replace a corpus of the same name that was made from something else.
 
     Raises:
@@ -63,7 +68,7 @@ def preprocess(
             tokenizer. All but bad lines and empty corpora are found before anything is written.
     """
     corpora, tokenizer, manifest = check(
-        corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine
+        corpora, tokenizer_dir=tokenizer_dir, output_dir=output_dir, seed=seed, engine=engine, special=special
     )
     made_from = [files_sha256(source.files, way_of_reading(source, max_document_bytes)) for source in corpora]
     sources = list(zip(corpora, made_from, strict=True))
@@ -89,6 +94,7 @@ def preprocess(
                         max_document_bytes=max_document_bytes,
                         workers=workers or len(os.sched_getaffinity(0)),
                         engine=engine,
+                        special=special,
                     )
                 entries.add([corpus])
     return _open_manifest(manifest.path, tokenizer)
@@ -159,7 +165,13 @@ def _with_settings(corpus: Corpus, source: SourceConfig) -> Corpus:
 
 
 def check(
-    corpora: Sequence[SourceConfig], *, tokenizer_dir: str, output_dir: str, seed: int, engine: Engine = "tokenizers"
+    corpora: Sequence[SourceConfig],
+    *,
+    tokenizer_dir: str,
+    output_dir: str,
+    seed: int,
+    engine: Engine = "tokenizers",
+    special: SpecialTokens = AS_THE_TOKENIZER_DOES,
 ) -> tuple[list[SourceConfig], Tokenizer, Manifest]:
     """What needs no reading of text: the sources with their patterns replaced, the tokenizer, the manifest so far.
 
@@ -169,7 +181,7 @@ def check(
     check_sources(corpora, seed)
     corpora = [dataclasses.replace(source, files=_files(source)) for source in corpora]
     check_files(corpora)
-    tokenizer = load_tokenizer(tokenizer_dir, engine=engine)
+    tokenizer = load_tokenizer(tokenizer_dir, engine=engine, special=special)
     manifest = _open_manifest(os.path.join(output_dir, "manifest.yaml"), tokenizer)
     for source in corpora:
         check_plug_ins(source)
@@ -191,17 +203,11 @@ def _files(source: SourceConfig) -> tuple[str, ...]:
 
 
 def _open_manifest(path: str, tokenizer: Tokenizer) -> Manifest:
-    record = TokenizerRecord(
-        name=tokenizer.name, vocab_size=tokenizer.vocab_size, sha256=tokenizer.sha256, eod_id=tokenizer.eod_id
-    )
+    record = record_of(tokenizer)
     if not os.path.exists(path):
         return Manifest(path=path, tokenizer=record, corpora=())
     manifest = Manifest.load(path, check_files=False)
-    if dataclasses.replace(manifest.tokenizer, name=record.name) != record:
-        raise UserError(
-            f"{path} holds corpora of another tokenizer ({manifest.tokenizer.name}, not {record.name}); "
-            "choose another output folder"
-        )
+    check_same_tokenizer(path, manifest.tokenizer, record)
     return manifest
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.config import PreprocessConfig, SourceConfig
+from megatron_lpr.config import EvaluationCorpus, PreprocessConfig, SourceConfig
 from megatron_lpr.data.compressed import check_compression
 from megatron_lpr.data.language_runs import MAX_LANGUAGES
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings
@@ -63,7 +63,7 @@ def _contradictions(source: SourceConfig) -> Iterator[str]:
         yield "sets sample_by, which has an effect on plain text only"
 
 
-def check_files(corpora: Sequence[SourceConfig]) -> None:
+def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
     """Looks for files that are there twice, under whatever names; the sources' patterns are replaced by paths.
 
     Warns of a file in two corpora.

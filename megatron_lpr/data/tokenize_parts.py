@@ -5,10 +5,8 @@ and nothing but the text travels between processes. A single process is another 
 where it runs out of memory, this one can tell.
 """
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
@@ -24,9 +22,11 @@ from megatron_lpr.data.documents import BadLine, Document, Reading, documents_of
 from megatron_lpr.data.indexed import token_dtype
 from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, part_path, write_part
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import Block
 from megatron_lpr.data.tokenize import Engine, load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.stopping import not_for_children
 
 # One call of the tokenizer: it takes up to 150 times the memory of the text.
 _BATCH_DOCUMENTS = 256
@@ -44,6 +44,7 @@ class PartJob:
 
     tokenizer: str
     engine: Engine
+    special: SpecialTokens
     reading: Reading
     tagger: TaggerSettings | None
     seed: int
@@ -87,7 +88,7 @@ def tokenize_parts(
                 here = here or _Worker(job, threads=_cores())
                 pending.append((block, here(number, block), False))
             else:
-                with _interrupts_wait():
+                with not_for_children():
                     pending.append((block, pool.submit(_work, number, block), False))
             if len(pending) > workers:
                 yield _result(*pending.popleft())
@@ -109,16 +110,6 @@ def _result(block: Block, made: "PartRecord | Future[PartRecord]", kept: bool) -
     return block, made if isinstance(made, PartRecord) else made.result(), kept
 
 
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes after the block. Processes started in it never see one: the parent decides what becomes of them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -128,7 +119,8 @@ class _Worker:
 
     def __init__(self, job: PartJob, threads: int):
         self._job = job
-        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine)
+        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine, special=job.special)
+        self._opening = 0 if self._tokenizer.bos_id is None else 1
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._keys = ShuffleKeys(job.seed, job.corpus_sha256)
         self._number = {language: number for number, language in enumerate(job.reading.languages)}
@@ -145,10 +137,10 @@ class _Worker:
                 if bad is not None:
                     bad_lines.append(bad)
                     continue
-                tokens.append(self._with_eod(ids))
+                tokens.append(self._document(ids))
                 places.append((document.file, document.offset))
                 if isinstance(tags, np.ndarray):
-                    languages.append(np.append(tags, tags[-1]).astype(np.uint16))
+                    languages.append(self._document_languages(tags))
             if bad_lines and self._job.stop_at_bad_line:
                 break
         # Documents of a batch are tagged and tokenised after the whole batch was read.
@@ -190,11 +182,18 @@ class _Worker:
             starts, languages, unknown = self._tagger.sentences(document.text)
             yield ids, unknown if unknown is not None else token_languages(ends, starts, languages)
 
-    def _with_eod(self, ids: Sequence[int]) -> np.ndarray:
-        tokens = np.empty(len(ids) + 1, self._dtype)
-        tokens[:-1] = ids
+    def _document(self, ids: Sequence[int]) -> np.ndarray:
+        """The tokens of a text between those that open a document, where there is one, and end it."""
+        tokens = np.empty(self._opening + len(ids) + 1, self._dtype)
+        if self._opening:
+            tokens[0] = self._tokenizer.bos_id
+        tokens[self._opening : -1] = ids
         tokens[-1] = self._tokenizer.eod_id
         return tokens
+
+    def _document_languages(self, tags: np.ndarray) -> np.ndarray:
+        """The same of languages: those of the text's first and last tokens."""
+        return np.concatenate([tags[: self._opening], tags, tags[-1:]]).astype(np.uint16)
 
     def _bad_line(self, block: Block, document: Document, ids: Sequence[int], tags: object) -> BadLine | None:
         if len(ids) == 0:

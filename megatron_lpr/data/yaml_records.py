@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 from megatron_lpr.errors import UserError, nearest
 
 T = TypeVar("T")
-_KINDS = {int: "an integer", str: "a string", int | None: "an integer", str | None: "a string"}
+_KINDS = {
+    int: "an integer",
+    int | None: "an integer",
+    str: "a string",
+    str | None: "a string",
+    bool | None: "true or false",
+}
 
 
 def read_record(record: type[T], entry: Any, where: str) -> T:
@@ -32,7 +38,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} must be a mapping of strings, not {value!r}")
     elif kind is float:
         return _number(value, where)
-    elif not isinstance(value, kind) or isinstance(value, bool):
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind != (bool | None)):
         raise UserError(f"{where} must be {_KINDS[kind]}, not {value!r}")
     return value
 

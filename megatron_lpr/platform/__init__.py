@@ -2,5 +2,19 @@
 
 from megatron_lpr.platform.device import backend, device, prepare
 from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave
+from megatron_lpr.platform.meeting import meeting, same_on_all_ranks, together
 
-__all__ = ["Ranks", "backend", "device", "join", "leave", "leave_layout", "megatron", "on_leave", "prepare"]
+__all__ = [
+    "Ranks",
+    "backend",
+    "device",
+    "join",
+    "leave",
+    "leave_layout",
+    "meeting",
+    "megatron",
+    "on_leave",
+    "prepare",
+    "same_on_all_ranks",
+    "together",
+]

@@ -12,6 +12,7 @@ from torch.distributed import distributed_c10d
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.device import backend, device, prepare
+from megatron_lpr.platform.meeting import meeting_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,8 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
     ranks = Ranks.from_environment()
     dist.init_process_group(
         backend(),
-        store=dist.HashStore() if ranks.world_size == 1 else None,  # alone: no port to find or to fight over
+        # alone: no port to find or to fight over
+        store=dist.HashStore() if ranks.world_size == 1 else meeting_store(),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),

@@ -12,6 +12,7 @@ def install(on_cpu: bool) -> None:
         # 0.16.1 without Transformer Engine: NameError in every router forward (fixed in 0.19.2)
         moe_utils.te_general_gemm = None
     _keep_step_of_torch_adam()
+    _load_objects_without_running_them()
     if on_cpu:
         # bound at import from torch.cuda, which has no generator here
         mcore_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
@@ -38,3 +39,23 @@ def _keep_step_of_torch_adam() -> None:
         return set_states(self, model_param, tensors)
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_step
+
+
+def _load_objects_without_running_them() -> None:
+    """torch's planner (2.13) unpickles the objects of a checkpoint with weights_only=False: they may run code.
+
+    Each is first loaded with weights_only=True, which knows tensors, plain types and what Megatron-Core has registered.
+    """
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    load_bytes = DefaultLoadPlanner.load_bytes
+    if getattr(load_bytes, "checks_first", False):
+        return  # installed already
+
+    def load_checked_bytes(self, read_item, value):
+        torch.load(value, map_location="cpu", weights_only=True)
+        value.seek(0)
+        return load_bytes(self, read_item, value)
+
+    load_checked_bytes.checks_first = True
+    DefaultLoadPlanner.load_bytes = load_checked_bytes

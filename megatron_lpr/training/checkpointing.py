@@ -4,21 +4,19 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 nothing that a later run could mistake for one.
 """
 
-import os
 import shutil
-from collections.abc import Container
+from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
-    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -27,8 +25,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_lpr.conversion.dist_metadata import read_metadata
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.training.checkpoint_folders import drop_old, publish
 from megatron_lpr.training.run_state import RunState, write_run_state
 
 EXTRA_STATE = "_extra_state"
@@ -55,12 +55,8 @@ def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, k
     dist.barrier()
     if rank == 0:
         write_run_state(writing, state)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-        pointer = root / ".latest"
-        pointer.write_text(folder.name)
-        os.replace(pointer, root / "latest")
-        _drop_old(root, keep)
+        publish(writing, folder)
+        drop_old(folder, keep)
     dist.barrier()
     return folder
 
@@ -74,44 +70,62 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
     content = _model_state(chunks)
     if optimizer is not None:
         content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
+    for index in range(len(chunks)):
+        content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
+    read_metadata(folder)  # refuses one that would run code in Megatron's hands
     try:
-        present = load_sharded_metadata(str(folder))
-        for index in range(len(chunks)):
-            content[f"model{index}"] = _without_absent_extra_state(content[f"model{index}"], present)
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, CheckpointException, RuntimeError, OSError, KeyError) as error:
+    except (CheckpointingException, CheckpointException, UnpicklingError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         differing = _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
-        with cuda_type_names():
-            optimizer.load_state_dict(loaded["optimizer"])
-        scheduler.load_state_dict(loaded["scheduler"])
+        _load_optimizer(optimizer, scheduler, loaded)
 
 
-def _without_absent_extra_state(model: dict[str, Any], present: Container[str]) -> dict[str, Any]:
-    """Ask for the extra state (FP8 scales) of those modules only of which the checkpoint has some.
+def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
+    """Moments and steps are the checkpoint's, the settings the recipe's.
 
-    Transformer Engine's modules have one where the local ones have none, as in norms: without this a checkpoint
-    written with one spec would not load with the other.
+    Megatron 0.16.1 would take them, the learning rate too, from the checkpoint, whatever the recipe of the resumed run
+    says; 0.19.2 does not find a parameter group whose learning rate has changed. Weight decay the scheduler sets.
     """
-    return {
-        name: entry
-        for name, entry in model.items()
-        if not (isinstance(entry, ShardedObject) and name.endswith(EXTRA_STATE) and entry.unique_key not in present)
-    }
+    settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
+    for group in _param_groups(loaded["optimizer"]):
+        group.update(settings)
+    with cuda_type_names():
+        optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer or of several."""
+    if isinstance(tree, dict):
+        yield from tree.get("param_groups", ())
+        for value in tree.values():
+            yield from _param_groups(value)
+
+
+def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
+    """Ask for weights alone, not for the extra state (FP8 scales), which no recipe makes use of.
+
+    Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
+    spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
+    """
+    return {name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE)}
 
 
 def _reason(error: BaseException) -> str:
     """In one line; torch collects the failures of all ranks in one exception, of which the first is told."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, UnpicklingError):
+        return "it holds an object that is damaged or may run code: do not use it, and ask whoever it came from"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -145,9 +159,3 @@ def _allocate_state(optimizer) -> None:
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.zeros(())} | moments
-
-
-def _drop_old(root: Path, keep: int) -> None:
-    checkpoints = sorted(root.glob("step_*"))
-    for folder in checkpoints[:-keep] if keep else []:
-        shutil.rmtree(folder)

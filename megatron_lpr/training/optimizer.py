@@ -17,6 +17,7 @@ from megatron_lpr.config import Recipe
 from megatron_lpr.model.freezing import freeze
 from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 
 
 def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
@@ -97,6 +98,7 @@ def build_optimizer(
     )
     with cuda_type_names():
         optimizer = get_megatron_optimizer(config, chunks)
+    refuse_gradients_that_are_not_finite(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr / (settings.warmup_steps + 1),  # a first step at 0 would learn nothing

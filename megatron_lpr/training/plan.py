@@ -11,12 +11,15 @@ from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.special_tokens import special_tokens
 from megatron_lpr.data.subset import short_windows, unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.tokenizer_record import check_trained_alike, read_otherwise, record_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.training import same_run
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
-from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
+from megatron_lpr.training.run_state import RunState, find_checkpoint, locate, read_run_state
 from megatron_lpr.validation import check_recipe
 
 
@@ -33,10 +36,18 @@ class Plan:
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
+    base: dict[str, Any] | None = None  # what the run remembers of the base model,
+    origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
+    notes: tuple[str, ...] = ()  # about checkpoints, to be printed
 
     @property
     def first_step(self) -> int:
         return self.state.step if self.state else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier start of the run has made its last step."""
+        return self.first_step >= self.recipe.train.steps
 
     def recipe_path(self) -> Path:
         """Where the resolved recipe is written."""
@@ -61,83 +72,59 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
-    resume = find_checkpoint(recipe.output)
-    state = read_run_state(resume) if resume else None
-    if state:
-        _check_resume(recipe, state, sampler)
-    source = checkpoint_folder(recipe.model.load) if recipe.model.load else None
-    if source:
-        _check_same_model(recipe, source)
-    replay = replay_budget(recipe, sampler, source)
+    base = same_run.base_identity(recipe.model.base, arch)
+    resume, source = find_checkpoint(recipe.output), None
+    state = origin = None
+    if resume:
+        state = read_run_state(resume.folder)
+        same_run.check_resumed(recipe, state, base)
+        sampler.check_state(state.data_state)
+        origin = same_run.source_of(recipe, state)
+    elif recipe.model.load:
+        source = locate(recipe.model.load)
+        same_run.check_source(recipe, source.folder, base)
+        origin = same_run.source_identity(source.folder)
+    replay = replay_budget(recipe, sampler, source and source.folder, origin and origin["tokens"])
     if replay:
         replay.check()
+    notes = [found.note for found in (resume, source) if found]
+    notes += [same_run.rounded(recipe, source.folder)] if source else []
     return Plan(
         recipe=recipe,
         arch=arch,
         manifest=manifest,
         sampler=sampler,
         world_size=world_size,
-        source=source,
-        resume=resume,
+        source=source.folder if source else None,
+        resume=resume.folder if resume else None,
         state=state,
         replay=replay,
+        base=base,
+        origin=origin,
+        notes=tuple(note for note in notes if note),
     )
 
 
 def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
     tokenizer = manifest.tokenizer
-    base = load_tokenizer(recipe.model.base)
+    base = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
     if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
         raise UserError(
             f"data.manifest: {recipe.data.manifest} was made with a tokenizer of another vocabulary "
             f"({tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}) than the model's in {recipe.model.base} "
             f"({base.vocab_size} tokens, sha256 {base.sha256[:12]}); preprocess the corpora with the model's tokenizer"
         )
-
-
-def _check_resume(recipe: Recipe, state: RunState, sampler: ReplaySampler) -> None:
-    if state.step >= recipe.train.steps:
-        raise UserError(
-            f"output: {recipe.output} already holds a finished run ({state.step} of {recipe.train.steps} steps); "
-            "choose another folder, or raise train.steps to extend it"
-        )
-    if not state.has_optimizer:
-        raise UserError(
-            f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "
-            "(checkpoint.final_optimizer: false) and cannot be extended; start a new one with model.load"
-        )
-    sharded = state.recipe["parallel"]["distributed_optimizer"]
-    if recipe.parallel.distributed_optimizer != sharded:
-        raise UserError(
-            f"parallel.distributed_optimizer: {recipe.parallel.distributed_optimizer}, but the run in {recipe.output} "
-            f"was saved with {sharded}, whose optimizer state has another form; every other size may change"
-        )
-    sampler.check_state(state.data_state)
-
-
-def _check_same_model(recipe: Recipe, source: Path) -> None:
-    there = read_run_state(source).recipe["model"]
-    here = to_tree(recipe.model)
-    for field in ("num_experts", "num_frozen_experts", "topk", "mlp_only_layers"):
-        if there.get(field, here[field]) != here[field]:
-            raise UserError(f"model.{field}: {here[field]}, but the checkpoint {source} has {there[field]}")
-
-
-def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
-    """`section.key: old -> new` of what a resumed run changes; never silent."""
-    old, new = _flat(state.recipe), _flat(to_tree(recipe))
-    return [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    check_trained_alike(f"data.manifest: {recipe.data.manifest}", tokenizer, record_of(base))
 
 
 def describe(plan: Plan) -> str:
     """The resolved recipe and what it comes to."""
     recipe, train = plan.recipe, plan.recipe.train
+    if plan.finished:
+        return (
+            f"nothing to do: the run in {recipe.output} has made all its {train.steps:,} steps ({plan.resume}); raise "
+            "train.steps to train on"
+        )
     steps = train.steps - plan.first_step
     samples = steps * train.global_batch_size
     counts = plan.sampler.count(plan.state.consumed_samples if plan.state else 0, samples)
@@ -153,7 +140,8 @@ def describe(plan: Plan) -> str:
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
-            *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
+            *(f"warning      {sentence}" for sentence in (*plan.notes, *unshuffled(plan.manifest, recipe.data.replay))),
+            *(f"warning      {sentence}" for sentence in read_otherwise(plan.manifest.tokenizer, recipe.preprocess)),
             *(f"warning      {sentence}" for sentence in short_windows(plan.manifest, plan.sampler)),
         ]
     )

@@ -33,17 +33,22 @@ class ReplayBudget:
         return f"{self.replayed:,} tokens of original languages, {share}"
 
 
-def replay_budget(recipe: Recipe, sampler: ReplaySampler, source: Path | None) -> ReplayBudget | None:
+def replay_budget(
+    recipe: Recipe, sampler: ReplaySampler, source: Path | None, stage1_tokens: int | None = None
+) -> ReplayBudget | None:
     """The budget of a run from its first step to its last; None where it replays nothing.
 
     Args:
         source: the checkpoint of stage 1 that the weights come from.
+        stage1_tokens: what a resumed run remembers of it; the checkpoint need not be there any more.
     """
     samples = recipe.train.steps * recipe.train.global_batch_size
     replayed = sampler.count(0, samples).original_tokens
     if not replayed:
         return None
     stage1 = recipe.data.replay.stage1_tokens
+    if stage1 is None:
+        stage1 = stage1_tokens
     if stage1 is None and source is not None:
         stage1 = sum((read_run_state(source).tokens_per_language or {}).values()) or None
     return ReplayBudget(replayed=replayed, stage1=stage1, limit=recipe.data.replay.max_share)

@@ -3,6 +3,7 @@
 Import it after `platform.prepare()`; everything that a user can get wrong has been checked by `plan_training`.
 """
 
+import math
 import time
 from collections import Counter
 
@@ -15,6 +16,7 @@ from megatron_lpr.data.batches import MicroBatches, RankLayout
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import checkpointing, step_metrics
+from megatron_lpr.training.not_finite import NotFinite, check_weights, explain
 from megatron_lpr.training.optimizer import (
     build_optimizer,
     gather_parameters,
@@ -22,9 +24,10 @@ from megatron_lpr.training.optimizer import (
     trainable_parameters,
     wrap,
 )
-from megatron_lpr.training.plan import Plan, changed_settings
+from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.reporting import Reporter
 from megatron_lpr.training.run_state import RunState
+from megatron_lpr.training.same_run import changed_settings
 from megatron_lpr.training.step import train_step
 from megatron_lpr.training.weights import fill_weights, frozen_digest
 
@@ -40,15 +43,18 @@ class Trainer:
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)
         self.counts = global_counts(*chunks)
+        self.counts.num_languages = len(plan.manifest.languages)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
         get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
         if plan.resume is not None:
             checkpointing.load(plan.resume, self.chunks, self.optimizer, self.scheduler)
+        check_weights(self.chunks, f"weights from {plan.resume or plan.source or recipe.model.base}")
         self.routers = routers(*self.chunks)
         for router in self.routers:
             router.stats.num_languages = len(plan.manifest.languages)
         self.step = plan.first_step
+        self.saved_step = plan.state.step if plan.state else None
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter(plan.state.tokens_per_language if plan.state else {})
         self.frozen_digest = frozen_digest(self.chunks)
@@ -73,11 +79,22 @@ class Trainer:
         reporter = Reporter(self.recipe, resumed_step=self.step)
         every = self.recipe.checkpoint.every
         while self.step < self.recipe.train.steps:
-            reporter.step(self.train_step())
+            reporter.step(self.finite_step())
             last = self.step == self.recipe.train.steps
             if last or (every and self.step % every == 0):
                 self.save(last)
         reporter.finish()
+
+    def finite_step(self) -> dict:
+        """`train_step`; a number that is not finite ends the run with what is known of its cause."""
+        step, lr = self.step + 1, self.optimizer.param_groups[0]["lr"]
+        try:
+            metrics = self.train_step()
+            if not math.isfinite(metrics["ntp_loss"]):
+                raise NotFinite(f"the loss is {metrics['ntp_loss']}")
+        except NotFinite as error:
+            raise explain(error, step, self.chunks, lr, self.saved_step) from None
+        return metrics
 
     def train_step(self) -> dict:
         """One optimizer step and its metrics, which are the same on every rank."""
@@ -91,9 +108,7 @@ class Trainer:
         self.counts.balance_groups = samples / per_micro_batch
         batches = self.micro_batches.step(samples, len(self.chunks))
         lr = self.optimizer.param_groups[0]["lr"]
-        result = train_step(
-            recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts, self.step + 1
-        )
+        result = train_step(recipe, self.chunks, self.optimizer, self.scheduler, batches, self.counts)
         self.step += 1
         self.consumed_samples += samples
         self.tokens_seen.update(seen.tokens_per_language)
@@ -106,7 +121,7 @@ class Trainer:
             moe_layers=plan.arch.moe_layers(),
             num_languages=len(plan.manifest.languages),
             num_experts=recipe.model.num_experts,
-            ntp_loss=result.ntp_loss,
+            losses=result.losses,
         )
         seconds = time.perf_counter() - start
         metrics = {
@@ -114,6 +129,7 @@ class Trainer:
             "steps": recipe.train.steps,
             "stage": recipe.name,
             "ntp_loss": stats.ntp_loss,
+            "ntp_loss_per_language": step_metrics.loss_per_language(stats, seen.tokens_per_language),
             "balance_loss": float(stats.balance_N.mean()) if recipe.balance.coeff else None,
             "lpr_loss": step_metrics.lpr_loss(stats, plan.is_original) if self.routers else None,
             "grad_norm": result.grad_norm,
@@ -124,9 +140,14 @@ class Trainer:
             "seconds": seconds,
             "consumed_samples": self.consumed_samples,
         }
-        if self.routers and self.step % recipe.logging.router_every == 0:
-            metrics["router"] = step_metrics.router_record(
-                stats.sums_NLC, plan.manifest.languages, recipe.model.num_frozen_experts
+        if self.routers:
+            first_or_last = self.step in (1, recipe.train.steps)
+            metrics |= step_metrics.router_metrics(
+                stats.sums_NLC,
+                plan.manifest.languages,
+                recipe.model.num_frozen_experts,
+                summary=self.step % recipe.logging.router_every == 0,
+                layers=first_or_last or self.step % recipe.logging.router_layers_every == 0,
             )
         return metrics
 
@@ -142,10 +163,13 @@ class Trainer:
             recipe=to_tree(self.recipe),
             data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
+            base=self.plan.base,
+            source=self.plan.origin,
         )
         optimizer, scheduler = (self.optimizer, self.scheduler) if with_optimizer else (None, None)
         keep = self.recipe.checkpoint.keep
         folder = checkpointing.save(self.recipe.output, state, self.chunks, optimizer, scheduler, keep)
+        self.saved_step = self.step
         if dist.get_rank() == 0:
             print(f"saved {folder}", flush=True)
 

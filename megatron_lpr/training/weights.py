@@ -1,7 +1,7 @@
 """Where the weights of a run come from, and the proof that frozen ones never change."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +15,17 @@ from megatron_lpr.conversion.upcycle import load_dense
 from megatron_lpr.training import checkpointing
 
 
-def fill_weights(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Module], source: Path | None) -> None:
-    """Fill every parameter of this rank: from a checkpoint, or straight from the dense base model (upcycling it)."""
+def fill_weights(
+    recipe: Recipe,
+    arch: Architecture,
+    chunks: list[torch.nn.Module],
+    source: Path | None,
+    progress: Callable[[int], object] = lambda filled_bytes: None,
+) -> None:
+    """Fill every parameter of this rank: from a checkpoint, or straight from the dense base model (upcycling it).
+
+    progress: gets the bytes of each parameter that was filled from the base model.
+    """
     if source is not None:
         checkpointing.load(source, chunks)
         return
@@ -24,7 +33,7 @@ def fill_weights(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Modul
     reader = SafetensorsReader(model.base)
     for chunk in chunks:
         load_dense(
-            chunk.named_parameters(),
+            _told(chunk.named_parameters(), progress),
             reader,
             arch,
             layer_offset=chunk.decoder.layers[0].layer_number - 1,
@@ -39,6 +48,14 @@ def fill_weights(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Modul
             router_std=model.router_init_std,
             seed=model.router_init_seed,
         )
+
+
+def _told(
+    parameters: Iterable[tuple[str, torch.Tensor]], progress: Callable[[int], object]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in parameters:
+        yield name, parameter
+        progress(parameter.nbytes)
 
 
 def frozen_digest(chunks: Iterable[torch.nn.Module]) -> str:

@@ -4,13 +4,17 @@ import importlib.util
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from toy_run import write_run
 
-from megatron_lpr import cli
+from megatron_lpr import cli, commands
+from megatron_lpr.conversion import output_place
+from megatron_lpr.conversion.export import upcycle_hf
+from megatron_lpr.testing.toy_models import write_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -29,7 +33,7 @@ def test_upcycle_then_verify(convert_hf, llama, tmp_path, capsys):
     assert convert_hf(["verify", out, str(llama), "--num-frozen", "2"]) == 0
     assert "27 of 27 equal" in capsys.readouterr().out
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    assert convert_hf(["verify", out, str(llama)]) == 1
+    assert convert_hf(["verify", out, str(llama)]) == 2
     assert "FAIL  files" in capsys.readouterr().out
 
 
@@ -95,4 +99,83 @@ def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
 def test_help(convert_hf, capsys, command):
     with pytest.raises(SystemExit) as stop:
         convert_hf([*command, "--help"])
-    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage" in printed and "None" not in printed and "default: True" not in printed
+    assert not command or "--dry-run" in printed
+
+
+def test_a_float16_base_becomes_float32(convert_hf, tmp_path, monkeypatch, capsys):
+    base = write_toy_model(tmp_path / "base", dtype="float16")
+    recipes = []
+    monkeypatch.setattr(commands, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    for options in ([], ["--dtype", "bfloat16"]):
+        assert convert_hf(["hf-to-megatron", str(base), str(tmp_path / "out"), *options]) == 0
+    assert [recipe.model.dtype for recipe in recipes] == ["float32", "bfloat16"]
+    assert capsys.readouterr().err.count("is float16, in which nothing is trained here") == 1
+
+
+def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
+    base = write_toy_model(tmp_path / "base", dtype="float16")
+    write_run(base, tmp_path / "run")
+    assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    printed, error = capsys.readouterr()
+    assert "21 of 21 equal the base" in printed and "warning" not in error
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert after[name].dtype == torch.float16 and torch.equal(before[name], after[name])
+
+
+def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
+    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4, topk=3)
+    recipes = []
+    monkeypatch.setattr(commands, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
+    assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out"), "--topk", "2"]) == 0
+    assert [recipe.model.topk for recipe in recipes] == [3, 2]  # import_hf refuses the second
+    more = ["upcycle", str(tmp_path / "moe"), str(tmp_path / "out"), "--num-experts", "6", "--num-frozen", "4"]
+    assert convert_hf([*more, "--dry-run"]) == 0
+    assert convert_hf([*more, "--topk", "2", "--dry-run"]) == 2
+    assert "routes to its top 3 experts" in capsys.readouterr().err
+
+
+def test_dry_runs_check_and_write_nothing(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "megatron", None)
+    write_run(toy_base, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    base, run, out = str(toy_base), str(tmp_path / "run"), str(tmp_path / "out")
+    inside = str(toy_base / "out")
+    for door, good, bad in (
+        (["upcycle", "--num-experts", "3"], [base, out], [base, inside]),
+        (["hf-to-megatron", "--num-experts", "3"], [base, out], [base, inside]),
+        (["megatron-to-hf"], [run, out], [run, inside]),
+        (["verify"], [base, base], [out, base]),
+    ):
+        assert convert_hf([door[0], *good, *door[1:], "--dry-run"]) == 0
+        printed, error = capsys.readouterr()
+        assert printed.startswith("would ") and printed.count("\n") == 1 and error == ""
+        assert convert_hf([door[0], *bad, *door[1:], "--dry-run"]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["base", "base/out", "file", "file/out", "run"])
+def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out):
+    base = write_toy_model(tmp_path / "base")
+    write_run(base, tmp_path / "run")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(commands, "megatron", None)
+    before = sorted(tmp_path.rglob("*"))
+    for command in (["upcycle", str(base)], ["hf-to-megatron", str(base)]):
+        assert convert_hf([*command, str(tmp_path / out), "--num-experts", "3"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path / out) in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_import_without_space(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    for door in ("hf-to-megatron", "upcycle"):
+        assert convert_hf([door, str(toy_base), str(tmp_path / "out"), "--num-experts", "3"]) == 2
+        assert "has 0.0 GB free, the checkpoint needs 0.0 GB" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from dist_checkpoints import grid, write_dist_checkpoint
+from dist_checkpoints import RunsCode, grid, write_dist_checkpoint
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.conversion.dist_checkpoint import DistCheckpoint
 from megatron_lpr.errors import UserError
@@ -122,5 +123,34 @@ def test_damaged_file(tmp_path, damage):
 def test_folder_that_is_no_checkpoint(tmp_path, content):
     if content is not None:
         (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(UserError, match=r"its .metadata cannot be read"):
+        DistCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["state_dict_metadata", "planner_data", "storage_meta", "anything"])
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_metadata_that_runs_code_is_refused_before_it_does(tmp_path, where, protocol):
+    metadata = Metadata({}, None, {})
+    setattr(metadata, where, RunsCode(tmp_path / "ran"))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
+    with pytest.raises(UserError, match=r"names '_?io.open', which no checkpoint needs"):
+        DistCheckpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_metadata_that_reads_another_folder(tmp_path):
+    folder = write_dist_checkpoint(tmp_path / "c", TENSORS)
+    text = (folder / ".metadata").read_bytes()
+    metadata = pickle.loads(text)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../" + info.relative_path
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"'\.\./__0_0.distcp' outside the folder"):
+        DistCheckpoint(folder)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({}), pickle.dumps(Metadata({}, None, None))])
+def test_a_metadata_that_describes_no_tensors(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=r"its .metadata cannot be read"):
         DistCheckpoint(tmp_path)

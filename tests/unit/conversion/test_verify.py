@@ -12,7 +12,8 @@ from megatron_lpr.conversion.export import export_model, to_hf, upcycle_hf
 from megatron_lpr.conversion.families import read_architecture
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.upcycle import load_dense
-from megatron_lpr.conversion.verify import compare_tensors, frozen_digest, verify_export
+from megatron_lpr.conversion.verify import verify_export
+from megatron_lpr.conversion.verify_tensors import compare_tensors, frozen_digest
 from megatron_lpr.errors import UserError
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts."
@@ -231,6 +232,17 @@ AGAINST_THE_CHECKPOINT = {
 }
 
 
+class InMemory:
+    """A source of tensors that are there already."""
+
+    def __init__(self, tensors):
+        self.tensors = dict(tensors)
+        self.units = {name: [name] for name in self.tensors}
+
+    def stream(self, units):
+        return ((name, self.tensors[name]) for name in units)
+
+
 @pytest.mark.parametrize("damage", AGAINST_THE_CHECKPOINT)
 def test_an_export_that_is_not_its_checkpoint_is_found(llama, tmp_path, trained, damage):
     """New experts and routers too, of which the base model knows nothing."""
@@ -241,9 +253,23 @@ def test_an_export_that_is_not_its_checkpoint_is_found(llama, tmp_path, trained,
     )
 
     def compare():
-        return compare_tensors(out, to_hf(parameters.items(), arch, num_frozen=1))
+        return compare_tensors(SafetensorsReader(out), InMemory(to_hf(parameters.items(), arch, num_frozen=1)))
 
     assert compare().ok, str(compare())
     change, number = AGAINST_THE_CHECKPOINT[damage]
     rewrite(out, change)
     assert not compare().ok and f"{number} tensors differ" in str(compare())
+
+
+def test_blocks_make_no_difference(export, llama, tmp_path, monkeypatch):
+    from megatron_lpr.conversion import file_tensor
+
+    whole = verify_export(export, llama)
+    broken = rewrite(shutil.copytree(export, tmp_path / "broken"), one_ulp)
+    zeroed = rewrite(
+        shutil.copytree(export, tmp_path / "zeroed"), put(f"{EXPERTS}2.w2.weight", torch.zeros_like)
+    )
+    monkeypatch.setattr(file_tensor, "_BLOCK_BYTES", 300)  # two rows of most tensors
+    assert verify_export(export, llama) == whole
+    assert failed(verify_export(broken, llama)) == {"frozen tensors"}
+    assert failed(verify_export(zeroed, llama)) == {"values"}

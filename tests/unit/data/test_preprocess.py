@@ -62,7 +62,8 @@ def test_manifest_entry(run, write_text, hf_tokenizer, tmp_path):
 def test_sentencepiece(run, write_text, sp_tokenizer):
     written = documents(run(source(write_text("a.jsonl", TEXTS)), tokenizer_dir=sp_tokenizer))
     tokenizer = load_tokenizer(sp_tokenizer)
-    assert sorted(written) == sorted((*ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS))
+    expected = [(tokenizer.bos_id, *ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS)]
+    assert sorted(written) == sorted(expected)
 
 
 def test_batches_are_cut_by_size_without_losing_documents(run, write_text):

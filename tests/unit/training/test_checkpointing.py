@@ -1,9 +1,12 @@
 """Checkpoints are whole or not there, frozen weights are proven unchanged, and wrong ones are refused."""
 
 import dataclasses
+import io
+import pickle
 
 import pytest
 import torch
+from dist_checkpoints import RunsCode, replace_object
 from harness import make_plan, make_recipe, mixed_batch, unwrapped
 
 from megatron_lpr.config import CheckpointConfig
@@ -113,7 +116,7 @@ class ExtraState:
 
 
 @pytest.mark.parametrize("written_with, read_with", [(True, False), (False, True), (True, True)])
-def test_extra_state_is_taken_where_there_is_some(make_trainer, tmp_path, monkeypatch, written_with, read_with):
+def test_extra_state_is_never_asked_for(make_trainer, tmp_path, monkeypatch, written_with, read_with):
     from megatron_lpr.model.attention import SequenceParallelRMSNorm
 
     def equip(has_extra_state: bool) -> None:
@@ -131,7 +134,47 @@ def test_extra_state_is_taken_where_there_is_some(make_trainer, tmp_path, monkey
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, saved[name]), name
     norm = loaded.decoder.layers[1].pre_mlp_layernorm
-    assert hasattr(norm, "loaded_state") == (written_with and read_with)
+    assert not hasattr(norm, "loaded_state")  # Transformer Engine would unpickle it
+
+
+def test_a_checkpoint_whose_metadata_runs_code_is_refused_before_it_does(make_trainer, tmp_path):
+    make_trainer(train=ROUTERS).save(last=True)
+    folder = tmp_path / "run/checkpoints/step_00000000"
+    (folder / ".metadata").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
+    with pytest.raises(UserError, match=r"its .metadata names '_?io.open', which no checkpoint needs"):
+        make_trainer(source=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_object_in_a_checkpoint_that_runs_code_is_refused_before_it_does(make_trainer, tmp_path):
+    """The scheduler's state, where it lies: in common.pt (0.16) or among the other objects (0.19)."""
+    trainer = make_trainer(train=ROUTERS)
+    trainer.save(last=True)
+    folder = tmp_path / "run/checkpoints/step_00000000"
+    planted = io.BytesIO()
+    torch.save([RunsCode(tmp_path / "ran")], planted)
+    if (folder / "common.pt").exists():
+        (folder / "common.pt").write_bytes(planted.getvalue())
+    else:
+        replace_object(folder, "common_state/shard_0_1", planted.getvalue())
+    with pytest.raises(UserError, match=f"checkpoint {folder}: cannot be loaded .*holds an object .* may run code"):
+        make_trainer(source=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_object_of_a_checkpoint_is_loaded_without_running_it(make_trainer, tmp_path):
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    make_trainer(train=ROUTERS).save(last=True)
+    folder = tmp_path / "run/checkpoints/step_00000000"
+    planted = io.BytesIO()
+    torch.save([RunsCode(tmp_path / "ran")], planted)
+    key = "decoder.layers.self_attention.linear_proj._extra_state"
+    replace_object(folder, f"{key}/shard_0_2", planted.getvalue())
+    with pytest.raises(BaseException, match="Unpickl|io.open"):
+        dist_checkpointing.load({i: ShardedObject(key, None, (2,), (i,)) for i in (0, 1)}, str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_names_are_those_of_the_transformer_engine_spec(make_trainer, tmp_path):

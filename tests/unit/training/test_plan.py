@@ -7,7 +7,7 @@ import yaml
 from harness import make_plan, make_recipe, mixed_batch
 
 from megatron_lpr.recipe_io import to_tree
-from megatron_lpr.training.plan import changed_settings, describe
+from megatron_lpr.training.plan import describe
 from megatron_lpr.training.run_state import RunState
 
 
@@ -45,10 +45,8 @@ def test_languages_of_the_plan(plan):
     assert plan.is_original == [False, True, True]
 
 
-def test_changed_settings(recipe):
-    old = RunState(step=1, consumed_samples=4, has_optimizer=True, recipe=to_tree(recipe))
-    assert changed_settings(recipe, old) == []
-    new = dataclasses.replace(
-        recipe, train=dataclasses.replace(recipe.train, steps=9), model=dataclasses.replace(recipe.model, load="x")
-    )
-    assert changed_settings(new, old) == ["model.load: None -> x", "train.steps: 3 -> 9"]
+def test_description_of_a_finished_run(plan, tmp_path):
+    state = RunState(step=3, consumed_samples=12, has_optimizer=True, recipe={})
+    done = dataclasses.replace(plan, resume=tmp_path, state=state)
+    assert done.finished and not plan.finished
+    assert describe(done).startswith("nothing to do: the run in ") and "\n" not in describe(done)
