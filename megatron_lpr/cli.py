@@ -38,9 +38,6 @@ def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
     except UserError as error:
         _report(command, error)
         return 2
-    except KeyboardInterrupt:
-        print(f"megatron-lpr {command}: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
