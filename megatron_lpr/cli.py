@@ -18,7 +18,7 @@ DISTRIBUTED = ("train", "upcycle")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: something the user can put right, told in one sentence)."""
+    """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
@@ -38,6 +38,9 @@ def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
     except UserError as error:
         _report(command, error)
         return 2
+    except KeyboardInterrupt:
+        print(f"megatron-lpr {command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,20 +1,19 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_lpr.config import EvaluationCorpus, Recipe
+from megatron_lpr.config import Recipe
 from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.hf_config import read_config
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.conversion.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.platform import Ranks, megatron, together
+from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe_io import to_tree
 
 
@@ -22,12 +21,15 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess import check
     from megatron_lpr.data.preprocess import preprocess as run
+    from megatron_lpr.data.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
         raise UserError("preprocess.corpora: empty; name at least one corpus")
     if settings.workers < 0:
         raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
+    if settings.max_document_bytes < 0:
+        raise UserError(f"preprocess.max_document_bytes: {settings.max_document_bytes}; give bytes, or 0: no limit")
     if settings.output is None:
         raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
     if settings.tokenizer is None and not recipe.model.base:
@@ -35,6 +37,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
     tokenizer = settings.tokenizer or recipe.model.base
+    special = special_tokens(settings)
     if dry_run:
         check(
             settings.corpora,
@@ -42,6 +45,7 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
             output_dir=settings.output,
             seed=settings.seed,
             engine=settings.engine,
+            special=special,
         )
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
@@ -51,15 +55,18 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         output_dir=settings.output,
         seed=settings.seed,
         on_bad_line=settings.on_bad_line,
+        max_document_bytes=settings.max_document_bytes,
         workers=settings.workers,
         engine=settings.engine,
+        special=special,
         overwrite=overwrite,
     )
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
-    print(f"manifest: {manifest.path}")
+    bos = manifest.tokenizer.bos_id
+    print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
 
 
 def inspect_data(
@@ -134,6 +141,7 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> None:
 
     ranks = Ranks.from_environment()
     plan = together(lambda: plan_training(recipe, ranks.world_size))
+    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
     if ranks.rank == 0:
         print(describe(plan), flush=True)
     if dry_run or plan.finished:
@@ -148,18 +156,16 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.evaluation.evaluate import evaluate_model
+    from megatron_lpr.evaluation.evaluate import check, evaluate_model
     from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("evaluate")
     if checkpoint and hf:
         raise UserError("evaluate: give --checkpoint or --hf, not both")
-    if not recipe.evaluation.corpora:
-        raise UserError("evaluation.corpora: empty; list held-out corpora")
-    _check_text("evaluation.corpora", recipe.evaluation.corpora)
     source = str(checkpoint_folder(checkpoint)) if checkpoint else None
     hf = hf or (None if source else recipe.model.base)
     if dry_run:
+        check(recipe, out=Path(out), checkpoint=source, hf=hf)
         print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
         return
     evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
@@ -256,13 +262,6 @@ def verify(
         print(f"      logits         not compared: {why}")
     if not all(check.ok for check in checks):
         raise UserError(f"verify {export_dir}: failed (see above)")
-
-
-def _check_text(field: str, corpora: Iterable[EvaluationCorpus]) -> None:
-    for corpus in corpora:
-        for file in corpus.files:
-            if not Path(file).is_file():
-                raise UserError(f"{field}: {corpus.name}: no file {file}")
 
 
 def _single_process(command: str) -> None:

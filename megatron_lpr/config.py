@@ -164,7 +164,10 @@ class CheckpointConfig:
 class LoggingConfig:
     """Metrics: a progress line, JSONL and TensorBoard always."""
 
-    router_every: int = opt(1, "steps between records of the per-language router statistics")
+    router_every: int = opt(1, "steps between summaries over the layers of each language's router statistics")
+    router_layers_every: int = opt(
+        100, "steps between their full records, every layer and expert; the first and the last step have one too"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +175,12 @@ class EvaluationCorpus:
     """Held-out text."""
 
     name: str = required("row of the table")
-    files: tuple[str, ...] = required("JSONL files (.gz too) with a `text` field")
+    files: tuple[str, ...] = required("text files of any kind that preprocess.corpora[].files knows; patterns too")
     language: str = required("language code")
     role: Literal["original", "expanded"] = required("whether the base model is meant to know the language")
+    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "as preprocess.corpora[].format")
+    text_field: str = opt("text", "field (column) of the text")
+    sample_by: Literal["document", "paragraph", "line"] = opt("document", "as preprocess.corpora[].sample_by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +191,7 @@ class EvaluationConfig:
     window: int = opt(1024, "tokens of context window")
     batch: int = opt(8, "windows of one forward pass")
     max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all")
+    on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,10 +240,19 @@ class PreprocessConfig:
     tokenizer: str | None = opt(None, "tokenizer folder or SentencePiece file; without it the base model's")
     corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
+    max_document_bytes: int = opt(
+        16 << 20, "a longer document is a bad line (140 to 210 MB of memory for each MB of a document); 0: no limit"
+    )
     seed: int = opt(0, "seed of the document shuffle")
     workers: int = opt(0, "tokenising processes; 0 is one per core")
     engine: Literal["tokenizers", "fastokens"] = opt(
         "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
+    )
+    bos: Literal["auto", "true", "false"] = opt(
+        "auto", "a BOS token opens each document, of evaluation too; auto: where the tokenizer itself puts one first"
+    )
+    parse_special_tokens: bool = opt(
+        False, "<|im_end|> and the like, written out in a text, become control tokens, in evaluation too"
     )
 
 

@@ -27,11 +27,27 @@ class GlobalCounts:
     tokens: float = 1.0  # positions with a label
     original_tokens: float = 1.0  # those of original languages
     balance_groups: float = 1.0  # sequences (or micro-batches) of the balance loss
+    num_languages: int = 0  # of the whole run: how many sums of token losses there are
 
 
 def next_token_loss(token_loss_BS: Tensor, loss_mask_BS: Tensor, counts: GlobalCounts) -> Tensor:
     """This rank's share of L_NTP: sum of the token losses (fp32) over the labelled positions / global tokens."""
     return (token_loss_BS.float() * loss_mask_BS).sum() / counts.tokens
+
+
+def token_loss_sums(token_loss_BS: Tensor, loss_mask_BS: Tensor, tags_BS: Tensor, num_languages: int) -> Tensor:
+    """Sum of the token losses of each language, [L] in fp64; a position counts for the language of its tag."""
+    tags_BS = torch.where(loss_mask_BS > 0, tags_BS, 0)
+    is_language_TL = one_hot_languages(tags_BS, num_languages)
+    return torch.where(is_language_TL, token_loss_BS.reshape(-1, 1), 0.0).sum(0, dtype=torch.float64)
+
+
+def one_hot_languages(tags: Tensor, num_languages: int) -> Tensor:
+    """Tags (0 padding, else +-(index + 1)) of any shape to bool [T, L].
+
+    Sums over products with it rather than index_add, whose order of additions on a GPU is not repeatable.
+    """
+    return tags.reshape(-1, 1).abs() == torch.arange(1, num_languages + 1, device=tags.device)
 
 
 def lpr_token_loss(logits_TE: Tensor, num_frozen: int, double_softmax: bool = False) -> Tensor:

@@ -2,16 +2,16 @@
 
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from megatron_lpr.config import Recipe
 from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.yaml_io import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -42,19 +42,20 @@ def to_tree(config: Any) -> Any:
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"recipe {path}: a folder; name the YAML file in it")
+    if not path.exists():
         raise UserError(f"recipe {path}: no such file")
     if path.resolve() in including:
         raise UserError(f"recipe {path}: includes itself")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path, f"recipe {path}")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
     include = tree.pop("include", None)
     if include is None:
         return tree
+    if not isinstance(include, str):
+        raise UserError(f"recipe {path}: include names one file, as include: common.yaml, not {include!r}")
     return _merge(_read(path.parent / include, (*including, path.resolve())), tree)
 
 
@@ -74,10 +75,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': not valid YAML: {' '.join(str(error).split())}") from None
+    tree[leaf] = parse_yaml(value, f"override '{override}'")
 
 
 def from_tree(cls: type[T], tree: Any, where: str) -> T:
@@ -104,6 +102,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where)
     if origin is typing.Literal:
+        if isinstance(value, bool):
+            value = str(value).lower()  # YAML reads the word true as a bool
         if value not in arguments:
             raise UserError(f"{where}: unknown value '{value}'{nearest(str(value), arguments)}")
         return value
@@ -133,7 +133,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise wrong from None
-    if hint is int and not number.is_integer():
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
         raise wrong
     return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
 

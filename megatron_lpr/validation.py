@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _check_dispatcher(recipe)
     _check_overlap(recipe.parallel)
     if recipe.train is not None:
-        _check_training(recipe, world_size)
+        _check_training(recipe, arch, world_size)
 
 
 def _check_experts(recipe: Recipe) -> None:
@@ -150,7 +150,7 @@ def _check_dispatcher(recipe: Recipe) -> None:
         raise UserError("parallel.dispatcher: flex needs parallel.expert or expert_tensor above 1; use alltoall")
 
 
-def _check_training(recipe: Recipe, world_size: int) -> None:
+def _check_training(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     train, sizes = recipe.train, recipe.parallel
     if recipe.data is None:
         raise UserError("data: missing; training needs data.manifest")
@@ -162,6 +162,9 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
             f"choose 0 to {train.steps - 1}"
         )
+    for field in ("router_every", "router_layers_every"):
+        if getattr(recipe.logging, field) < 1:
+            raise UserError(f"logging.{field}: {getattr(recipe.logging, field)}; at least 1 (a large number is never)")
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
     for field in ("every", "keep"):
@@ -174,7 +177,7 @@ def _check_training(recipe: Recipe, world_size: int) -> None:
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
             "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
         )
-    _check_seq_length(recipe.data.seq_length, sizes)
+    _check_seq_length(recipe.data.seq_length, sizes, arch)
     data_parallel = world_size // (sizes.tensor * sizes.context * sizes.pipeline)
     samples = train.micro_batch_size * data_parallel
     if train.global_batch_size % samples:
@@ -205,13 +208,19 @@ def _check_data(recipe: Recipe) -> None:
         )
 
 
-def _check_seq_length(seq_length: int, sizes: ParallelConfig) -> None:
+def _check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture) -> None:
     # a context-parallel rank has two chunks of the sequence
     parts, of = sizes.tensor, f"parallel.tensor ({sizes.tensor})"
     if sizes.context > 1:
         parts, of = 2 * sizes.context * parts, f"2 x parallel.context ({sizes.context}) x {of}"
     if seq_length < 1 or seq_length % parts:
         raise UserError(f"data.seq_length: {seq_length} is no multiple of {of}; {_nearest(seq_length, parts)}")
+    positions = arch.max_position_embeddings
+    if seq_length > positions:
+        raise UserError(
+            f"data.seq_length: {seq_length}, but the model has {positions} positions (max_position_embeddings of its "
+            f"config.json); choose {positions // parts * parts} at most"
+        )
 
 
 def _nearest(number: int, multiple: int) -> str:

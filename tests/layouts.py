@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from harness import (
     EXPANDED,
     ORIGINAL,
@@ -124,7 +125,8 @@ def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int
     metrics += [trainer.train_step() for _ in range(1, case.steps)]
     del trainer
     leave_layout()
-    return [{name: step.get(name) for name in (*NUMBERS, "router")} for step in metrics], gradients
+    names = (*NUMBERS, "ntp_loss_per_language", "router")
+    return [{name: step.get(name) for name in names} for step in metrics], gradients
 
 
 def loaded_weights(base: Path, changes: Sections) -> list[Piece]:
@@ -223,6 +225,8 @@ class Comparison:
                 else:
                     error = abs(mine[number] - theirs[number])
                     assert error <= tolerance * abs(theirs[number]), (name, step, number, mine[number], theirs[number])
+            ours, expected_loss = mine["ntp_loss_per_language"], theirs["ntp_loss_per_language"]
+            assert ours == pytest.approx(expected_loss, rel=tolerance), (name, step, ours, expected_loss)
         assert (got.metrics[0]["router"] is None) == (expected.metrics[0]["router"] is None)
         for language, record in (expected.metrics[0]["router"] or {}).items():
             for statistic, values in record.items():

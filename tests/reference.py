@@ -41,6 +41,7 @@ class Losses:
 
     total: Tensor
     ntp: Tensor
+    ntp_of_tag: dict[int, Tensor]  # mean over the positions of one language
     balance: Tensor
     lpr: Tensor
 
@@ -71,7 +72,9 @@ def losses(
         lpr = torch.stack(
             [lpr_losses(logits, sizes.num_frozen, double_softmax)[is_original].mean() for logits in router_logits]
         ).mean()
-    return Losses(total=ntp + alpha * balance + gamma * lpr, ntp=ntp, balance=balance, lpr=lpr)
+    ntp_of_tag = {int(tag): -log_p_BS[tags_BS == tag].mean() for tag in tags_BS.unique() if tag != 0}
+    total = ntp + alpha * balance + gamma * lpr
+    return Losses(total=total, ntp=ntp, ntp_of_tag=ntp_of_tag, balance=balance, lpr=lpr)
 
 
 def balance_loss(logits_BSE: Tensor, tags_BS: Tensor, topk: int) -> Tensor:

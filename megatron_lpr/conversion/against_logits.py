@@ -32,9 +32,10 @@ def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str, tokens: int
 
 
 def _token_rows(recipe: Recipe, tokens: int) -> list[torch.Tensor]:
-    from megatron_lpr.evaluation.perplexity import read_corpus
+    from megatron_lpr.evaluation.held_out import read_corpus
 
-    texts = ["\n".join(read_corpus(corpus)[:20]) for corpus in recipe.evaluation.corpora]
+    settings = recipe.evaluation
+    texts = ["\n".join(read_corpus(corpus, settings.on_bad_line)[:20]) for corpus in settings.corpora]
     return [torch.tensor(ids[:tokens])[None] for ids in load_tokenizer(recipe.model.base).encode_batch(texts)]
 
 

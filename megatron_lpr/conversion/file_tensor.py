@@ -7,6 +7,7 @@ is closed, so that converting a model through a mapping takes as much memory as 
 import errno
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -53,16 +54,21 @@ class FileTensor:
         skipped = start * math.prod(self.shape[1:]) * self.dtype.itemsize
         return FileTensor(self.path, self.offset + skipped, self.dtype, (stop - start, *self.shape[1:]))
 
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of parts of about 16 MiB, at least a row each."""
+        row_bytes = max(math.prod(self.shape[1:]), 1) * self.dtype.itemsize
+        rows = max(_BLOCK_BYTES // row_bytes, 1)
+        for start in range(0, self.shape[0], rows):
+            yield start, min(rows, self.shape[0] - start)
+
     def copy_to(self, file: int, offset: int, dtype: torch.dtype) -> None:
         """Writes the tensor at `offset` of an open file, by the kernel where nothing is cast, in blocks otherwise.
 
         OSError when it cannot be written, UserError when it cannot be read.
         """
         if dtype != self.dtype or not self._copied_by_kernel(file, offset):
-            row_bytes = max(math.prod(self.shape[1:]), 1) * self.dtype.itemsize
-            rows = max(_BLOCK_BYTES // row_bytes, 1)
-            for start in range(0, self.shape[0], rows):
-                block = tensor_bytes(self[start : start + rows].to(dtype))
+            for start, length in self.blocks():
+                block = tensor_bytes(self.narrow(0, start, length).to(dtype))
                 write_at(file, block, offset)
                 offset += len(block)
 
@@ -104,19 +110,18 @@ class FileTensor:
 
 
 def same_bits(there: FileTensor, expected: Narrowable) -> bool:
-    """Whether two tensors are equal, bit for bit once `expected` is cast to the dtype of `there`; block by block.
-
-    `==` would see neither NaN nor the sign of zero.
-    """
+    """Whether two tensors are equal, bit for bit once `expected` is cast to the dtype of `there`; block by block."""
     if there.shape != tuple(expected.shape):
         return False
-    rows = max(_BLOCK_BYTES // (max(math.prod(there.shape[1:]), 1) * there.dtype.itemsize), 1)
-    for start in range(0, there.shape[0], rows):
-        length = min(rows, there.shape[0] - start)
-        blocks = (there.narrow(0, start, length), expected.narrow(0, start, length).detach().cpu().to(there.dtype))
-        if not torch.equal(*(block.contiguous().reshape(-1).view(torch.uint8) for block in blocks)):
-            return False
-    return True
+    return all(
+        equal_bytes(there.narrow(0, *block), expected.narrow(0, *block).detach().cpu().to(there.dtype))
+        for block in there.blocks()
+    )
+
+
+def equal_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """`==` would see neither NaN nor the sign of zero."""
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _open(path: Path) -> BinaryIO:

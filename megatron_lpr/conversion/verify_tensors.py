@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_lpr.conversion.file_tensor import FileTensor, same_bits, tensor_bytes
+from megatron_lpr.conversion.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.conversion.hf_io import SafetensorsReader
 from megatron_lpr.conversion.origins import Origin
 from megatron_lpr.conversion.progress import byte_progress
@@ -36,14 +36,14 @@ def _sha256(tensor: torch.Tensor) -> str:
 def compare_tensors(export: SafetensorsReader, source: Source) -> Check:
     """Every tensor of an export against the same one of `source`, bit for bit, cast to the export's dtype.
 
-    On all cores, a parameter of the source at a time on each; what is still on disk is compared in blocks.
+    On up to 8 cores, each with one parameter of the source; what is still on disk is compared in blocks.
     """
     unseen = set(export.keys())
 
     def differing(unit: str) -> list[str]:
         return [what for name, tensor in source.stream([unit]) if (what := _difference(export, name, tensor))]
 
-    with _all_cores() as threads:
+    with _all_cores(at_most=8) as threads:
         wrong = [what for found in threads.map(differing, source.units) for what in found]
     unseen -= {name for names in source.units.values() for name in names}
     wrong += [f"{name} is in no checkpoint" for name in sorted(unseen)]
@@ -61,9 +61,9 @@ def _difference(export: SafetensorsReader, name: str, expected: torch.Tensor | F
     return None if same_bits(there, expected) else name
 
 
-def _all_cores() -> ThreadPoolExecutor:
+def _all_cores(at_most: int = 64) -> ThreadPoolExecutor:
     """Reading, hashing and comparing release the GIL."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), at_most))
 
 
 class Scan(NamedTuple):
@@ -84,13 +84,16 @@ def scan(
     num_frozen: int,
     progress: bool = False,
 ) -> Scan:
-    """Looks at the tensors `names` on all cores. Each thread holds two tensors at a time. progress: show a bar."""
+    """Looks at the tensors `names` on all cores, a block of each tensor and of its base at a time.
+
+    progress: show a bar.
+    """
     found = Scan({}, [], {}, [])
     sizes = {name: math.prod(export.shape(name)) * dtype.itemsize for name in names}
 
     def look(name: str) -> _Look:
         try:
-            return _look(export.get(name), origins[name], base, dtype, num_frozen)
+            return _look(export.slice(name), origins[name], base, dtype, num_frozen)
         except UserError as error:
             return _Look([f"not readable ({error})"], None, None)
 
@@ -115,19 +118,27 @@ class _Look(NamedTuple):
     sha256: str | None  # of a frozen one
 
 
-def _look(tensor: torch.Tensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int) -> _Look:
-    wrong = []
-    # One reduction answers both questions: NaN and infinities reach the extremes.
-    low, high = (extreme.item() for extreme in tensor.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        wrong.append("not finite")
-    if origin.kind == "zeros" and not low == high == 0:
+def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int) -> _Look:
+    is_copy = origin.kind == "copy"
+    is_frozen = is_copy and num_frozen and (origin.expert is None or origin.expert < num_frozen)
+    expected = base.slice(origin.base) if is_copy else None
+    digest = hashlib.sha256(str(there.dtype).encode())
+    finite, zero, base_zero, same = True, True, True, there.dtype == dtype
+    for place in there.blocks():
+        block = there.narrow(0, *place)
+        # One reduction answers both questions: NaN and infinities reach the extremes.
+        low, high = (extreme.item() for extreme in block.aminmax())
+        finite = finite and math.isfinite(low) and math.isfinite(high)
+        zero = zero and low == high == 0
+        if is_frozen:
+            digest.update(tensor_bytes(block))
+        if is_copy:
+            original = expected.narrow(0, *place).to(dtype)
+            same = same and equal_bytes(block, original)
+            base_zero = base_zero and not (zero and original.any())
+    wrong = [] if finite else ["not finite"]
+    if origin.kind == "zeros" and not zero:
         wrong.append("not zero")
-    if origin.kind != "copy":
-        return _Look(wrong, None, None)
-    expected = base.get(origin.base).to(dtype)
-    if low == high == 0 and expected.any():
+    if is_copy and zero and not base_zero:
         wrong.append("all zero")
-    is_frozen = num_frozen and (origin.expert is None or origin.expert < num_frozen)
-    same = tensor.dtype == dtype and tensor_bytes(tensor) == tensor_bytes(expected)
-    return _Look(wrong, same, _sha256(tensor) if is_frozen else None)
+    return _Look(wrong, same if is_copy else None, digest.hexdigest() if is_frozen else None)

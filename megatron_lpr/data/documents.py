@@ -13,13 +13,14 @@ _ROWS = 4096
 
 
 class Document(NamedTuple):
-    """A text, the place of its first byte (of a Parquet file: its row), and the language a field names."""
+    """A text, the place of its first byte (of a Parquet file: its row), the language a field names, bytes in UTF-8."""
 
     text: str
     file: int
     offset: int
     line: int
     language: str | None
+    size: int
 
 
 class BadLine(NamedTuple):
@@ -36,24 +37,26 @@ class BadLine(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How the files of a corpus become documents."""
+    """How the files of a corpus become documents; one above `max_document_bytes` is a bad line, 0: no limit."""
 
     format: Format = "auto"
     text_field: str = "text"
     language_field: str | None = None
     languages: tuple[str, ...] = ()
     sample_by: SampleBy = "document"
+    max_document_bytes: int = 0
 
 
 @dataclass
 class BadLines:
-    """Refuses bad lines, or counts them by reason and keeps the first of each.
+    """Refuses bad lines, or counts them by reason and keeps the first of each; `setting` is what decides.
 
     Raises:
         UserError: from `add`, where bad lines are refused.
     """
 
     on_bad_line: OnBadLine
+    setting: str = "on_bad_line"
     by_reason: dict[str, tuple[int, BadLine]] = field(default_factory=dict)
 
     @property
@@ -62,7 +65,7 @@ class BadLines:
 
     def add(self, bad: BadLine) -> None:
         if self.on_bad_line == "refuse":
-            raise UserError(f"{bad}; correct it, or leave such lines out with on_bad_line: skip")
+            raise UserError(f"{bad}; correct it, or leave such lines out with {self.setting}: skip")
         count, first = self.by_reason.get(bad.reason, (0, bad))
         self.by_reason[bad.reason] = (count + 1, first)
 
@@ -74,10 +77,17 @@ class TextReader:
         UserError: a file is missing, unreadable or incomplete; a bad line that is to be refused.
     """
 
-    def __init__(self, files: Sequence[str], on_bad_line: OnBadLine, reading: Reading | None = None):
+    def __init__(
+        self,
+        files: Sequence[str],
+        on_bad_line: OnBadLine,
+        reading: Reading | None = None,
+        *,
+        setting: str = "on_bad_line",
+    ):
         self.files = expand(files)
         self.reading = reading or Reading()
-        self.bad_lines = BadLines(on_bad_line)
+        self.bad_lines = BadLines(on_bad_line, setting)
 
     def __iter__(self) -> Iterator[str]:
         for block in read_blocks(self.files, format=self.reading.format, sample_by=self.reading.sample_by):
@@ -204,13 +214,16 @@ def _document(
         return BadLine(block.path, line, "empty text")
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer accepts.
     try:
-        text.encode("utf-8")
+        size = len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return BadLine(block.path, line, "unpaired surrogate in the text")
+    if 0 < reading.max_document_bytes < size:
+        detail = f" (it has {size:,}; divide it, or raise preprocess.max_document_bytes)"
+        return BadLine(block.path, line, f"document of more than {reading.max_document_bytes:,} bytes", detail)
     if reading.language_field is not None:
         if not isinstance(language, str):
             return BadLine(block.path, line, f'no "{reading.language_field}" string')
         if language not in reading.languages:
             return BadLine(block.path, line, "unknown language code", f" {language!r}")
-        return Document(text, block.file, offset, line, language)
-    return Document(text, block.file, offset, line, None)
+        return Document(text, block.file, offset, line, language, size)
+    return Document(text, block.file, offset, line, None, size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections import Counter
 
 import numpy as np
 
@@ -18,15 +19,17 @@ _DOCUMENTS = 1 << 16
 def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
     """The entry of the corpus at `source.prefix`, every token, boundary and language of which is read and checked.
 
-    Documents are not shuffled again. Says so where documents do not end with the end-of-document token.
+    Documents are not shuffled again. Says so where documents do not end with the end-of-document token, or open
+    otherwise than the manifest's other documents.
 
     Raises:
-        UserError: a file is missing or corrupt, or holds tokens that the tokenizer does not have.
+        UserError: a file is missing or corrupt, holds tokens that the tokenizer does not have, or not one document
+            that opens with the BOS token.
     """
     assert source.prefix is not None
     corpus = IndexedCorpus(source.prefix)
     digest = _check_tokens(corpus, tokenizer)
-    _check_documents(corpus, source.name, tokenizer.eod_id)
+    _check_documents(corpus, source.name, tokenizer)
     language_digest = None
     if source.languages:
         runs = LanguageRuns(source.prefix, num_tokens=corpus.num_tokens, num_languages=len(source.languages))
@@ -62,16 +65,43 @@ def _check_tokens(corpus: IndexedCorpus, tokenizer: TokenizerRecord) -> str:
     return total.hexdigest()
 
 
-def _check_documents(corpus: IndexedCorpus, name: str, eod_id: int) -> None:
-    without = 0
+def _check_documents(corpus: IndexedCorpus, name: str, tokenizer: TokenizerRecord) -> None:
+    without_end, openings = 0, Counter()
     for first in range(0, corpus.num_documents, _DOCUMENTS):
         bounds = corpus.boundaries(first, min(_DOCUMENTS, corpus.num_documents - first))
         full = bounds[1:] > bounds[:-1]
-        without += int(np.count_nonzero(~full))
-        without += int(np.count_nonzero(corpus.tokens[bounds[1:][full] - 1] != eod_id))
-    if without:
+        without_end += int(np.count_nonzero(~full))
+        without_end += int(np.count_nonzero(corpus.tokens[bounds[1:][full] - 1] != tokenizer.eod_id))
+        opening, counts = np.unique(corpus.tokens[bounds[:-1][full]], return_counts=True)
+        openings.update(dict(zip(opening.tolist(), counts.tolist(), strict=True)))
+    if without_end:
         print(
-            f"{name}: {without:,} of {corpus.num_documents:,} documents do not end with the end-of-document token "
-            f"{eod_id}; where they end, windows run on without a mark",
+            f"{name}: {without_end:,} of {corpus.num_documents:,} documents do not end with the end-of-document token "
+            f"{tokenizer.eod_id}; where they end, windows run on without a mark",
+            file=sys.stderr,
+        )
+    _check_openings(corpus, name, openings, tokenizer.bos_id)
+
+
+def _check_openings(corpus: IndexedCorpus, name: str, openings: Counter[int], bos_id: int | None) -> None:
+    """`openings`: how many documents open with each token."""
+    documents = openings.total()
+    without = documents - openings[bos_id]
+    if bos_id is None:
+        if documents > 1 and len(openings) == 1:
+            [token] = openings
+            print(
+                f"{name}: each of its {documents:,} documents opens with token {token}; if that is the BOS token, set "
+                "preprocess.bos: true for all corpora of the manifest",
+                file=sys.stderr,
+            )
+    elif documents and without == documents:
+        raise UserError(
+            f"no document in {corpus.prefix}.bin opens with the BOS token {bos_id}, as all of the manifest do; make "
+            "the corpus again from its text, or make all of them with preprocess.bos: false"
+        )
+    elif without:
+        print(
+            f"{name}: {without:,} of {documents:,} documents do not open with the BOS token {bos_id}, as all others do",
             file=sys.stderr,
         )

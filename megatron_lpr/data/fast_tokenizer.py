@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.tokenize import HFTokenizer
 from megatron_lpr.errors import UserError
 
@@ -27,8 +28,8 @@ class FastHFTokenizer(HFTokenizer):
             differs from Hugging Face's library.
     """
 
-    def __init__(self, file: Path, threads: int):
-        super().__init__(file)
+    def __init__(self, file: Path, threads: int, special: SpecialTokens):
+        super().__init__(file, special)
         os.environ["RAYON_NUM_THREADS"] = str(threads)
         try:
             import fastokens
@@ -46,7 +47,9 @@ class FastHFTokenizer(HFTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
-            data, bounds = self._fast.encode_batch_flat(list(texts), add_special_tokens=False)
+            data, bounds = self._fast.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=not self.parses_special_tokens
+            )
         except ValueError as error:
             raise UserError(f"fastokens cannot tokenise this text ({error}); {_REMEDY}") from error
         ids = np.split(np.frombuffer(data, "<u4"), np.frombuffer(bounds, "<u8")[1:-1].astype(np.int64))

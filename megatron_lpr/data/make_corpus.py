@@ -1,23 +1,25 @@
 """One corpus from its text files: blocks, parts, merge."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-import numpy as np
 import tokenizers
 
 from megatron_lpr.config import SourceConfig
+from megatron_lpr.data.combine_parts import combine_parts, combined_parts, fan_in
 from megatron_lpr.data.documents import BadLines, OnBadLine, Reading
-from megatron_lpr.data.indexed import IndexedWriter
+from megatron_lpr.data.indexed import IndexedWriter, token_dtype
 from megatron_lpr.data.language_runs import LanguageRunsWriter
 from megatron_lpr.data.manifest import Corpus, Source
-from megatron_lpr.data.parts import PartCursor, PartRecord
+from megatron_lpr.data.parts import Part
 from megatron_lpr.data.progress import Progress
 from megatron_lpr.data.shuffle import BUCKET_BYTES, merge
 from megatron_lpr.data.source_checks import tagger_settings
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.tokenize import Engine, Tokenizer
 from megatron_lpr.data.tokenize_parts import PartJob, tokenize_parts
@@ -36,8 +38,10 @@ def make_corpus(
     sha256: str,
     seed: int,
     on_bad_line: OnBadLine,
+    max_document_bytes: int,
     workers: int,
     engine: Engine,
+    special: SpecialTokens,
 ) -> Corpus:
     """Writes `prefix`.bin, .idx and, where the corpus mixes languages, .lang; returns the manifest's entry.
 
@@ -54,19 +58,22 @@ def make_corpus(
         "seed": seed,
         "tokenizer_sha256": tokenizer.sha256,
         "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
+        "parse_special_tokens": special.parse,
         "tokenizers": tokenizers.__version__,
         "engine": engine,
+        "max_document_bytes": max_document_bytes,
     }
     # Enough blocks to keep every process busy to the end, none so small that starting a process costs more.
     block_bytes = min(max(size // (4 * workers), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
     bad_lines = BadLines(on_bad_line)
     try:
         with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
-            job = _job(source, tokenizer_dir, engine, sha256, seed, folder, on_bad_line)
-            records = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
-            if not any(record.documents for record in records):
+            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line, max_document_bytes)
+            parts = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
+            if not any(part.record.documents for part in parts):
                 raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
-            writer, language_digest = _merge(source, job, prefix, records, tokenizer.vocab_size)
+            writer, language_digest = _merge(source, prefix, parts, tokenizer.vocab_size)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
     return Corpus(
@@ -88,10 +95,12 @@ def _job(
     source: SourceConfig,
     tokenizer_dir: str,
     engine: Engine,
+    special: SpecialTokens,
     sha256: str,
     seed: int,
     folder: str,
     on_bad_line: OnBadLine,
+    max_document_bytes: int,
 ) -> PartJob:
     reading = Reading(
         format=source.format,
@@ -99,10 +108,12 @@ def _job(
         language_field=source.language_field,
         languages=tuple(source.languages),
         sample_by=source.sample_by,
+        max_document_bytes=max_document_bytes,
     )
     return PartJob(
         tokenizer=tokenizer_dir,
         engine=engine,
+        special=special,
         reading=reading,
         tagger=tagger_settings(source),
         seed=seed,
@@ -120,18 +131,22 @@ def _tokenize(
     workers: int,
     bad_lines: BadLines,
     size: int,
-) -> list[PartRecord]:
-    """The records of all parts, in order."""
+) -> list[Part]:
+    """All parts, in the order of the text."""
     blocks = read_blocks(source.files, format=source.format, sample_by=source.sample_by, block_bytes=block_bytes)
     progress = Progress(source.name)
-    records: list[PartRecord] = []
-    documents = tokens = kept = 0
+    parts = combined_parts(job.folder)
+    combined = {number for part in parts for number in range(part.first, part.last + 1)}
+    documents = tokens = kept = blocks_done = 0
     with _bad_line_report(f"{prefix}.bad_lines.txt") as report:
-        for block, record, was_there in tokenize_parts(blocks, job, workers):
+        for number, (block, record, was_there) in enumerate(tokenize_parts(blocks, job, workers, combined)):
             for bad in record.bad_lines:
                 bad_lines.add(bad)
                 report.write(f"{bad}\n")
-            records.append(record)
+            if number not in combined:
+                record = dataclasses.replace(record, bad_lines=())  # of a large corpus they may be many
+                parts.append(Part(folder=job.folder, first=number, last=number, record=record))
+            blocks_done += 1
             documents += record.documents
             tokens += record.tokens
             share = block.position / max(size, 1)
@@ -142,11 +157,11 @@ def _tokenize(
     if documents:
         progress.close()
     if kept:
-        print(f"{source.name}: {kept:,} of {len(records):,} parts were there from an earlier run", file=sys.stderr)
+        print(f"{source.name}: {kept:,} of {blocks_done:,} parts were there from an earlier run", file=sys.stderr)
     for reason, (count, first) in bad_lines.by_reason.items():
         where = f"the first at {first.path}:{first.line}; all are listed in {prefix}.bad_lines.txt"
         print(f"{source.name}: left out {count:,} lines ({reason}), {where}", file=sys.stderr)
-    return records
+    return sorted(parts, key=lambda part: part.first)
 
 
 @contextlib.contextmanager
@@ -167,22 +182,20 @@ def _bad_line_report(path: str) -> Iterator[TextIO]:
 
 
 def _merge(
-    source: SourceConfig, job: PartJob, prefix: str, records: Sequence[PartRecord], vocab_size: int
+    source: SourceConfig, prefix: str, parts: Sequence[Part], vocab_size: int
 ) -> tuple[IndexedWriter, str | None]:
     """Writes the corpus' files; returns their closed writer and the digest of the .lang file."""
-    mixed = bool(source.languages)
-    runs = LanguageRunsWriter(prefix) if mixed else None
+    parts = _few_parts(source.name, parts, token_dtype(vocab_size))
+    runs = LanguageRunsWriter(prefix) if source.languages else None
     try:
         with IndexedWriter(prefix, vocab_size) as writer:
-            parts = [
-                PartCursor(job.path(number), record, writer.dtype, has_languages=mixed)
-                for number, record in enumerate(records)
-            ]
-            token_bytes = np.dtype(writer.dtype).itemsize + (2 if mixed else 0)
-            total_bytes = token_bytes * sum(record.tokens for record in records)
+            total = sum(part.record.tokens for part in parts)
             progress = Progress(f"{source.name} shuffled")
-            for share in merge(parts, writer, runs, bucket_bytes=BUCKET_BYTES, total_bytes=total_bytes):
-                progress.update(share, writer.documents, writer.tokens)
+            for documents in merge(parts, writer.dtype, bucket_bytes=BUCKET_BYTES):
+                writer.add_documents(documents.tokens, documents.lengths)
+                if runs is not None:
+                    runs.add(documents.languages)
+                progress.update(writer.tokens / total, writer.documents, writer.tokens)
             progress.close()
             # Neither an old index nor old languages may ever stand beside new tokens.
             for suffix in (".idx", ".lang"):
@@ -195,3 +208,21 @@ def _merge(
             runs.discard()
         raise
     return writer, runs.digest if runs is not None else None
+
+
+def _few_parts(name: str, parts: Sequence[Part], dtype: type) -> Sequence[Part]:
+    """No more parts than may be open at once."""
+    if len(parts) <= fan_in():
+        return parts
+    progress, written = Progress(f"{name} combined"), 0
+    total, documents = (sum(getattr(part.record, count) for part in parts) for count in ("tokens", "documents"))
+
+    def done(tokens: int) -> None:
+        nonlocal written
+        written += tokens
+        progress.update(min(written / total, 1.0), documents, written)
+
+    parts = combine_parts(parts, fan_in(), dtype, bucket_bytes=BUCKET_BYTES, done=done)
+    progress.update(1.0, documents, written)  # of the last pass, it may be a few parts only
+    progress.close()
+    return parts

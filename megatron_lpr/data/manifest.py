@@ -1,6 +1,6 @@
 """The manifest: a YAML file that says which corpora there are, in which language and role, with which weight.
 
-tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2}
+tokenizer: {name: SmolLM2-135M, vocab_size: 49152, sha256: 9ca9..., eod_id: 2, parse_special_tokens: false}
 corpora:
 - name: hu
   prefix: hu            # hu.bin and hu.idx, relative to the manifest
@@ -24,23 +24,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
-
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.language_runs import MAX_LANGUAGES, LanguageRuns
+from megatron_lpr.data.yaml_records import check_keys, read_record
 from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.yaml_io import dump_yaml, read_yaml
 
 ROLES = ("expanded", "original")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRecord:
-    """The tokenizer that wrote the corpora; `sha256` is that of its tokenizer.json or .model file."""
+    """The tokenizer that wrote the corpora, all in the same way.
+
+    `sha256` is that of its tokenizer.json or .model file. `bos_id` opens every document, None: nothing does.
+    `parse_special_tokens` says that control tokens written out in a text became those tokens; None is a manifest
+    from before it was recorded, when tokenizer.json parsed them.
+    """
 
     name: str
     vocab_size: int
     sha256: str
     eod_id: int
+    bos_id: int | None = None
+    parse_special_tokens: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +133,8 @@ class Manifest:
                 corpus whose files are missing, corrupt or of another size than the manifest says.
         """
         content = _read_yaml(path)
-        _check_keys(content, {"tokenizer", "corpora"}, {"tokenizer", "corpora"}, path)
-        tokenizer = _record(TokenizerRecord, content["tokenizer"], f"{path}: tokenizer")
+        check_keys(content, {"tokenizer", "corpora"}, {"tokenizer", "corpora"}, path)
+        tokenizer = _tokenizer(content["tokenizer"], f"{path}: tokenizer")
         entries = content["corpora"]
         if not isinstance(entries, list) or not entries:
             raise UserError(f"{path} lists no corpora; add one with 'megatron-lpr preprocess'")
@@ -154,11 +161,12 @@ class Manifest:
 
     def with_corpus(self, corpus: Corpus) -> "Manifest":
         """The same manifest with one entry replaced (found by name) or appended."""
-        if any(old.name == corpus.name for old in self.corpora):
-            corpora = tuple(corpus if old.name == corpus.name else old for old in self.corpora)
-        else:
-            corpora = (*self.corpora, corpus)
-        return dataclasses.replace(self, corpora=corpora)
+        return self.with_corpora([corpus])
+
+    def with_corpora(self, corpora: Iterable[Corpus]) -> "Manifest":
+        """The same manifest with entries replaced (found by name) or appended."""
+        entries = {corpus.name: corpus for corpus in (*self.corpora, *corpora)}
+        return dataclasses.replace(self, corpora=tuple(entries.values()))
 
     def save(self) -> None:
         """Writes the manifest to `path`; readers see the old file or the new one, never half of one.
@@ -174,11 +182,12 @@ class Manifest:
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
-        content = {"tokenizer": dataclasses.asdict(self.tokenizer), "corpora": entries}
+        tokenizer = {key: value for key, value in dataclasses.asdict(self.tokenizer).items() if value is not None}
+        content = {"tokenizer": tokenizer, "corpora": entries}
         partial = f"{self.path}.partial"
         try:
             with open(partial, "w", encoding="utf-8") as file:
-                yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
+                dump_yaml(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, self.path)
@@ -212,26 +221,38 @@ def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) ->
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except FileNotFoundError:
-        raise UserError(f"no manifest at {path}; make one with 'megatron-lpr preprocess'") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the manifest {path}: {' '.join(str(error).split())}") from error
+    if not os.path.exists(path):
+        raise UserError(f"no manifest at {path}; make one with 'megatron-lpr preprocess'")
+    content = read_yaml(path, f"cannot read the manifest {path}")
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a manifest: expected the keys 'tokenizer' and 'corpora'")
     return content
 
 
+def _tokenizer(entry: Any, where: str) -> TokenizerRecord:
+    tokenizer = read_record(TokenizerRecord, entry, where)
+    if not 0 < tokenizer.vocab_size <= 1 << 31:
+        raise UserError(f"{where}: vocab_size must be in [1, 2^31], not {tokenizer.vocab_size}")
+    for name in ("eod_id", "bos_id"):
+        token = getattr(tokenizer, name)
+        if token is not None and not 0 <= token < tokenizer.vocab_size:
+            raise UserError(f"{where}: {name} must be a token of the {tokenizer.vocab_size} there are, not {token}")
+    return tokenizer
+
+
 def _corpus(entry: Any, path: str, number: int) -> Corpus:
     name = entry.get("name") if isinstance(entry, dict) else None
     where = f"{path}: corpus '{name}'" if name else f"{path}: corpus {number}"
-    corpus = _record(Corpus, entry, where)
+    corpus = read_record(Corpus, entry, where)
     if corpus.role not in ROLES:
         raise UserError(f"{where} has the unknown role '{corpus.role}'{nearest(corpus.role, ROLES)}")
     if not (math.isfinite(corpus.weight) and corpus.weight > 0):
         raise UserError(f"{where}: weight must be a positive number, not {corpus.weight}")
+    for field in ("documents", "tokens"):
+        if getattr(corpus, field) < 1:
+            raise UserError(f"{where}: {field} must be at least 1, not {getattr(corpus, field)}")
+    if corpus.source is not None and min(corpus.source.seed, corpus.source.skipped_lines) < 0:
+        raise UserError(f"{where}: seed and skipped_lines of its source must not be negative")
     for field, suffix in (("digest", ".bin"), ("language_digest", ".lang")):
         digest = getattr(corpus, field)
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
@@ -241,48 +262,3 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
     if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:
         raise UserError(f"{where}: languages must name 1 to {MAX_LANGUAGES} languages")
     return dataclasses.replace(corpus, prefix=os.path.join(os.path.dirname(path), corpus.prefix))
-
-
-def _record(record: type, entry: Any, where: str) -> Any:
-    """Builds a dataclass from a YAML mapping, field types checked."""
-    fields = {field.name: field for field in dataclasses.fields(record)}
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-    _check_keys(entry, fields.keys(), required, where)
-    values = {}
-    for name, value in entry.items():
-        kind = fields[name].type
-        if kind == (Source | None):
-            value = _record(Source, value, f"{where}: {name}")
-        elif kind == (dict[str, str] | None):
-            if not isinstance(value, dict) or not all(isinstance(x, str) for x in (*value, *value.values())):
-                raise UserError(f"{where}: {name} must be a mapping of strings, not {value!r}")
-        elif kind is float:
-            value = _number(value, f"{where}: {name}")
-        elif not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{where}: {name} must be {_KINDS[kind]}, not {value!r}")
-        values[name] = value
-    return record(**values)
-
-
-_KINDS = {int: "an integer", str: "a string", str | None: "a string"}
-
-
-def _number(value: Any, where: str) -> float:
-    # YAML 1.1 reads 1e-3 (no point) as a string.
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise UserError(f"{where} must be a number, not {value!r}")
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"{where} must be a number, not {value!r}") from None
-
-
-def _check_keys(entry: Any, known: Iterable[str], required: Iterable[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where} must be a mapping, not {entry!r}")
-    for key in entry:
-        if key not in known:
-            raise UserError(f"{where} has the unknown key '{key}'{nearest(str(key), known)}")
-    for key in sorted(required):
-        if key not in entry:
-            raise UserError(f"{where} has no '{key}'")

@@ -9,7 +9,7 @@ from megatron_lpr.errors import UserError
 # What a recipe that is about preprocessing alone may leave out.
 _REST = {"name": "preprocess", "output": ".", "model": {"base": ""}}
 _SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "language_field", "tagger")
-_SETTINGS = ("output", "tokenizer", "on_bad_line", "seed", "workers", "engine")
+_SETTINGS = ("output", "tokenizer", "on_bad_line", "seed", "workers", "engine", "bos")
 _FLAG = {"files": "--input"}
 
 

@@ -1,57 +1,73 @@
-"""Parts to a shuffled corpus: a merge by key range, in bounded memory.
+"""Parts to documents in the order of their keys: a merge by key range, in bounded memory.
 
 Keys are uniform, so a range of 1/B of all keys holds about 1/B of the corpus. Each range is gathered from all parts,
-sorted in memory and appended.
+sorted in memory and handed on. Every part stays open and is read once from its start to its end.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_lpr.data.indexed import IndexedWriter
-from megatron_lpr.data.language_runs import LanguageRunsWriter
-from megatron_lpr.data.parts import PartCursor, Slice
+from megatron_lpr.data.parts import Documents, Part, PartCursor
 
 BUCKET_BYTES = 64 << 20
 
 
-def merge(
-    parts: Sequence[PartCursor],
-    writer: IndexedWriter,
-    runs: LanguageRunsWriter | None,
-    *,
-    bucket_bytes: int = BUCKET_BYTES,
-    total_bytes: int,
-) -> Iterator[float]:
-    """Appends the documents of all `parts` to `writer` (and their languages to `runs`) in the order of their keys.
+def merge(parts: Sequence[Part], dtype: type, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Documents]:
+    """Yields the documents of all `parts`, some at a time, in the order of their keys.
 
-    Yields the share that is done. Holds about three times `bucket_bytes`, or the longest document
-    where that is more.
+    Holds about three times `bucket_bytes`, or the longest document where that is more, and 24 KB for each part.
 
     Args:
-        total_bytes: of the parts' tokens and languages; it decides how many ranges there are.
+        parts: no more than may be open at once, in the order of the text.
+        dtype: of the tokens.
     """
+    total_bytes = sum(sum(part.record.columns[2:]) for part in parts)
     buckets = max(1, -(-total_bytes // bucket_bytes))
-    for bucket in range(1, buckets + 1):
-        limit = (bucket << 64) // buckets
-        slices = [found for found in (part.up_to(limit) for part in parts) if len(found.keys)]
-        if slices:
-            _append(slices, writer, runs)
-        yield bucket / buckets
+    with contextlib.ExitStack() as stack:
+        cursors = []
+        for part in parts:
+            cursors.append(PartCursor(part, dtype))
+            stack.callback(cursors[-1].close)
+        mixed = len(parts[0].record.columns) > 3
+        # A range of few documents meets few of many parts; the others are not even asked.
+        first_keys = np.array([cursor.first_key for cursor in cursors], np.float64)
+        for bucket in range(1, buckets + 1):
+            limit = (bucket << 64) // buckets
+            some = np.flatnonzero(first_keys <= limit)
+            documents = _next([cursors[number] for number in some], limit, dtype, mixed)
+            if documents is not None:
+                yield documents
+            first_keys[some] = [cursors[number].first_key for number in some]
 
 
-def _append(slices: Sequence[Slice], writer: IndexedWriter, runs: LanguageRunsWriter | None) -> None:
-    lengths = np.concatenate([part.lengths for part in slices])
+def _next(cursors: Sequence[PartCursor], limit: int, dtype: type, mixed: bool) -> Documents | None:
+    found = [(cursor, *cursor.below(limit)) for cursor in cursors]
+    found = [one for one in found if len(one[1])]
+    if not found:
+        return None
+    lengths = np.concatenate([lengths for _, _, lengths in found])
+    keys = np.concatenate([keys for _, keys, _ in found])
     # Equal keys keep the order of the parts, which is that of the text.
-    order = np.argsort(np.concatenate([part.keys for part in slices]), kind="stable")
+    order = np.argsort(keys, kind="stable")
     ends = np.cumsum(lengths, dtype=np.int64)
     spans = np.stack([ends - lengths, ends], axis=1)[order].tolist()
-    writer.add_documents(_gather([part.tokens for part in slices], spans), lengths[order])
-    if runs is not None:
-        runs.add(_gather([part.languages for part in slices], spans))
+    sources = [(cursor, int(lengths.sum(dtype=np.int64))) for cursor, _, lengths in found]
+    return Documents(
+        keys=keys[order],
+        lengths=lengths[order],
+        tokens=_gather(sources, 2, dtype, spans),
+        languages=_gather(sources, 3, np.uint16, spans) if mixed else None,
+    )
 
 
-def _gather(columns: Sequence[np.ndarray], spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The concatenation of `columns`, its spans in the order given."""
-    values = np.concatenate(columns)
+def _gather(
+    sources: Sequence[tuple[PartCursor, int]], column: int, dtype: type, spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """The next values of a column, so many of each source, their spans in the order given."""
+    values, first = np.empty(sum(count for _, count in sources), dtype), 0
+    for cursor, count in sources:
+        cursor.read(column, values[first : first + count])
+        first += count
     return np.concatenate([values[start:end] for start, end in spans])

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.config import SourceConfig
+from megatron_lpr.config import EvaluationCorpus, PreprocessConfig, SourceConfig
+from megatron_lpr.data.compressed import check_compression
 from megatron_lpr.data.language_runs import MAX_LANGUAGES
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text_files import format_of, parquet_file
@@ -60,6 +63,33 @@ def _contradictions(source: SourceConfig) -> Iterator[str]:
         yield "sets sample_by, which has an effect on plain text only"
 
 
+def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
+    """Looks for files that are there twice, under whatever names; the sources' patterns are replaced by paths.
+
+    Warns of a file in two corpora.
+
+    Raises:
+        UserError: a file twice in one corpus, or of a kind that is not read.
+    """
+    corpus_of: dict[tuple[int, int], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for source in corpora:
+        paths: dict[tuple[int, int], str] = {}
+        for path in source.files:
+            check_compression(path)
+            file = os.stat(path)
+            identity = (file.st_dev, file.st_ino)
+            if identity in paths:
+                also = f", also as {paths[identity]}" if paths[identity] != path else ""
+                raise UserError(f"corpus '{source.name}' reads {path} twice{also}; list it once")
+            paths[identity] = path
+            if corpus_of.setdefault(identity, source.name) != source.name:
+                shared.setdefault((corpus_of[identity], source.name), []).append(path)
+    for (name, other), paths in shared.items():
+        more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+        print(f"warning: corpora '{name}' and '{other}' both read {paths[0]}{more}", file=sys.stderr)
+
+
 def check_plug_ins(source: SourceConfig) -> None:
     """Finds a missing plug-in, library or column before hours of work do. UserError names it."""
     tagger = tagger_settings(source)
@@ -73,11 +103,13 @@ def check_plug_ins(source: SourceConfig) -> None:
                     raise UserError(f"{path} has no column '{field}'; it has {', '.join(names)}")
 
 
-def way_of_reading(source: SourceConfig) -> dict[str, object]:
+def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, object]:
     """What, beside the bytes of the files, decides the tokens and their languages: all that is no default."""
     fields = ("format", "text_field", "language_field", "sample_by", "tagger", "sentence_splitter", "sentence_model")
     defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
     settings = {name: getattr(source, name) for name in fields if getattr(source, name) != defaults[name]}
+    if max_document_bytes != PreprocessConfig.max_document_bytes:
+        settings["max_document_bytes"] = max_document_bytes
     return settings | ({"languages": list(source.languages)} if source.languages else {})
 
 

@@ -1,25 +1,23 @@
 """Text files on disk, cut into blocks of whole documents in bounded memory.
 
-    JSONL, plain text, each also as .gz or .zst  --decompress, cut at line ends-->  Block of bytes
-    Parquet                                      --row groups, by number-->         Block without bytes
+    JSONL, plain text, each also as .gz, .zst, .bz2 or .xz  --decompress, cut at line ends-->  Block of bytes
+    Parquet                                                 --row groups, by number-->         Block without bytes
 
 A block says where its documents lie, so that a worker can name the line of a bad one, and so that a document has
 a place (file, offset) that depends on nothing but the files.
 """
 
 import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
+from megatron_lpr.data.compressed import decompressed, without_suffix
 from megatron_lpr.errors import UserError
 
 Format = Literal["auto", "jsonl", "parquet", "text"]
@@ -73,7 +71,7 @@ def format_of(path: str, wanted: Format = "auto") -> str:
     """jsonl, text or parquet, by the file's name where `wanted` is auto; any unknown name is JSONL."""
     if wanted != "auto":
         return wanted
-    name = re.sub(r"\.(gz|zst)$", "", path)
+    name = without_suffix(path)
     return "text" if name.endswith(".txt") else "parquet" if name.endswith(".parquet") else "jsonl"
 
 
@@ -149,7 +147,7 @@ def _cut_file(
         end_of = _end_of_paragraphs if sample_by == "paragraph" else _never
     with open(path, "rb") as raw:
         offset, line = 0, 1
-        for data in _cut(_decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
+        for data in _cut(decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
             yield Block(
                 file=number, path=path, format=kind, offset=offset, line=line, data=data,
                 position=finished + raw.tell(),
@@ -197,40 +195,6 @@ def _end_of_paragraphs(buffer: bytearray, searched: int) -> int:
 
 def _never(buffer: bytearray, searched: int) -> int:
     return 0
-
-
-def _decompressed(raw: BinaryIO, path: str, size: int) -> Iterator[bytes]:
-    if path.endswith(".gz"):
-        try:
-            with gzip.GzipFile(fileobj=raw) as unpacked:
-                yield from iter(lambda: unpacked.read(size), b"")
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a complete gzip file: {error}") from error
-    elif path.endswith(".zst"):
-        yield from _zstd(raw, path)
-    else:
-        yield from iter(lambda: raw.read(size), b"")
-
-
-def _zstd(raw: BinaryIO, path: str) -> Iterator[bytes]:
-    import zstandard
-
-    # Not stream_reader: it ends a truncated file as if it were complete. Windows up to 2 GiB are `zstd --long=31`.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, started = decompressor.decompressobj(), False
-    try:
-        for chunk in iter(lambda: raw.read(io.DEFAULT_BUFFER_SIZE), b""):
-            while chunk:
-                data, started = frame.decompress(chunk), True
-                if data:
-                    yield data
-                chunk = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame, started = decompressor.decompressobj(), False
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path} is not a complete zstd file: {error}") from error
-    if started:
-        raise UserError(f"{path} is not a complete zstd file: it ends inside a frame")
 
 
 def _file_sha256(path: str) -> bytes:

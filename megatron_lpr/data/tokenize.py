@@ -1,15 +1,24 @@
 """One face for the two kinds of tokenizer files: Hugging Face's tokenizer.json and SentencePiece's .model."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
+from megatron_lpr.data.special_tokens import (
+    AS_THE_TOKENIZER_DOES,
+    SpecialTokens,
+    check_text_stays_text,
+    hf_bos,
+    hf_eod,
+    sentencepiece_bos,
+)
 from megatron_lpr.errors import UserError
 
 _REMEMBERED_WORDS = 1 << 18
@@ -23,12 +32,16 @@ class Tokenizer(Protocol):
         name: name of the tokenizer's folder or file.
         vocab_size: one more than the largest token id.
         eod_id: the token that ends a document.
+        bos_id: the token that opens a document; None: there is none.
+        parses_special_tokens: control tokens that are written out in a text become those tokens.
         sha256: of the tokenizer's file, hexadecimal.
     """
 
     name: str
     vocab_size: int
     eod_id: int
+    bos_id: int | None
+    parses_special_tokens: bool
     sha256: str
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -36,24 +49,36 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
-        """Token ids of each text, without special tokens."""
+        """Token ids of each text, without the tokens that open and end a document."""
         ...
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each text, and for each token the position in the text after its last character."""
+        """Token ids of each text, and for each token the position in the text after its last character.
+
+        That is the last one that the token stands for, be it only in part: one byte of its UTF-8, one letter of the
+        several that Unicode normalisation makes of it.
+        """
         ...
 
 
-def load_tokenizer(path: str, *, threads: int | None = None, engine: Engine = "tokenizers") -> Tokenizer:
+def load_tokenizer(
+    path: str,
+    *,
+    threads: int | None = None,
+    engine: Engine = "tokenizers",
+    special: SpecialTokens = AS_THE_TOKENIZER_DOES,
+) -> Tokenizer:
     """Opens a folder with a tokenizer.json or one SentencePiece .model, or such a file itself.
 
     Args:
         threads: of SentencePiece and fastokens, all cores without it; Hugging Face's library reads
             TOKENIZERS_PARALLELISM.
         engine: what reads a tokenizer.json.
+        special: whether a token opens a document, and what control tokens inside a text are.
 
     Raises:
-        UserError: there is none, it cannot be read, or it has no end-of-document token.
+        UserError: there is none, it cannot be read, it has no end-of-document token, or not the special tokens that
+            are asked for.
     """
     place = Path(path)
     if place.is_file():
@@ -76,14 +101,19 @@ def load_tokenizer(path: str, *, threads: int | None = None, engine: Engine = "t
 
         if file.suffix == ".model":
             raise UserError(f"preprocess.engine: fastokens reads a tokenizer.json, not {file}")
-        return FastHFTokenizer(file, threads)
-    return SentencePieceTokenizer(file, threads) if file.suffix == ".model" else HFTokenizer(file)
+        return FastHFTokenizer(file, threads, special)
+    if file.suffix == ".model":
+        return SentencePieceTokenizer(file, threads, special)
+    return HFTokenizer(file, special)
 
 
 class HFTokenizer:
-    """A tokenizer.json; the end-of-document token is the folder's `eos_token`."""
+    """A tokenizer.json; the end-of-document token is the folder's `eos_token`.
 
-    def __init__(self, file: Path):
+    Added tokens that are not marked as special, as runs of spaces are in some vocabularies, are text and stay tokens.
+    """
+
+    def __init__(self, file: Path, special: SpecialTokens):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception for every malformed file
@@ -95,9 +125,16 @@ class HFTokenizer:
         if resize_cache is not None:
             resize_cache(_REMEMBERED_WORDS)
         self.name = file.resolve().parent.name
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.eod_id = self._find_eod(file.parent)
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if not self.vocab_size:
+            raise UserError(f"{file} has no tokens")
+        self.eod_id = hf_eod(self._tokenizer, file.parent)
+        self.bos_id = hf_bos(self._tokenizer, file.parent, special.bos)
+        self.parses_special_tokens = special.parse
         self.sha256 = _sha256(file)
+        self._tokenizer.encode_special_tokens = not special.parse
+        if not special.parse:
+            check_text_stays_text(self._tokenizer, file)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -110,22 +147,16 @@ class HFTokenizer:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
 
-    def _find_eod(self, folder: Path) -> int:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read_json(folder / name).get("eos_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None:
-                token_id = self._tokenizer.token_to_id(token)
-                if token_id is None:
-                    raise UserError(f"eos_token '{token}' of {folder / name} is not in the tokenizer's vocabulary")
-                return token_id
-        raise UserError(f"{folder} names no end-of-document token: set eos_token in its tokenizer_config.json")
-
 
 class SentencePieceTokenizer:
-    """A SentencePiece .model; the end-of-document token is its end-of-sentence piece."""
+    """A SentencePiece .model; the end-of-document token is its end-of-sentence piece.
 
-    def __init__(self, file: Path, threads: int):
+    Its control pieces never match text.
+    """
+
+    def __init__(self, file: Path, threads: int, special: SpecialTokens):
+        if special.parse:
+            raise UserError(f"preprocess.parse_special_tokens: true: SentencePiece cannot do it; remove it ({file})")
         self._threads = threads
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -137,6 +168,8 @@ class SentencePieceTokenizer:
         self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
             raise UserError(f"{file} has no end-of-sentence piece to end documents with")
+        self.bos_id = sentencepiece_bos(self._processor, file.parent, special.bos)
+        self.parses_special_tokens = False
         self.sha256 = _sha256(file)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -147,16 +180,30 @@ class SentencePieceTokenizer:
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         encodings = (self._processor.encode(text, return_type="offset_mapping") for text in texts)
-        return [(encoding["ids"], [end for _, end in encoding["offsets"]]) for encoding in encodings]
+        return [(encoding["ids"], self._ends(text, encoding)) for text, encoding in zip(texts, encodings, strict=True)]
 
+    def _ends(self, text: str, encoding: dict[str, Any]) -> list[int]:
+        """SentencePiece's own ends lie before a character of which a token has a part, unless it has the last one."""
+        ids = np.asarray(encoding["ids"], np.int64)
+        lengths = self._piece_bytes[ids]
+        for index in np.flatnonzero(ids == self._processor.unk_id()):
+            lengths[index] = len(encoding["pieces"][index].encode())
+        normalized, origins = self._processor.normalize(text, with_offsets=True)
+        data = np.frombuffer(normalized.encode(), np.uint8)
+        assert lengths.sum() == len(data), "the pieces are the normalised text"
+        character_of_byte = np.cumsum((data & 0xC0) != 0x80) - 1
+        last = np.asarray(origins)[character_of_byte[np.cumsum(lengths) - 1]]
+        ends = np.array([end for _, end in encoding["offsets"]], np.int64)
+        return np.maximum(ends, last + 1).tolist()
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    @cached_property
+    def _piece_bytes(self) -> np.ndarray:
+        """Bytes of normalised text that each token stands for, int64 [vocab_size]; a byte-fallback piece is one."""
+        processor = self._processor
+        return np.array(
+            [1 if processor.is_byte(i) else len(processor.id_to_piece(i).encode()) for i in range(self.vocab_size)],
+            np.int64,
+        )
 
 
 def _sha256(file: Path) -> str:

@@ -1,34 +1,38 @@
 """Blocks of text to parts, on all cores: one process per core, each with a tokenizer of its own.
 
 Processes, not the tokenizer libraries' threads: reading JSON, making arrays and writing parts run in parallel too,
-and nothing but the text travels between processes. A corpus of a single block is tokenised here, by threads.
+and nothing but the text travels between processes. A single process is another one too, except for small blocks:
+where it runs out of memory, this one can tell.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
 from megatron_lpr.data.documents import BadLine, Document, Reading, documents_of
 from megatron_lpr.data.indexed import token_dtype
-from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, write_part
+from megatron_lpr.data.parts import PartRecord, ShuffleKeys, finished_part, part_path, write_part
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import Block
 from megatron_lpr.data.tokenize import Engine, load_tokenizer
 from megatron_lpr.errors import UserError
 
-# One call of the tokenizer: its encodings take a hundred times the memory of the ids.
+# One call of the tokenizer: it takes up to 150 times the memory of the text.
 _BATCH_DOCUMENTS = 256
-_BATCH_CHARACTERS = 1 << 18
+_BATCH_BYTES = 1 << 18
+_SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class PartJob:
 
     tokenizer: str
     engine: Engine
+    special: SpecialTokens
     reading: Reading
     tagger: TaggerSettings | None
     seed: int
@@ -50,50 +55,74 @@ class PartJob:
 
     def path(self, number: int) -> str:
         """Path of a part, without suffix."""
-        return os.path.join(self.folder, f"{number:08}")
+        return part_path(self.folder, number, number)
 
 
-def tokenize_parts(blocks: Iterator[Block], job: PartJob, workers: int) -> Iterator[tuple[Block, PartRecord, bool]]:
+def tokenize_parts(
+    blocks: Iterator[Block], job: PartJob, workers: int, combined: Container[int] = ()
+) -> Iterator[tuple[Block, PartRecord, bool]]:
     """Makes the part of every block, unless it is there already; yields in the order of the blocks.
 
     Holds at most `workers` + 1 blocks. The third value says that the part was kept.
+
+    Args:
+        combined: numbers of the blocks whose parts were combined to larger ones.
 
     Raises:
         UserError: from reading or tagging; or a process was killed.
     """
     numbered = enumerate(blocks)
     first = list(islice(numbered, 2))
-    numbered = chain(first, numbered)
-    if workers == 1 or len(first) < 2:
-        work = _Worker(job, threads=len(os.sched_getaffinity(0)))
-        for number, block in numbered:
-            kept = finished_part(job.path(number))
-            yield block, kept or work(number, block), kept is not None
-        return
+    if len(first) < 2:
+        workers = 1
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    pending: deque[tuple[Block, PartRecord | Future[PartRecord]]] = deque()
+    alive, stop = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, workers, alive))
+    here: _Worker | None = None
+    pending: deque[tuple[Block, PartRecord | Future[PartRecord], bool]] = deque()
     try:
-        for number, block in numbered:
-            kept = finished_part(job.path(number))
-            pending.append((block, kept or pool.submit(_work, number, block)))
+        for number, block in chain(first, numbered):
+            kept = finished_part(job.path(number), combined=number in combined)
+            if kept is not None:
+                pending.append((block, kept, True))
+            elif workers == 1 and block.data is not None and len(block.data) <= _SMALL_BYTES:
+                here = here or _Worker(job, threads=_cores())
+                pending.append((block, here(number, block), False))
+            else:
+                with _interrupts_wait():
+                    pending.append((block, pool.submit(_work, number, block), False))
             if len(pending) > workers:
                 yield _result(*pending.popleft())
         while pending:
             yield _result(*pending.popleft())
+        pool.shutdown()
     except BrokenProcessPool:
         raise UserError(
             "a tokenisation process was killed, perhaps for want of memory; run the same command again, with a smaller "
-            "preprocess.workers: finished parts are kept"
+            "preprocess.workers or preprocess.max_document_bytes: finished parts are kept"
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        stop.close()  # whatever a process is still at, nobody waits for it
+        pool.shutdown(cancel_futures=True)
+        alive.close()
 
 
-def _result(block: Block, made: "PartRecord | Future[PartRecord]") -> tuple[Block, PartRecord, bool]:
-    if isinstance(made, PartRecord):
-        return block, made, True
-    return block, made.result(), False
+def _result(block: Block, made: "PartRecord | Future[PartRecord]", kept: bool) -> tuple[Block, PartRecord, bool]:
+    return block, made if isinstance(made, PartRecord) else made.result(), kept
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes after the block. Processes started in it never see one: the parent decides what becomes of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 class _Worker:
@@ -101,7 +130,8 @@ class _Worker:
 
     def __init__(self, job: PartJob, threads: int):
         self._job = job
-        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine)
+        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine, special=job.special)
+        self._opening = 0 if self._tokenizer.bos_id is None else 1
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._keys = ShuffleKeys(job.seed, job.corpus_sha256)
         self._number = {language: number for number, language in enumerate(job.reading.languages)}
@@ -118,33 +148,34 @@ class _Worker:
                 if bad is not None:
                     bad_lines.append(bad)
                     continue
-                tokens.append(self._with_eod(ids))
+                tokens.append(self._document(ids))
                 places.append((document.file, document.offset))
                 if isinstance(tags, np.ndarray):
-                    languages.append(np.append(tags, tags[-1]).astype(np.uint16))
+                    languages.append(self._document_languages(tags))
             if bad_lines and self._job.stop_at_bad_line:
                 break
         # Documents of a batch are tagged and tokenised after the whole batch was read.
         bad_lines.sort(key=lambda bad: bad.line)
         if bad_lines and self._job.stop_at_bad_line:
-            return PartRecord(documents=0, tokens=0, bytes=0, sha256="", bad_lines=(bad_lines[0],))
+            return PartRecord(documents=0, tokens=0, columns=(), sha256="", bad_lines=(bad_lines[0],))
         mixed = bool(self._job.reading.languages)
-        return write_part(self._job.path(number), self._keys(places), tokens, languages if mixed else None, bad_lines)
+        tags = languages if mixed else None
+        return write_part(self._job.path(number), self._keys(places), tokens, tags, self._dtype, bad_lines)
 
     def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
         batch: list[Document] = []
-        characters = 0
+        size = 0
         for document in documents_of(block, self._job.reading):
             if isinstance(document, BadLine):
                 bad_lines.append(document)
                 if self._job.stop_at_bad_line:
                     break
                 continue
-            batch.append(document)
-            characters += len(document.text)
-            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            if batch and (len(batch) == _BATCH_DOCUMENTS or size + document.size > _BATCH_BYTES):
                 yield batch
-                batch, characters = [], 0
+                batch, size = [], 0
+            batch.append(document)
+            size += document.size
         if batch:
             yield batch
 
@@ -162,11 +193,18 @@ class _Worker:
             starts, languages, unknown = self._tagger.sentences(document.text)
             yield ids, unknown if unknown is not None else token_languages(ends, starts, languages)
 
-    def _with_eod(self, ids: Sequence[int]) -> np.ndarray:
-        tokens = np.empty(len(ids) + 1, self._dtype)
-        tokens[:-1] = ids
+    def _document(self, ids: Sequence[int]) -> np.ndarray:
+        """The tokens of a text between those that open a document, where there is one, and end it."""
+        tokens = np.empty(self._opening + len(ids) + 1, self._dtype)
+        if self._opening:
+            tokens[0] = self._tokenizer.bos_id
+        tokens[self._opening : -1] = ids
         tokens[-1] = self._tokenizer.eod_id
         return tokens
+
+    def _document_languages(self, tags: np.ndarray) -> np.ndarray:
+        """The same of languages: those of the text's first and last tokens."""
+        return np.concatenate([tags[: self._opening], tags, tags[-1:]]).astype(np.uint16)
 
     def _bad_line(self, block: Block, document: Document, ids: Sequence[int], tags: object) -> BadLine | None:
         if len(ids) == 0:
@@ -179,18 +217,15 @@ class _Worker:
 _worker: _Worker | None = None
 
 
-def _start_worker(job: PartJob) -> None:
+def _start_worker(job: PartJob, workers: int, alive: Connection) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _Worker(job, threads=1)
+    threading.Thread(target=_die_with, args=(alive,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
+    _worker = _Worker(job, threads=_cores() if workers == 1 else 1)
 
 
-def _die_with(sentinel: int) -> None:
-    wait([sentinel])
+def _die_with(alive: Connection) -> None:
+    wait([alive])  # its other end goes when the parent closes it, or dies
     os._exit(1)
 
 

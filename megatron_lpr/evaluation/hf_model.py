@@ -19,12 +19,16 @@ def hf_nll_fn(path: str, dtype: str = "float32", device: str = "cpu") -> NllFn:
 
     Raises:
         UserError: no such folder, a model that transformers cannot load, weights that lack a tensor
-            (transformers would initialise it at random).
+            (transformers would initialise it at random); from the function, a token that the model does not have.
     """
     model = _load(path, dtype).to(device).eval()
+    vocab_size = model.get_input_embeddings().num_embeddings
 
     @torch.inference_mode()
     def nll_fn(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        largest = int(max(tokens_BS.max(), labels_BS.max()))
+        if largest >= vocab_size:
+            raise UserError(f"model {path}: its tokenizer makes token {largest}, but it has embeddings of {vocab_size}")
         logits_BSV = model(input_ids=tokens_BS.to(device), use_cache=False).logits
         labels_BS = labels_BS.to(device)
         # Row by row: an fp32 copy of all logits would be the largest tensor of the evaluation.

@@ -42,7 +42,7 @@ class MegatronModel:
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:
-        """-ln p(label), fp32 [B, S]; `language` (an index) collects routing statistics under it."""
+        """-ln p(label), fp32 [B, S]; `language` (an index) collects routing statistics of all tokens under it."""
         tags = None if language is None else torch.full_like(tokens_BS, language + 1).to(device())
         return self.module(
             tokens_BS.to(device()), None, None, labels=labels_BS.to(device()), padding_mask=tags

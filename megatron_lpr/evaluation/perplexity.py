@@ -2,8 +2,9 @@
 
 The documents of a corpus are laid end to end, `EOD d1 EOD d2 ... EOD dn EOD`, and read in windows that do
 not overlap; as in training, the label of a window's last position is the first token of the next window.
-Scored are the tokens of the documents, each exactly once. EOD is context and never scored: it opens the
-stream so that the very first token has something to be predicted from, and stands for no byte of the text. So
+Where documents open with a BOS token, as the model's tokenizer has it, the stream is `BOS d1 EOD BOS d2 ... EOD`.
+Scored are the tokens of the documents, each exactly once. EOD and BOS are context and never scored: one of them opens
+the stream so that the very first token has something to be predicted from, and they stand for no byte of the text. So
 
     bits per byte = sum over document tokens of -log2 p(token | window so far) / UTF-8 bytes of the documents
 
@@ -15,15 +16,14 @@ B: windows of one forward pass, S: tokens of a window, V: vocabulary.
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_lpr.config import EvaluationCorpus
-from megatron_lpr.data.documents import TextReader
 from megatron_lpr.data.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.held_out import HeldOut
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
@@ -31,7 +31,7 @@ NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusScore:
-    """The score of one model on one corpus; `tokens` and `bytes` count what was scored, EOD excluded."""
+    """The score of one model on one corpus; `tokens` and `bytes` count what was scored, EOD and BOS excluded."""
 
     name: str
     language: str
@@ -54,8 +54,8 @@ def bits_per_byte(
     """Score `texts`, documents of one corpus, under the definition above.
 
     Args:
-        nll_fn: the model. every call has S = `window` (the last window is filled up with EOD, unscored) and
-            at most `batch` rows.
+        nll_fn: the model. every call has S = `window` and at most `batch` rows, but for the last one, which is a
+            shorter window where the stream ends: nothing is padded, for a router would see it as text.
         window: tokens of context at most, S.
         batch: windows of one forward pass, B.
         max_bytes: the corpus is cut after this many bytes, to a whole character, before it is tokenized:
@@ -66,56 +66,45 @@ def bits_per_byte(
         bits per byte, tokens scored, bytes scored.
 
     Raises:
-        UserError: no text.
+        UserError: no text, or a loss that is not finite.
     """
     documents = _cut(texts, max_bytes)
     scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
     if not scored_bytes:
         raise UserError("no text to score: the corpus has no characters")
     stream, scored = _stream(tokenizer, documents)
-    windows = math.ceil((len(stream) - 1) / window)
-    eod = stream[0]
-    missing = windows * window + 1 - len(stream)
-    padded = torch.cat([stream, eod.repeat(missing)])
-    tokens_WS, labels_WS = padded[:-1].view(windows, window), padded[1:].view(windows, window)
-    scored_WS = torch.cat([scored[1:], scored.new_zeros(missing)]).view(windows, window)
-
-    nats = 0.0
-    for first in range(0, windows, batch):
-        rows = slice(first, first + batch)
-        nll_BS = nll_fn(tokens_WS[rows], labels_WS[rows])
-        nats += nll_BS.double().cpu()[scored_WS[rows]].sum().item()
+    windows, done, nats = math.ceil((len(stream) - 1) / window), 0, 0.0
+    for tokens_BS, labels_BS, scored_BS in _batches(stream, scored, window, batch):
+        nll_BS = nll_fn(tokens_BS, labels_BS)
+        nats += nll_BS.double().cpu()[scored_BS].sum().item()
+        done += len(tokens_BS)
         if progress:
-            progress(min(first + batch, windows), windows)
+            progress(done, windows)
+    if not math.isfinite(nats):
+        raise UserError(f"the model's losses on held-out text are not finite ({nats}): its weights are damaged")
     return nats / math.log(2) / scored_bytes, int(scored.sum()), scored_bytes
 
 
 def evaluate_corpora(
     nll_fn: NllFn,
     tokenizer: Tokenizer,
-    corpora: Sequence[EvaluationCorpus],
+    corpora: Sequence[HeldOut],
     *,
     window: int,
     batch: int,
     max_bytes: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[CorpusScore, ...]:
-    """Score every corpus; `report` receives progress lines (the default prints them on stderr).
-
-    Raises:
-        UserError: no corpora, a missing file, a corpus without text (all before the model runs).
-    """
-    if not corpora:
-        raise UserError("nothing to evaluate: list held-out corpora under evaluation.corpora in the recipe")
+    """Score every corpus; `report` receives progress lines (the default prints them on stderr)."""
     report = report or _print_on_stderr
-    texts = [read_corpus(corpus) for corpus in corpora]
     scores = []
-    for corpus, documents in zip(corpora, texts, strict=True):
+    for held_out in corpora:
+        corpus = held_out.corpus
         title = f"evaluate {corpus.name} ({corpus.language})"
-        score = bits_per_byte(
+        bits, tokens, scored_bytes = bits_per_byte(
             nll_fn,
             tokenizer,
-            documents,
+            held_out.documents,
             window=window,
             batch=batch,
             max_bytes=max_bytes,
@@ -126,25 +115,13 @@ def evaluate_corpora(
                 name=corpus.name,
                 language=corpus.language,
                 role=corpus.role,
-                bits_per_byte=score[0],
-                tokens=score[1],
-                bytes=score[2],
+                bits_per_byte=bits,
+                tokens=tokens,
+                bytes=scored_bytes,
             )
         )
-        report(f"{title}  {score[0]:.3f} bits per byte  {score[1]:,} tokens  {score[2]:,} bytes")
+        report(f"{title}  {bits:.3f} bits per byte  {tokens:,} tokens  {scored_bytes:,} bytes")
     return tuple(scores)
-
-
-def read_corpus(corpus: EvaluationCorpus) -> list[str]:
-    """The documents of a held-out corpus in file order.
-
-    Raises:
-        UserError: a missing or unreadable file, a line without text, no document in any of the files.
-    """
-    texts = list(TextReader(corpus.files, on_bad_line="refuse"))
-    if not texts:
-        raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
-    return texts
 
 
 class _Ticker:
@@ -181,8 +158,25 @@ def _cut(texts: Sequence[str], max_bytes: int | None) -> list[str]:
 def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """The token stream [T] int64 and which of its tokens are scored [T] bool."""
     eod = tokenizer.eod_id
-    tokens, scored = [eod], [False]
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tokens = [] if opening else [eod]
+    scored = [False] * len(tokens)
     for ids in tokenizer.encode_batch(documents):
-        tokens += [*ids, eod]
-        scored += [True] * len(ids) + [False]
+        tokens += [*opening, *ids, eod]
+        scored += [*(False for _ in opening), *(True for _ in ids), False]
     return torch.tensor(tokens, dtype=torch.int64), torch.tensor(scored)
+
+
+def _batches(
+    stream: torch.Tensor, scored: torch.Tensor, window: int, batch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Tokens, labels and which labels are scored [B, S], of the positions of `stream` that have a label."""
+    columns = stream[:-1], stream[1:], scored[1:]
+    full = (len(stream) - 1) // window
+    for first in range(0, full * window, batch * window):
+        last = min(first + batch * window, full * window)
+        tokens_BS, labels_BS, scored_BS = (column[first:last].view(-1, window) for column in columns)
+        yield tokens_BS, labels_BS, scored_BS
+    if full * window < len(stream) - 1:
+        tokens_BS, labels_BS, scored_BS = (column[None, full * window :] for column in columns)
+        yield tokens_BS, labels_BS, scored_BS

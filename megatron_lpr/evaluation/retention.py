@@ -17,11 +17,17 @@ from megatron_lpr.evaluation.perplexity import CorpusScore
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """All scores of one model; `window` is the context it was given, in tokens."""
+    """All scores of one model; `window` is the context it was given, in tokens.
+
+    `tokenizer` is the SHA-256 of the model's, `bos_id` what documents opened with; None: nothing, as in results from
+    before that was recorded, which lack the tokenizer too.
+    """
 
     model: str
     window: int
     corpora: tuple[CorpusScore, ...]
+    tokenizer: str | None = None
+    bos_id: int | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON."""
@@ -37,7 +43,8 @@ class EvaluationResult:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             corpora = tuple(CorpusScore(**corpus) for corpus in tree["corpora"])
-            return cls(model=tree["model"], window=tree["window"], corpora=corpora)
+            more = {key: tree.get(key) for key in ("tokenizer", "bos_id")}
+            return cls(model=tree["model"], window=tree["window"], corpora=corpora, **more)
         except OSError as error:
             raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
@@ -108,6 +115,12 @@ def _check_comparable(results: Sequence[EvaluationResult]) -> None:
             raise UserError(
                 f"results of {results[0].model} and {result.model} are not from the same text and window: "
                 "evaluate both with the same evaluation section"
+            )
+        same_tokenizer = None in (result.tokenizer, results[0].tokenizer) or result.tokenizer == results[0].tokenizer
+        if same_tokenizer and result.bos_id != results[0].bos_id:
+            raise UserError(
+                f"results of {results[0].model} and {result.model} are not from documents that open alike (BOS token "
+                f"{results[0].bos_id} and {result.bos_id}): evaluate both with the same preprocess.bos"
             )
 
 

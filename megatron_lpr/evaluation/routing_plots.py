@@ -1,6 +1,6 @@
 """Plots of a run: loss curves, and where each language's tokens go before and after review."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def plot_frozen_share(
         UserError: no shares at all.
     """
     if not any(shares.values()):
-        raise UserError(f"no router statistics to plot in {path}: the run logged none (logging.router_every)")
+        raise UserError(f"no router statistics to plot in {path}: the run logged none")
     columns = list(dict.fromkeys(column for moment in shares.values() for column in moment))
     layers = max(len(share) for moment in shares.values() for share in moment.values())
     width, height = 2.2 + 0.9 * len(columns) * len(shares), 1.8 + 0.22 * layers
@@ -85,15 +85,18 @@ def plot_frozen_share(
     _save(figure, path)
 
 
-def first_and_last(records: Sequence[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics.
+def first_and_last(records: Iterable[StepMetrics]) -> dict[str, dict[str, list[float]]]:
+    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics of the layers.
 
-    The first step's forward pass sees the routers as the run before left them.
+    The first step's forward pass sees the routers as the run before left them. Holds two records at a time.
     """
-    routed = [record for record in records if record.get("router")]
+    ends: list[StepMetrics] = []
+    for record in records:
+        if record.get("router"):
+            ends = [*ends[:1], record]
     return {
         f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
-        for record in (routed[:1] + routed[-1:])
+        for record in ends
     }
 
 

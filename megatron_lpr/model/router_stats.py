@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatron_lpr.losses import one_hot_languages
+
 TOKENS, P_FROZEN, LPR_LOSS, SLOTS = 0, 1, 2, 3
 
 
@@ -28,13 +30,10 @@ class RouterStats:
         tags: Tensor,
         token_loss: Callable[[Tensor], Tensor],
     ) -> None:
-        """Add one micro-batch; padding (tag 0) is left out.
-
-        A product with one-hot rows rather than index_add, whose order of additions on a GPU is not repeatable.
-        """
+        """Add one micro-batch; padding (tag 0) is left out."""
         if not self.num_languages:
             return
-        one_hot_TL = tags.reshape(-1, 1).abs() == torch.arange(1, self.num_languages + 1, device=tags.device)
+        one_hot_TL = one_hot_languages(tags, self.num_languages)
         losses_T = token_loss(logits_TE)
         num_frozen = token_loss.keywords["num_frozen"]
         p_frozen_T = logits_TE.softmax(-1)[:, :num_frozen].sum(-1)

@@ -2,7 +2,7 @@
 
 from megatron_lpr.platform.device import backend, device, prepare
 from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave
-from megatron_lpr.platform.meeting import meeting, together
+from megatron_lpr.platform.meeting import meeting, same_on_all_ranks, together
 
 __all__ = [
     "Ranks",
@@ -15,5 +15,6 @@ __all__ = [
     "megatron",
     "on_leave",
     "prepare",
+    "same_on_all_ranks",
     "together",
 ]

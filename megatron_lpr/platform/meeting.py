@@ -23,10 +23,16 @@ class Meeting:
     """The ranks at one store."""
 
     def __init__(self, rank: int, world_size: int, timeout_minutes: float) -> None:
-        """Waits for all ranks."""
+        """Waits for all ranks; UserError where they cannot meet."""
         self.rank, self.world_size, self._topics = rank, world_size, 0
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        self.store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        try:
+            self.store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        except dist.DistError as error:
+            raise UserError(
+                f"MASTER_ADDR, MASTER_PORT: the {world_size} ranks cannot meet there ({str(error).splitlines()[0]}); "
+                "look whether all have started, and whether another run has the port"
+            ) from error
         self._notes = dist.PrefixStore("meeting", self.store)
 
     def agree(self, step: Callable[[], T]) -> T:
@@ -51,6 +57,15 @@ class Meeting:
             raise AlreadyTold(self._notes.get(f"{topic}/error").decode())
         except dist.DistNetworkError:
             raise AlreadyTold("rank 0 has ended") from None
+
+    def check_same(self, what: str, value: str) -> None:
+        """Raises UserError where another rank has said another value of `what`."""
+        first = self._notes.compare_set(f"same/{what}", "", value).decode()
+        if first != value:
+            raise UserError(
+                f"{what} is {value} on rank {self.rank} and {first} on another: the ranks do not see the same files; "
+                "wait until the file system has caught up, and start the run again"
+            )
 
     def tell(self, error: UserError, report: Callable[[UserError], None]) -> None:
         """Reports an error unless another rank has reported the same, or one of its own that stopped this rank.
@@ -98,6 +113,12 @@ def meeting(
 def together(step: Callable[[], T]) -> T:
     """step() on every rank of the meeting, where there is one; fails on all ranks when it fails on one."""
     return _current.agree(step) if _current else step()
+
+
+def same_on_all_ranks(what: str, value: str) -> None:
+    """Raises UserError, on all ranks, where `value` differs between them."""
+    if _current:
+        _current.agree(lambda: _current.check_same(what, value))
 
 
 def meeting_store() -> dist.Store | None:

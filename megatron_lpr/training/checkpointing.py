@@ -5,6 +5,7 @@ nothing that a later run could mistake for one.
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -89,14 +90,25 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
 
 
 def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
-    """Moments and steps are the checkpoint's, the settings the recipe's: Megatron takes them, the learning rate too,
-    from the checkpoint, whatever the recipe of the resumed run says. Weight decay is the scheduler's to set."""
+    """Moments and steps are the checkpoint's, the settings the recipe's.
+
+    Megatron 0.16.1 would take them, the learning rate too, from the checkpoint, whatever the recipe of the resumed run
+    says; 0.19.2 does not find a parameter group whose learning rate has changed. Weight decay the scheduler sets.
+    """
     settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
+    for group in _param_groups(loaded["optimizer"]):
+        group.update(settings)
     with cuda_type_names():
         optimizer.load_state_dict(loaded["optimizer"])
-    for group in optimizer.param_groups:
-        group.update(settings)
     scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer or of several."""
+    if isinstance(tree, dict):
+        yield from tree.get("param_groups", ())
+        for value in tree.values():
+            yield from _param_groups(value)
 
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:

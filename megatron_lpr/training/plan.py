@@ -11,8 +11,10 @@ from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.special_tokens import special_tokens
 from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.tokenizer_record import check_trained_alike, read_otherwise, record_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import same_run
@@ -105,13 +107,14 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
 
 def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
     tokenizer = manifest.tokenizer
-    base = load_tokenizer(recipe.model.base)
+    base = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
     if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
         raise UserError(
             f"data.manifest: {recipe.data.manifest} was made with a tokenizer of another vocabulary "
             f"({tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}) than the model's in {recipe.model.base} "
             f"({base.vocab_size} tokens, sha256 {base.sha256[:12]}); preprocess the corpora with the model's tokenizer"
         )
+    check_trained_alike(f"data.manifest: {recipe.data.manifest}", tokenizer, record_of(base))
 
 
 def describe(plan: Plan) -> str:
@@ -138,6 +141,7 @@ def describe(plan: Plan) -> str:
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in (*plan.notes, *unshuffled(plan.manifest, recipe.data.replay))),
+            *(f"warning      {sentence}" for sentence in read_otherwise(plan.manifest.tokenizer, recipe.preprocess)),
         ]
     )
 

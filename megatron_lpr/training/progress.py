@@ -2,6 +2,7 @@
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import TextIO
 
 from megatron_lpr.training.metrics_log import StepMetrics
@@ -22,14 +23,15 @@ class Progress:
 
 
 def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
-    """`moe  37% step  9/24  ntp 1.512  lpr 1.003  gnorm 0.82  lr 4.9e-04  88 tok/s  hu 9.2k  ETA 2:41`"""
+    """`moe  37% step  9/24  ntp 1.512 (hu 1.602 en 1.422)  lpr 1.003  gnorm 0.82  lr 4.9e-04  88 tok/s  hu 9.2k ...`"""
     step, steps = metrics["step"], metrics["steps"]
     seen = metrics["tokens_per_language"]
-    losses = {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]}
+    losses = {"balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]}
     return "  ".join(
         [
             metrics["stage"],
             f"{100 * step // steps:3d}% step {step:{len(str(steps))}d}/{steps}",
+            f"ntp {metrics['ntp_loss']:.3f}{_per_language(metrics.get('ntp_loss_per_language', {}))}",
             *(f"{name} {value:.3f}" for name, value in losses.items() if value is not None),
             f"gnorm {metrics['grad_norm']:.2f}",
             f"lr {metrics['lr']:.1e}",
@@ -38,6 +40,13 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
             f"ETA {_clock((steps - step) * seconds_per_step)}",
         ]
     )
+
+
+def _per_language(losses: Mapping[str, float]) -> str:
+    """Only where it says more than the mean and leaves the line readable."""
+    if not 2 <= len(losses) <= 4:
+        return ""
+    return f" ({' '.join(f'{language} {loss:.3f}' for language, loss in losses.items())})"
 
 
 def _short(count: int) -> str:

@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward of every micro-batch through Megatron's pipeline schedule.
 
-Shapes: B samples, S positions of a micro-batch.
+Shapes: B samples, S positions of a micro-batch, L languages.
 """
 
 import functools
@@ -15,26 +15,34 @@ from torch import Tensor
 
 from megatron_lpr.config import Recipe
 from megatron_lpr.data.replay_sampler import Batch
-from megatron_lpr.losses import GlobalCounts, next_token_loss
+from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
 from megatron_lpr.platform import device
 from megatron_lpr.platform.cpu_shims import cuda_type_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What the optimizer step says of itself, before reduction over ranks."""
+class RankLosses:
+    """This rank's part of the losses of a step, on the device: nothing has waited for it."""
 
-    ntp_loss: float  # this rank's share of L_NTP
+    ntp_loss: Tensor  # [], its share of L_NTP
+    token_loss_sums_L: Tensor  # [L] fp64, of its own tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What the optimizer step says of itself."""
+
+    losses: RankLosses  # before reduction over ranks
     grad_norm: float  # global
 
 
 def forward_backward(
     recipe: Recipe, chunks: list[torch.nn.Module], batches: list[Iterator[Batch]], counts: GlobalCounts
-) -> float:
-    """Accumulate the gradients of this rank's micro-batches; returns this rank's share of L_NTP."""
+) -> RankLosses:
+    """Accumulate the gradients of this rank's micro-batches; returns this rank's part of the losses."""
     sizes = recipe.train
     data_parallel = parallel_state.get_data_parallel_world_size()
-    shares = get_forward_backward_func()(
+    reported = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, counts),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
@@ -44,9 +52,13 @@ def forward_backward(
         forward_only=False,
     )
     # only the last pipeline stage has losses; its tensor-parallel ranks all have the same
-    if not shares or parallel_state.get_tensor_model_parallel_rank() > 0:
-        return 0.0
-    return float(torch.stack(shares).sum())
+    if not reported or parallel_state.get_tensor_model_parallel_rank() > 0:
+        return RankLosses(
+            ntp_loss=torch.zeros((), device=device()),
+            token_loss_sums_L=torch.zeros(counts.num_languages, dtype=torch.float64, device=device()),
+        )
+    shares, sums_L = zip(*reported, strict=True)
+    return RankLosses(ntp_loss=torch.stack(shares).sum(), token_loss_sums_L=torch.stack(sums_L).sum(0))
 
 
 def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: GlobalCounts) -> StepResult:
@@ -58,32 +70,36 @@ def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: Gl
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    ntp_loss = forward_backward(recipe, chunks, batches, counts)
+    losses = forward_backward(recipe, chunks, batches, counts)
     with cuda_type_names():
         updated, grad_norm, _ = optimizer.step()
     assert updated, "Megatron has skipped the step, as it does with a gradient scale only"
     scheduler.step(increment=1)
-    return StepResult(ntp_loss=ntp_loss, grad_norm=float(grad_norm))
+    return StepResult(losses=losses, grad_norm=float(grad_norm))
 
 
 def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):
     batch = next(batches)
+    tags_BS = _on_device(batch.tags_BS)
     token_loss_BS = model(
         input_ids=_on_device(batch.tokens_BS),
         position_ids=None,  # rotary embeddings count for themselves
         # causal; with document numbers, of the whole sequence and on every pipeline stage, inside documents only
         attention_mask=None if batch.documents_BS is None else _on_device(batch.documents_BS),
         labels=_on_device(batch.labels_BS),
-        padding_mask=_on_device(batch.tags_BS),
+        padding_mask=tags_BS,
     )
-    return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS))
+    return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS), tags_BS)
 
 
 def _on_device(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array).to(device(), non_blocking=True)
 
 
-def _loss(counts: GlobalCounts, loss_mask_BS: Tensor, token_loss_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss to differentiate, token count that Megatron shall not use, share to report)."""
+def _loss(
+    counts: GlobalCounts, loss_mask_BS: Tensor, tags_BS: Tensor, token_loss_BS: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(loss to differentiate, token count that Megatron shall not use, share and sums [L] to report)."""
     loss = next_token_loss(token_loss_BS, loss_mask_BS, counts)
-    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()
+    sums_L = token_loss_sums(token_loss_BS.detach(), loss_mask_BS, tags_BS, counts.num_languages)
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), (loss.detach().clone(), sums_L)

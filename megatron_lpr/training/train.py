@@ -43,6 +43,7 @@ class Trainer:
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)
         self.counts = global_counts(*chunks)
+        self.counts.num_languages = len(plan.manifest.languages)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
         get_model_config(self.chunks[0]).grad_scale_func = self.optimizer.scale_loss
@@ -120,7 +121,7 @@ class Trainer:
             moe_layers=plan.arch.moe_layers(),
             num_languages=len(plan.manifest.languages),
             num_experts=recipe.model.num_experts,
-            ntp_loss=result.ntp_loss,
+            losses=result.losses,
         )
         seconds = time.perf_counter() - start
         metrics = {
@@ -128,6 +129,7 @@ class Trainer:
             "steps": recipe.train.steps,
             "stage": recipe.name,
             "ntp_loss": stats.ntp_loss,
+            "ntp_loss_per_language": step_metrics.loss_per_language(stats, seen.tokens_per_language),
             "balance_loss": float(stats.balance_N.mean()) if recipe.balance.coeff else None,
             "lpr_loss": step_metrics.lpr_loss(stats, plan.is_original) if self.routers else None,
             "grad_norm": result.grad_norm,
@@ -138,9 +140,14 @@ class Trainer:
             "seconds": seconds,
             "consumed_samples": self.consumed_samples,
         }
-        if self.routers and self.step % recipe.logging.router_every == 0:
-            metrics["router"] = step_metrics.router_record(
-                stats.sums_NLC, plan.manifest.languages, recipe.model.num_frozen_experts
+        if self.routers:
+            first_or_last = self.step in (1, recipe.train.steps)
+            metrics |= step_metrics.router_metrics(
+                stats.sums_NLC,
+                plan.manifest.languages,
+                recipe.model.num_frozen_experts,
+                summary=self.step % recipe.logging.router_every == 0,
+                layers=first_or_last or self.step % recipe.logging.router_layers_every == 0,
             )
         return metrics
 

@@ -1,9 +1,11 @@
 """A base model that is not what it says is refused in one sentence, and nothing is written."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import rewrite, rewrite_config, save_tiny
 
 from megatron_lpr import cli
@@ -39,6 +41,32 @@ def renamed(tensors):
     tensors[UP.replace("up", "upper")] = tensors.pop(UP)
 
 
+def elsewhere(folder):
+    index = json.loads((in_shards(folder) / "model.safetensors.index.json").read_text())
+    file = index["weight_map"][UP]
+    (folder / file).rename(folder.parent / "elsewhere.safetensors")
+    weights = {name: "../elsewhere.safetensors" if at == file else at for name, at in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def two_models(folder):
+    """An old single file beside the shards: transformers would read the one, we the other."""
+    single = (folder / "model.safetensors").read_bytes()
+    in_shards(folder)
+    (folder / "model.safetensors").write_bytes(single)
+
+
+def twice(folder):
+    """One tensor in two shards, with other values in the one that the index does not name."""
+    file = sorted(in_shards(folder).glob("*.safetensors"))[-1]
+    name = "model.embed_tokens.weight"
+    save_file(load_file(file) | {name: torch.zeros(60, 32)}, file, metadata={"format": "pt"})
+
+
+def untied(folder):
+    rewrite_config(folder, tie_word_embeddings=True)
+
+
 DAMAGE = {
     "missing": (lambda folder: rewrite(folder, lambda t: t.pop(UP)), f"no tensor '{UP}'"),
     "extra": (lambda folder: rewrite(folder, lambda t: t.update(extra=torch.zeros(2))), "'extra', which has no place"),
@@ -47,6 +75,10 @@ DAMAGE = {
     "dtype": (lambda folder: rewrite(folder, lambda t: t.update({NORM: t[NORM].half()})), "is torch.float16, but"),
     "truncated": (truncated, "damaged or truncated"),
     "no_shard": (without_a_shard, "lacks the shard"),
+    "elsewhere": (elsewhere, "names '../elsewhere.safetensors': a shard is a .safetensors file inside the folder"),
+    "two_models": (two_models, "holds two models, model.safetensors, which transformers reads, and"),
+    "twice": (twice, "holds the tensor 'model.embed_tokens.weight' twice"),
+    "untied": (untied, "holds a 'lm_head.weight' that is not its 'model.embed_tokens.weight'"),
 }
 
 
@@ -64,7 +96,51 @@ def test_no_megatron_checkpoint_and_no_folder(tmp_path, capsys, damage):
     with pytest.raises(UserError, match="") as refused:
         upcycle_hf(base, tmp_path / "hf", num_experts=3)
     assert message in str(refused.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "recipe.yaml"]
+    left = {path.name for path in tmp_path.iterdir()} - {"elsewhere.safetensors"}
+    assert left == {"base", "recipe.yaml"}
+
+
+def put(value):
+    def change(folder):
+        rewrite(folder, lambda tensors: tensors[UP].__setitem__((3, 5), value))
+
+    return change
+
+
+@pytest.mark.parametrize("value, dtype", [("nan", "float32"), ("-inf", "float32"), ("3.4e38", "bfloat16")])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path, capsys, value, dtype):
+    """As they are, or once they are cast."""
+    base = save_tiny("llama", tmp_path / "base")
+    put(float(value))(base)
+    model = {"base": str(base), "num_experts": 3, "dtype": dtype}
+    recipe = write_recipe(tmp_path / "recipe.yaml", {"name": "x", "output": str(tmp_path / "out"), "model": model})
+    capsys.readouterr()
+    assert cli.main(["upcycle", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert f"tensor '{UP}' of '{base}' holds values that are not finite as torch.{dtype}" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out/checkpoints").exists()
+    with pytest.raises(UserError, match=r"fails its own verification: values: .* is not finite"):
+        upcycle_hf(base, tmp_path / "hf", num_experts=3, dtype=dtype, on_verified=lambda report: None)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_router_that_is_not_finite(tmp_path):
+    base = upcycle_hf(save_tiny("llama", tmp_path / "base"), tmp_path / "moe", num_experts=3)
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    rewrite(base, lambda tensors: tensors[name].__setitem__((0, 0), float("nan")))
+    model = {"base": str(base), "num_experts": 5, "num_frozen_experts": 3}
+    recipe = write_recipe(tmp_path / "recipe.yaml", {"name": "x", "output": str(tmp_path / "out"), "model": model})
+    assert cli.main(["upcycle", str(recipe)]) == 2
+
+
+def test_a_tied_head_that_is_the_embedding_again(tmp_path):
+    """Old versions of transformers save it."""
+    base = save_tiny("llama_tied_llama3_head_dim", tmp_path / "base")
+    rewrite(base, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    upcycle_hf(base, tmp_path / "out", num_experts=3, on_verified=lambda report: None)
+    rewrite(base, lambda tensors: tensors["lm_head.weight"][5, 7].neg_())
+    with pytest.raises(UserError, match=r"holds a 'lm_head.weight' that is not its"):
+        upcycle_hf(base, tmp_path / "other", num_experts=3)
 
 
 def test_a_trained_shared_expert_is_refused(tmp_path):

@@ -51,6 +51,10 @@ def check(base, batch, tmp_path, sections):
     expected.total.backward()
 
     assert metrics["ntp_loss"] == pytest.approx(expected.ntp.item(), rel=1e-6)
+    per_language = {trainer.plan.manifest.languages[abs(tag) - 1]: ntp for tag, ntp in expected.ntp_of_tag.items()}
+    assert metrics["ntp_loss_per_language"] == pytest.approx({k: v.item() for k, v in per_language.items()}, rel=1e-6)
+    weighted = sum(loss * metrics["tokens_per_language"][k] for k, loss in metrics["ntp_loss_per_language"].items())
+    assert weighted / metrics["tokens"] == pytest.approx(metrics["ntp_loss"], rel=1e-6)
     if recipe.balance.coeff:
         assert metrics["balance_loss"] == pytest.approx(expected.balance.item(), rel=1e-6)
     if (batch.tags_BS > 0).any() and recipe.model.num_experts:

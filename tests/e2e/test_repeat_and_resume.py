@@ -1,5 +1,6 @@
 """The same run twice, and a run that was killed and started again: the same numbers, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_lpr.training.metrics_log import read_metrics
 
-TIMING = {"tokens_per_second", "seconds"}
+TIMING = {"time", "tokens_per_second", "seconds"}
 
 
 def numbers(folder):
@@ -87,8 +88,14 @@ def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeyp
     assert [record["step"] for record in numbers(stopped)] == [1, 2, 3, 4, 5]
     assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000002", "step_00000004"]
 
-    assert "resumes at step 4" in project.run("train", stage, *settings(stopped, 6, every=2), *changes)
+    printed = project.run("train", stage, *settings(stopped, 6, every=2), *changes)
+    assert "resumes at step 4" in printed
     assert numbers(stopped) == numbers(whole)
+    (abandoned,) = stopped.glob("metrics.abandoned-*.jsonl")
+    assert [record["step"] for record in read_metrics(abandoned)] == [5]
+    assert f"lines of steps 5 to 5, beyond step 4 where this run goes on, are now in {abandoned.name}" in printed
+    starts = [json.loads(line) for line in (stopped / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 4]
     # `checkpoint.keep` is 2
     assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000004", "step_00000006"]
 

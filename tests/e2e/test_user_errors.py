@@ -132,11 +132,6 @@ def test_review_without_original_corpus(refused, project, tmp_path, capsys):
     assert "review without original-language data" in error and manifest in error
 
 
-def test_finished_run(refused, project, trained):
-    error = refused("train", "stage1")
-    assert f"{project.root}/stage1 already holds a finished run (6 of 6 steps)" in error
-
-
 def test_run_on_other_data(refused, project, trained):
     error = refused("train", "stage1", *changed("train.steps=8", "data.seq_length=16"))
     assert "cannot go on with other data" in error and "seq_length was 32, is 16" in error

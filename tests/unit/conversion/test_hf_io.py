@@ -121,6 +121,27 @@ def test_missing_shard_and_index_that_lies(tmp_path):
         SafetensorsReader(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"weight_map": ["a"]}, "its weight_map names no tensors"),
+        ({"weight_map": {}}, "its weight_map names no tensors"),
+        ({"weight_map": None}, "its weight_map names no tensors"),
+        ({"weight_map": {"a": 3}}, "names '3': a shard is a .safetensors file inside"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "names '../x.safetensors': a shard is"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "names '/etc/passwd': a shard is"),
+        ({"weight_map": {"a": "config.json"}}, "names 'config.json': a shard is"),
+        ([], "is not a safetensors index"),
+        (3, "is not a safetensors index"),
+    ],
+)
+def test_an_index_that_is_none_or_points_elsewhere(tmp_path, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as refused:
+        SafetensorsReader(tmp_path)
+    assert message in str(refused.value)
+
+
 def test_integer_weights_are_refused(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="is I8; supported"):

@@ -211,6 +211,7 @@ def test_a_checkpoint_that_is_not_its_config_is_refused(llama, tmp_path, change,
 def test_leftovers_of_old_checkpoints_are_ignored(llama, tmp_path):
     def tie(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     folder = edit(llama, tmp_path, tie)
     config = json.loads((folder / "config.json").read_text())

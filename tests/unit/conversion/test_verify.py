@@ -259,3 +259,17 @@ def test_an_export_that_is_not_its_checkpoint_is_found(llama, tmp_path, trained,
     change, number = AGAINST_THE_CHECKPOINT[damage]
     rewrite(out, change)
     assert not compare().ok and f"{number} tensors differ" in str(compare())
+
+
+def test_blocks_make_no_difference(export, llama, tmp_path, monkeypatch):
+    from megatron_lpr.conversion import file_tensor
+
+    whole = verify_export(export, llama)
+    broken = rewrite(shutil.copytree(export, tmp_path / "broken"), one_ulp)
+    zeroed = rewrite(
+        shutil.copytree(export, tmp_path / "zeroed"), put(f"{EXPERTS}2.w2.weight", torch.zeros_like)
+    )
+    monkeypatch.setattr(file_tensor, "_BLOCK_BYTES", 300)  # two rows of most tensors
+    assert verify_export(export, llama) == whole
+    assert failed(verify_export(broken, llama)) == {"frozen tensors"}
+    assert failed(verify_export(zeroed, llama)) == {"values"}

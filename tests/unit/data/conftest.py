@@ -1,7 +1,9 @@
 """Small corpora, tokenizers and text files for the data tests."""
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,10 @@ def write_text(tmp_path):
             content = gzip.compress(content)
         elif name.endswith(".zst"):
             content = zstandard.compress(content)
+        elif name.endswith(".bz2"):
+            content = bz2.compress(content)
+        elif name.endswith(".xz"):
+            content = lzma.compress(content)
         path.write_bytes(content)
         return str(path)
 

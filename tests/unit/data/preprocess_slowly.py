@@ -2,9 +2,10 @@
 
     preprocess_slowly.py TEXT TOKENIZER OUTPUT WORKERS BLOCK_BYTES [SECONDS per block]
 
-Prints the peak resident set size of this process, in KiB.
+Prints the larger peak resident set size of this process and of its workers, in KiB. Ends with 130 at Ctrl-C.
 """
 
+import resource
 import sys
 import time
 from pathlib import Path
@@ -25,9 +26,13 @@ def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str,
 
     make_corpus.read_blocks = slow_blocks
     source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")
-    preprocess([source], tokenizer_dir=tokenizer, output_dir=output, workers=int(workers))
+    try:
+        preprocess([source], tokenizer_dir=tokenizer, output_dir=output, workers=int(workers))
+    except KeyboardInterrupt:
+        sys.exit(130)
     # Not getrusage: its maximum starts with that of the process that forked this one.
-    print(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+    peak = int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+    print(max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 
 
 if __name__ == "__main__":

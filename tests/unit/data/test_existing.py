@@ -11,6 +11,7 @@ from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.language_runs import LanguageRunsWriter
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.preprocess import preprocess
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.errors import UserError
 
 EOD = 1
@@ -115,3 +116,23 @@ def test_mistakes_are_named(megatron_corpus, take, tmp_path):
         file.seek(34 + 4)
         file.write((-2).to_bytes(4, "little", signed=True))
     refused("theirs.idx is corrupt: documents 0 to 2 lie outside .*theirs.bin, or out of order")
+
+
+def test_documents_must_open_as_the_manifest_says(megatron_corpus, hf_tokenizer, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    for file in Path(hf_tokenizer).iterdir():
+        (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<eod>", "bos_token": "<pad>"}')
+
+    def take(name: str, bos: str, documents: list) -> str:
+        source = SourceConfig(name=name, prefix=megatron_corpus(documents, name=name), language="hu", role="expanded")
+        folders = {"tokenizer_dir": str(tmp_path / "tokenizer"), "output_dir": str(tmp_path / f"out-{bos}")}
+        preprocess([source], **folders, special=SpecialTokens(bos=bos))
+        return capsys.readouterr().err
+
+    with_bos, without = [[[0, 5, EOD]], [[0, EOD]]], [[[5, EOD]], [[6, EOD]]]
+    assert take("a", "true", with_bos) == "" and take("b", "false", without) == ""
+    assert "c: 2 of 4 documents do not open with the BOS token 0" in take("c", "true", with_bos + without)
+    assert "d: each of its 2 documents opens with token 0; if that is the BOS token" in take("d", "false", with_bos)
+    with pytest.raises(UserError, match="no document in .*e.bin opens with the BOS token 0"):
+        take("e", "true", without)

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_lpr.config import SourceConfig
 from megatron_lpr.data.preprocess import preprocess
+from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 
@@ -14,12 +15,17 @@ pytest.importorskip("fastokens")
 TEXTS = ["the lazy dog", "árvíztűrő  tükörfúrógép\n", "a", "fox " * 50, "<eod> inside <pad>", "日本😀\u0301", ""]
 
 
-def test_same_tokens(hf_tokenizer):
-    fast, reference = load_tokenizer(hf_tokenizer, engine="fastokens"), load_tokenizer(hf_tokenizer)
+@pytest.mark.parametrize("parse", [False, True])
+def test_same_tokens(hf_tokenizer, parse):
+    special = SpecialTokens(parse=parse)
+    fast = load_tokenizer(hf_tokenizer, engine="fastokens", special=special)
+    reference = load_tokenizer(hf_tokenizer, special=special)
     generator = random.Random(0)
     pieces = [*"abc áű日😀\u0301\n\t.,'19", "fox", " quick", "<eod>", "  ", "'re"]
     texts = TEXTS + ["".join(generator.choices(pieces, k=generator.randrange(1, 40))) for _ in range(2000)]
-    assert [ids.tolist() for ids in fast.encode_batch(texts)] == reference.encode_batch(texts)
+    ids = [ids.tolist() for ids in fast.encode_batch(texts)]
+    assert ids == reference.encode_batch(texts)
+    assert any(fast.eod_id in document for document in ids) == parse
     assert (fast.vocab_size, fast.eod_id, fast.sha256) == (
         reference.vocab_size,
         reference.eod_id,
@@ -39,7 +45,7 @@ def test_a_difference_is_refused(hf_tokenizer):
     fast = load_tokenizer(hf_tokenizer, engine="fastokens")
 
     class Wrong:
-        def encode_batch_flat(self, texts, add_special_tokens):
+        def encode_batch_flat(self, texts, add_special_tokens, split_special_tokens):
             return np.array([5] * len(texts), "<u4").tobytes(), np.arange(len(texts) + 1, dtype="<u8").tobytes()
 
     fast._fast = Wrong()

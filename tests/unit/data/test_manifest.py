@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 
 import pytest
 import yaml
@@ -60,8 +61,10 @@ def edit(manifest: Manifest, change) -> None:
     with open(manifest.path) as file:
         content = yaml.safe_load(file)
     change(content)
+    sys.set_int_max_str_digits(6000)
     with open(manifest.path, "w") as file:
         yaml.safe_dump(content, file)
+    sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
 
 
 def corpus_change(**fields):
@@ -92,6 +95,17 @@ def corpus_change(**fields):
         (lambda content: content.update(corpus=[]), "unknown key 'corpus'; did you mean 'corpora'"),
         (lambda content: content.pop("tokenizer"), "has no 'tokenizer'"),
         (lambda content: content["tokenizer"].pop("eod_id"), "tokenizer has no 'eod_id'"),
+        (lambda content: content["tokenizer"].update(vocab_size=0), "vocab_size must be in .1, 2.31., not 0"),
+        (lambda content: content["tokenizer"].update(vocab_size=-5), "tokenizer: vocab_size must be in"),
+        (lambda content: content["tokenizer"].update(vocab_size=1 << 40), "tokenizer: vocab_size must be in"),
+        (lambda content: content["tokenizer"].update(eod_id=1000), "eod_id must be a token of the 1000 there are"),
+        (lambda content: content["tokenizer"].update(eod_id=-1), "eod_id must be a token of the 1000 there are"),
+        (corpus_change(documents=-1), "corpus 'en': documents must be at least 1, not -1"),
+        (corpus_change(tokens=0), "corpus 'en': tokens must be at least 1, not 0"),
+        (corpus_change(weight=10**400), "cannot read the manifest .* is too large"),
+        (corpus_change(weight="1" * 400), "corpus 'en': weight must be a positive number, not inf"),
+        (corpus_change(tokens=10**5000), "cannot read the manifest .* is too large"),
+        (corpus_change(source={"sha256": "ab", "seed": -1, "skipped_lines": 0}), "must not be negative"),
     ],
 )
 def test_mistakes_are_named(manifest, change, message):
@@ -111,6 +125,7 @@ def test_numbers_that_yaml_reads_as_strings(manifest):
         (None, "no manifest at"),
         ("- a", "is not a manifest"),
         ("a: [", "cannot read the manifest"),
+        ("tokenizer: {}\ncorpora: []\ncorpora: []\n", "line 3: the key 'corpora' is there already, in line 2"),
         ("", "is not a"),
     ],
 )

@@ -98,7 +98,8 @@ def test_from_a_tagger(request, write_text, tagger_module, tmp_path, kind):
     )  # fmt: skip
     manifest = preprocess([source], tokenizer_dir=tokenizer_dir, output_dir=str(tmp_path / "out"))
     tokenizer, corpus = load_tokenizer(tokenizer_dir), IndexedCorpus(manifest.corpora[0].prefix)
-    foxes = {(*ids, tokenizer.eod_id) for ids in tokenizer.encode_batch([texts[0], texts[3]])}
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    foxes = {(*opening, *ids, tokenizer.eod_id) for ids in tokenizer.encode_batch([texts[0], texts[3]])}
     expected = [
         [("en" if tuple(document) in foxes else "hu")] * len(document)
         for document in (corpus.document(index).tolist() for index in range(len(corpus)))

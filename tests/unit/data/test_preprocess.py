@@ -29,6 +29,10 @@ def source(*files: str, name: str = "hu", language: str = "hu", role: str = "exp
     return SourceConfig(name=name, files=files, language=language, role=role, **more)
 
 
+def listing(folder) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
+
+
 def documents(manifest: Manifest, number: int = 0) -> list[tuple[int, ...]]:
     corpus = IndexedCorpus(manifest.corpora[number].prefix)
     return [tuple(corpus.document(i).tolist()) for i in range(len(corpus))]
@@ -41,7 +45,7 @@ def test_writes_every_document_with_eod_in_shuffled_order(run, write_text, hf_to
     expected = [(*ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS)]
     assert sorted(written) == sorted(expected)
     assert sum(a == b for a, b in zip(written, expected, strict=True)) < 10
-    assert sorted(os.listdir(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
+    assert listing(tmp_path / "out") == ["hu.bin", "hu.idx", "manifest.yaml"]
 
 
 def test_manifest_entry(run, write_text, hf_tokenizer, tmp_path):
@@ -58,7 +62,8 @@ def test_manifest_entry(run, write_text, hf_tokenizer, tmp_path):
 def test_sentencepiece(run, write_text, sp_tokenizer):
     written = documents(run(source(write_text("a.jsonl", TEXTS)), tokenizer_dir=sp_tokenizer))
     tokenizer = load_tokenizer(sp_tokenizer)
-    assert sorted(written) == sorted((*ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS))
+    expected = [(tokenizer.bos_id, *ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS)]
+    assert sorted(written) == sorted(expected)
 
 
 def test_batches_are_cut_by_size_without_losing_documents(run, write_text):
@@ -110,7 +115,7 @@ def test_lost_or_half_written_files_are_made_again(run, write_text, tmp_path, ca
     (tmp_path / "out" / "hu.parts" / "00000000.part.partial").write_bytes(b"killed")
     assert run(source(path)) == first
     assert "hu: made again" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path / "out")) == ["hu.bin", "hu.idx", "manifest.yaml"]
+    assert listing(tmp_path / "out") == ["hu.bin", "hu.idx", "manifest.yaml"]
 
 
 BAD_LINES = [
@@ -129,7 +134,7 @@ def test_bad_lines_are_refused_by_file_and_line(run, write_text, tmp_path, line,
     path = write_text("a.jsonl", ["fox", b"", line, "dog"])
     with pytest.raises(UserError, match=f"a.jsonl:3: {reason}"):
         run(source(path))
-    assert os.listdir(tmp_path / "out") == []
+    assert listing(tmp_path / "out") == []
 
 
 def test_bad_lines_are_skipped_counted_and_reported(run, write_text, capsys):
@@ -149,7 +154,7 @@ def test_a_corpus_without_documents(run, write_text, tmp_path):
         run(source(write_text("a.jsonl", [])))
     with pytest.raises(UserError, match="corpus 'hu' is empty"):
         run(source(write_text("b.jsonl", [b"{}"])), on_bad_line="skip")
-    assert os.listdir(tmp_path / "out") == ["hu.bad_lines.txt"]
+    assert listing(tmp_path / "out") == ["hu.bad_lines.txt"]
 
 
 def test_a_broken_gzip_file(run, write_text, tmp_path):
@@ -190,3 +195,40 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
         run(source(path, name="hu2"), tokenizer_dir=sp_tokenizer)
+
+
+def test_a_file_twice(run, write_text, tmp_path, capsys):
+    path = write_text("a.jsonl", TEXTS)
+    os.symlink(path, tmp_path / "link.jsonl")
+    os.link(path, tmp_path / "hard.jsonl")
+    for files, also in (
+        ((path, path), ""),
+        ((path, str(tmp_path / "a*.jsonl")), ""),
+        ((path, str(tmp_path / "l*.jsonl")), f", also as {path}"),
+        ((path, str(tmp_path / "hard.jsonl")), f", also as {path}"),
+        ((path, f"{tmp_path}/../{tmp_path.name}/a.jsonl"), f", also as {path}"),
+    ):
+        with pytest.raises(UserError, match=f"corpus 'hu' reads .*jsonl twice{also}; list it once"):
+            run(source(*files))
+        with pytest.raises(UserError, match="corpus 'hu' reads .* twice"):
+            run(source(path, name="other"), source(*files))
+    capsys.readouterr()
+    run(source(path), source(str(tmp_path / "link.jsonl"), name="other"))
+    assert capsys.readouterr().err.count("warning: corpora 'hu' and 'other' both read ") == 1
+
+
+def test_archives_and_files_of_no_byte(run, tmp_path):
+    for name in ("a.jsonl.zip", "a.tar.gz", "a.jsonl.lz4"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=f"{name}: .* files are not read; unpack it"):
+            run(source(str(tmp_path / name)))
+    (tmp_path / "a.jsonl.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="a.jsonl.gz is empty"):
+        run(source(str(tmp_path / "a.jsonl.gz")))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "-1e99999", "1" * 5000, "NaN"])
+def test_large_numbers_in_json_lines(run, write_text, number):
+    lines = [f'{{"text": "fox", "id": {number}}}'.encode(), f'{{"text": {number}}}'.encode()]
+    corpus = run(source(write_text("a.jsonl", ["fox", *lines])), on_bad_line="skip").corpora[0]
+    assert corpus.documents + corpus.source.skipped_lines == 3 and corpus.source.skipped_lines <= 2

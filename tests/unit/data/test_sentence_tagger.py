@@ -1,8 +1,14 @@
 """Languages inside documents: sentences, the user's tagger, and which tokens they cover."""
 
+import bisect
+import random
+import shutil
+
 import nltk.data
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 
 from megatron_lpr.data.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
 from megatron_lpr.data.tokenize import load_tokenizer
@@ -76,6 +82,68 @@ def test_token_languages_by_hand():
     assert token_languages([0, 5, 11], starts, languages).tolist() == [4, 4, 2]
     # The space alone closes the sentence before it.
     assert token_languages([5, 6, 11], starts, languages).tolist() == [4, 4, 2]
+
+
+@pytest.fixture(scope="module", params=["nmt_nfkc", "identity", "nfkc"])
+def byte_fallback(request, tmp_path_factory):
+    """A SentencePiece model that spells rare characters byte by byte, and normalises text by `request.param`."""
+    folder = tmp_path_factory.mktemp("byte_fallback")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*"fox dog árvíz naps".split(), "½ 1⁄2 kg ㎏ ﬁn"] * 3),
+        model_prefix=str(folder / "toy"),
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        model_type="bpe",
+        normalization_rule_name=request.param,
+        minloglevel=2,
+    )
+    return load_tokenizer(str(folder / "toy.model"))
+
+
+def slow_positions(processor, text: str) -> list[int]:
+    """Position of each token's last character: the shortest beginning of the text that has the token's last byte."""
+    # "x" keeps white space at the end of a beginning
+    beginnings = [processor.normalize(text[:end] + "x")[:-1].encode() for end in range(len(text) + 1)]
+    encoding = processor.encode(text, return_type="offset_mapping")
+    positions, read, end = [], b"", 0
+    for token, piece in zip(encoding["ids"], encoding["pieces"], strict=True):
+        read += bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else piece.encode()
+        while not beginnings[end].startswith(read):
+            end += 1
+        positions.append(max(end - 1, 0))
+    return positions
+
+
+def test_tokens_of_a_part_of_a_character(byte_fallback):
+    """Bytes of a character, letters that normalisation makes of one: all of them are in its sentence."""
+    generator = random.Random(5)
+    letters = [*"abfox日𓀀½ﬁ㎏ｆá", "e\u0301", "fox", " dog", " ", "<0x41>"]
+    tokens = 0
+    for _ in range(300):
+        text, starts = "", []
+        for _ in range(generator.randrange(1, 6)):
+            starts.append(len(text))
+            text += "".join(generator.choices(letters, k=generator.randrange(1, 12))).strip() + "x"
+            text += generator.choice([" ", "\n", "  ", ". ", ""])
+        [(ids, ends)] = byte_fallback.encode_with_ends([text])
+        starts, languages = np.array(starts), np.arange(len(starts))
+        positions = slow_positions(byte_fallback._processor, text)
+        slow = [bisect.bisect_right(starts, position) - 1 for position in positions]
+        assert token_languages(ends, starts, languages).tolist() == slow, (text, starts, ends)
+        assert ends == sorted(ends)
+        tokens += len(ids)
+    assert tokens > 5000
+
+
+def test_parts_of_a_character_of_a_tokenizer_json(hf_tokenizer, tmp_path):
+    shutil.copytree(hf_tokenizer, tmp_path, dirs_exist_ok=True)
+    edited = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    edited.normalizer = tokenizers.normalizers.NFKC()
+    edited.save(str(tmp_path / "tokenizer.json"))
+    [(ids, ends)] = load_tokenizer(str(tmp_path)).encode_with_ends(["fox ½日"])
+    # "1⁄2" is five bytes, the character behind it three; the space before may be in one token with the first
+    assert len(ids) == len(ends) and ends[-3:] == [6] * 3 and ends[-7:-3] == [5] * 4 and 5 not in ends[:-8]
 
 
 def test_unknown_codes_are_told(tagger_module):

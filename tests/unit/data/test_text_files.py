@@ -1,6 +1,8 @@
 """Text files of every kind: found, cut into blocks, refused where incomplete."""
 
+import bz2
 import gzip
+import lzma
 import os
 
 import pyarrow as pa
@@ -27,7 +29,7 @@ def texts(documents: list[Document | BadLine]) -> list[str]:
     return [document.text for document in documents]
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("block_bytes", [1, 100, 1 << 20])
 def test_json_lines(write_text, suffix, block_bytes):
     documents = read(write_text(f"a.jsonl{suffix}", [*TEXTS[:20], b"", *TEXTS[20:]]), block_bytes)
@@ -56,10 +58,33 @@ def test_members_and_frames(tmp_path):
     lines = [f'{{"text": "{text}"}}\n'.encode() for text in TEXTS]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, lines)))
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, lines)))
-    assert texts(read(str(tmp_path / "a.jsonl.gz"))) == texts(read(str(tmp_path / "a.jsonl.zst"))) == TEXTS
+    (tmp_path / "a.jsonl.bz2").write_bytes(b"".join(map(bz2.compress, lines)))
+    # Streams of xz may have zeros between them, and behind the last.
+    (tmp_path / "a.jsonl.xz").write_bytes(b"".join(lzma.compress(line) + bytes(8) for line in lines))
+    for suffix in ("gz", "zst", "bz2", "xz"):
+        assert texts(read(str(tmp_path / f"a.jsonl.{suffix}"))) == TEXTS
 
 
-@pytest.mark.parametrize("suffix, kind", [(".gz", "gzip"), (".zst", "zstd")])
+KINDS = [(".gz", "gzip"), (".zst", "zstd"), (".bz2", "bzip2"), (".xz", "xz")]
+
+
+@pytest.mark.parametrize("suffix, kind", KINDS)
+def test_what_follows_a_complete_file(write_text, suffix, kind):
+    path = write_text(f"a.jsonl{suffix}", TEXTS)
+    with open(path, "ab") as file:
+        file.write(b"more text, which nobody compressed")
+    with pytest.raises(UserError, match=f"a.jsonl{suffix} is not a complete {kind} file"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix, kind", KINDS)
+def test_compressed_files_of_no_byte(tmp_path, suffix, kind):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(b"")
+    with pytest.raises(UserError, match=f"a.jsonl{suffix} is empty, not even a compressed file of nothing"):
+        read(str(tmp_path / f"a.jsonl{suffix}"))
+
+
+@pytest.mark.parametrize("suffix, kind", KINDS)
 def test_incomplete_files(write_text, tmp_path, suffix, kind):
     path = write_text(f"a.jsonl{suffix}", TEXTS)
     for size in range(1, os.path.getsize(path), 7):
@@ -140,8 +165,8 @@ def test_a_document_that_is_too_long_is_refused(tmp_path, monkeypatch):
 
 
 def test_formats_go_by_name():
-    names = ["a.jsonl", "a.json.gz", "a", "a.txt", "a.txt.zst", "a.parquet"]
-    assert [format_of(name) for name in names] == ["jsonl", "jsonl", "jsonl", "text", "text", "parquet"]
+    names = ["a.jsonl", "a.json.gz", "a", "a.txt", "a.txt.zst", "a.txt.xz", "a.parquet"]
+    assert [format_of(name) for name in names] == ["jsonl", "jsonl", "jsonl", "text", "text", "text", "parquet"]
     assert format_of("a.txt", "jsonl") == "jsonl"
 
 

@@ -59,6 +59,8 @@ def test_mistakes_are_named(hf_tokenizer, tmp_path):
     refused("expected tokenizer.json or a SentencePiece .model")
     (tmp_path / "tokenizer.json").write_text("{}")
     refused("tokenizer.json is not a Hugging Face tokenizer")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    refused("tokenizer.json has no tokens")
     shutil.copy(f"{hf_tokenizer}/tokenizer.json", tmp_path)
     refused("names no end-of-document token")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<none>"}')

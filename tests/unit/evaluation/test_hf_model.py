@@ -42,6 +42,11 @@ def test_bfloat16_model_returns_fp32_losses(folder):
     assert nll_BS.dtype == torch.float32
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+    with pytest.raises(UserError, match="its tokenizer makes token 32, but it has embeddings of 32"):
+        hf_nll_fn(str(folder))(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), 32))
+
+
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="no folder with a config.json"):
         hf_nll_fn(str(tmp_path / "nowhere"))

@@ -1,7 +1,5 @@
 """Bits per byte against models whose probabilities are known by hand."""
 
-import gzip
-import json
 import math
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 
 from megatron_lpr.config import EvaluationCorpus
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.held_out import HeldOut
 from megatron_lpr.evaluation.perplexity import bits_per_byte, evaluate_corpora
 
 
@@ -16,6 +15,7 @@ class Letters:
     """Token = UTF-8 byte; 256 = EOS."""
 
     eod_id = 256
+    bos_id = None
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
@@ -79,6 +79,32 @@ def test_model_sees_contiguous_full_windows():
     e, a, b, c, d = 256, *b"abcd"
     assert calls == [([[e, a], [b, c]], [[a, b], [c, e]]), ([[e, d]], [[d, e]])]
     assert ticks == [(2, 3), (3, 3)]
+    calls.clear()
+    bits_per_byte(nll_fn, Letters(), ["abcd"], window=3, batch=2)
+    # Nothing is padded: a router would take it for text.
+    assert calls == [([[e, a, b]], [[a, b, c]]), ([[c, d]], [[d, e]])]
+
+
+def test_documents_open_with_the_tokenizer_s_bos():
+    calls = []
+
+    class WithBos(Letters):
+        bos_id = 257
+
+    def nll_fn(tokens_BS, labels_BS):
+        calls.append((tokens_BS.tolist(), labels_BS.tolist()))
+        return torch.where(labels_BS < 256, 1.0, 1e6)
+
+    bits, tokens, size = bits_per_byte(nll_fn, WithBos(), ["ab", "c"], window=10, batch=1)
+    s, a, b, e, c = 257, *b"ab", 256, ord("c")
+    assert calls == [([[s, a, b, e, s, c]], [[a, b, e, s, c, e]])]
+    assert (tokens, size) == (3, 3) and bits == pytest.approx(1 / math.log(2))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_refused(loss):
+    with pytest.raises(UserError, match="losses on held-out text are not finite"):
+        bits_per_byte(lambda tokens, labels: torch.full(labels.shape, loss), Letters(), ["a"], window=4, batch=1)
 
 
 def test_max_bytes_cuts_the_text_to_whole_characters():
@@ -107,19 +133,15 @@ def test_same_text_costs_the_same_under_another_tokenizer():
     assert letters == pytest.approx(pairs)
 
 
-def corpus(path, name="help"):
-    return EvaluationCorpus(name=name, files=(str(path),), language="hu", role="expanded")
-
-
-def test_evaluate_corpora_reads_plain_and_gzip_files(tmp_path):
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
-    plain.write_text('{"text": "abc"}\n{"id": 1, "text": "de"}\n', encoding="utf-8")
-    with gzip.open(packed, "wt", encoding="utf-8") as out:
-        out.write(json.dumps({"text": "é"}) + "\n")
+def test_evaluate_corpora():
+    corpora = [
+        HeldOut(
+            corpus=EvaluationCorpus(name=name, files=("a",), language="hu", role="expanded"), documents=documents
+        )
+        for name, documents in (("help", ["abc", "de"]), ("two", ["é"]))
+    ]
     lines = []
-    scores = evaluate_corpora(
-        uniform(8), Letters(), [corpus(plain), corpus(packed, "two")], window=4, batch=2, report=lines.append
-    )
+    scores = evaluate_corpora(uniform(8), Letters(), corpora, window=4, batch=2, report=lines.append)
     assert [(s.name, s.language, s.role, s.tokens, s.bytes) for s in scores] == [
         ("help", "hu", "expanded", 5, 5),
         ("two", "hu", "expanded", 2, 2),
@@ -129,30 +151,3 @@ def test_evaluate_corpora_reads_plain_and_gzip_files(tmp_path):
         "evaluate help (hu)  3.000 bits per byte  5 tokens  5 bytes",
         "evaluate two (hu)  3.000 bits per byte  2 tokens  2 bytes",
     ]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no file .*bad.jsonl"),
-        ("", "evaluation corpus help: no text in .*bad.jsonl"),
-        ('{"text": ""}\n', "bad.jsonl:1: empty text"),
-        ('{"text": "a"}\n{"content": "b"}\n', 'bad.jsonl:2: no "text" string'),
-    ],
-)
-def test_unusable_corpora_are_refused_before_the_model_runs(tmp_path, content, message):
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text('{"text": "a"}\n', encoding="utf-8")
-    if content is not None:
-        bad.write_text(content, encoding="utf-8")
-
-    def nll_fn(tokens_BS, labels_BS):
-        raise AssertionError("the model ran")
-
-    with pytest.raises(UserError, match=message):
-        evaluate_corpora(nll_fn, Letters(), [corpus(good), corpus(bad)], window=4, batch=2, report=print)
-
-
-def test_no_corpora_are_refused():
-    with pytest.raises(UserError, match="evaluation.corpora"):
-        evaluate_corpora(uniform(2), Letters(), [], window=4, batch=2)

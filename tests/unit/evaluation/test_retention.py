@@ -61,6 +61,15 @@ def test_table():
     assert "stage 1: en 80.0%, es 50.0%; stage 2: en 125.0%, es 100.0%." in footer
 
 
+def test_documents_that_open_otherwise_are_not_compared():
+    same, old = dataclasses.replace(BASE, tokenizer="a", bos_id=1), BASE  # from before it was recorded
+    for other in (old, *(dataclasses.replace(STAGE_1, tokenizer="a", bos_id=bos) for bos in (None, 2))):
+        with pytest.raises(UserError, match="open alike .BOS token 1 and .*: evaluate both with the same"):
+            retention_table([same, other])
+    retention_table([same, dataclasses.replace(STAGE_1, tokenizer="a", bos_id=1)])
+    retention_table([same, dataclasses.replace(STAGE_1, tokenizer="b")])  # each model in its own way
+
+
 def test_table_of_the_base_alone():
     assert "kept" not in retention_table([BASE])
 

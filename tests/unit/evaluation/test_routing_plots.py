@@ -83,5 +83,5 @@ def test_first_and_last_skip_steps_without_router_statistics():
 def test_nothing_to_plot_is_refused(tmp_path):
     with pytest.raises(UserError, match="no steps to plot"):
         plot_losses({"stage 1": []}, tmp_path / "loss.png")
-    with pytest.raises(UserError, match="logging.router_every"):
+    with pytest.raises(UserError, match="no router statistics"):
         plot_frozen_share(first_and_last([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)

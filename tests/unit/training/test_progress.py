@@ -39,6 +39,18 @@ def test_stage_2_line_has_the_lpr_loss():
 
 
 @pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        ({"hu": 1.6021, "en": 1.4225}, "  ntp 1.512 (hu 1.602 en 1.423)  balance"),
+        ({"hu": 1.5123}, "  ntp 1.512  balance"),  # nothing new
+        (dict.fromkeys("abcde", 1.5123), "  ntp 1.512  balance"),  # too long
+    ],
+)
+def test_a_few_languages_have_their_losses(losses, text):
+    assert text in progress_line(METRICS | {"ntp_loss_per_language": losses}, seconds_per_step=1)
+
+
+@pytest.mark.parametrize(
     ("steps", "seconds", "eta"),
     [(10, 59.4, "0:59"), (10, 59.6, "1:00"), (10, 3723, "1:02:03"), (33, 3723.0, "1d 00:49:12")],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_lpr.training.step_metrics import ReducedStats, lpr_loss, router_record
+from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_metrics, router_record
 
 # per layer and language: tokens, sum of p_frozen, sum of the LPR loss, slots of three experts
 SUMS = torch.tensor(
@@ -13,12 +13,21 @@ SUMS = torch.tensor(
     ],
     dtype=torch.float64,
 )
-STATS = ReducedStats(ntp_loss=1.0, sums_NLC=SUMS, balance_N=torch.zeros(2))
+STATS = ReducedStats(
+    ntp_loss=1.0,
+    token_loss_sums_L=torch.tensor([8.0, 3.0, 0.0], dtype=torch.float64),
+    sums_NLC=SUMS,
+    balance_N=torch.zeros(2),
+)
 
 
 def test_lpr_loss_is_the_mean_over_layers_and_original_tokens():
     assert lpr_loss(STATS, [False, True, True]) == pytest.approx((1.0 + 3.0) / 2 / 2)
     assert lpr_loss(STATS, [True, True, False]) == pytest.approx((9.0 + 9.0) / 2 / 6)
+
+
+def test_loss_per_language_is_the_mean_over_its_tokens():
+    assert loss_per_language(STATS, {"hu": 4, "en": 2, "es": 0}) == {"hu": 2.0, "en": 1.5}  # no token of es
 
 
 def test_lpr_loss_without_original_tokens_is_none():
@@ -34,3 +43,20 @@ def test_router_record(num_frozen, shares):
         "p0": [0.25, 0.5],
         "load": [[0.25, 0.375, 0.375], [0.5, 0.5, 0.0]],
     }
+
+
+def test_summary_of_the_layers():
+    (hu, en) = router_metrics(SUMS, ("hu", "en", "es"), 1, summary=True, layers=False)["router_summary"].values()
+    assert hu == {
+        "frozen_share": {"mean": 0.375, "min": 0.25, "max": 0.5},
+        "p0": {"mean": 0.375, "min": 0.25, "max": 0.5},
+        "busiest_expert": {"mean": 1.3125, "min": 1.125, "max": 1.5},  # of three experts 0.375 and 0.5 of the slots
+    }
+    assert en["p0"] == {"mean": 0.625, "min": 0.5, "max": 0.75}
+
+
+@pytest.mark.parametrize("summary", [True, False])
+@pytest.mark.parametrize("layers", [True, False])
+def test_what_is_asked_for_is_there(summary, layers):
+    found = router_metrics(SUMS, ("hu", "en", "es"), 1, summary=summary, layers=layers)
+    assert ("router_summary" in found, "router" in found) == (summary, layers)

@@ -1,0 +1,103 @@
+"""Held-out text, read as preprocessing reads its text; all of it, and every setting, before a model is loaded."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lpr.config import EvaluationConfig, EvaluationCorpus
+from megatron_lpr.conversion.hf_config import read_config
+from megatron_lpr.data.documents import OnBadLine, Reading, TextReader
+from megatron_lpr.data.manifest import check_language_roles
+from megatron_lpr.data.source_checks import check_files
+from megatron_lpr.data.text_files import expand, format_of
+from megatron_lpr.errors import UserError
+
+_ON_BAD_LINE = "evaluation.on_bad_line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A held-out corpus and its documents, in file order."""
+
+    corpus: EvaluationCorpus
+    documents: list[str]
+
+
+def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
+    """Check everything that needs no reading of text, for the model in `model_dir`.
+
+    Raises:
+        UserError: no corpora, a size out of range, a file that is not there or there twice, a setting without effect,
+            a language with two roles.
+    """
+    if not settings.corpora:
+        raise UserError("evaluation.corpora: empty; list held-out corpora")
+    for field in ("window", "batch", "max_bytes"):
+        value = getattr(settings, field)
+        if value is not None and value < 1:
+            raise UserError(f"evaluation.{field}: {value}; at least 1")
+    positions = _positions(model_dir)
+    if positions is not None and settings.window > positions:
+        raise UserError(
+            f"evaluation.window: {settings.window}, but the model in {model_dir} has {positions} positions "
+            f"(max_position_embeddings); choose {positions} at most"
+        )
+    names = [corpus.name for corpus in settings.corpora]
+    for corpus in settings.corpora:
+        if names.count(corpus.name) > 1:
+            raise UserError(f"evaluation.corpora: two are called '{corpus.name}'; give each its own name")
+        _check_corpus(corpus)
+    check_files([dataclasses.replace(corpus, files=_files(corpus)) for corpus in settings.corpora])
+    check_language_roles("evaluation.corpora", ((c.name, c.language, c.role) for c in settings.corpora))
+
+
+def read_held_out(settings: EvaluationConfig) -> list[HeldOut]:
+    """All corpora. UserError as `read_corpus`."""
+    return [
+        HeldOut(corpus=corpus, documents=read_corpus(corpus, settings.on_bad_line)) for corpus in settings.corpora
+    ]
+
+
+def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> list[str]:
+    """The documents of a held-out corpus in file order; says what was left out.
+
+    Raises:
+        UserError: a missing or unreadable file, a bad line that is to be refused, no document in any of the files.
+    """
+    reading = Reading(format=corpus.format, text_field=corpus.text_field, sample_by=corpus.sample_by)
+    reader = TextReader(_files(corpus), on_bad_line, reading, setting=_ON_BAD_LINE)
+    documents = list(reader)
+    for reason, (count, first) in reader.bad_lines.by_reason.items():
+        where = f"the first at {first.path}:{first.line}"
+        print(f"evaluate {corpus.name}: left out {count:,} lines ({reason}), {where}", file=sys.stderr)
+    if not documents:
+        raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
+    return documents
+
+
+def _check_corpus(corpus: EvaluationCorpus) -> None:
+    where = f"evaluation.corpora: {corpus.name}"
+    if not corpus.files:
+        raise UserError(f"{where}: names no text files")
+    formats = {format_of(file, corpus.format) for file in _files(corpus)}
+    if formats == {"text"} and corpus.text_field != "text":
+        raise UserError(f"{where}: is plain text, which has no fields; remove text_field")
+    if "text" not in formats and corpus.sample_by != "document":
+        raise UserError(f"{where}: sets sample_by, which has an effect on plain text only")
+
+
+def _files(corpus: EvaluationCorpus) -> Sequence[str]:
+    try:
+        return expand(corpus.files)
+    except UserError as error:
+        raise UserError(f"evaluation.corpora: {corpus.name}: {error}") from None
+
+
+def _positions(model_dir: str) -> int | None:
+    """Positions of any Hugging Face model; None where its config.json does not tell, or is yet to be looked at."""
+    if not (Path(model_dir) / "config.json").is_file():
+        return None
+    value = read_config(model_dir).get("max_position_embeddings")
+    return value if isinstance(value, int) else None

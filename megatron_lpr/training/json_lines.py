@@ -1,0 +1,100 @@
+"""Files of JSON records, one a line, that several processes may have open and that outlive kills and full disks."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.errors import UserError
+
+
+def utc_now() -> str:
+    """The time as ISO 8601, as 2026-11-25T18:40:12.345Z."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class JsonLines:
+    """Appends records, each with one write to the end of the file; a torn last line is closed, not continued.
+
+    Raises:
+        UserError: the file cannot be written, as on a full disk.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with writing(self.path):
+            self._file = self.path.open("ab", buffering=0)
+            torn = not _ends_a_line(self.path)
+        if torn:
+            self._write(b"\n")
+
+    def append(self, record: Mapping[str, Any], *, sync: bool = False) -> None:
+        """Write one line; `sync` waits until it is on the disk."""
+        self._write(to_json(record).encode() + b"\n")
+        if sync:
+            with writing(self.path):
+                os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        with writing(self.path):
+            written = self._file.write(line)
+        if written != len(line):
+            raise UserError(f"{self.path}: the disk is full; make room and run again")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside it becomes a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); mend that and run again") from error
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """In one line; numbers that are not finite, which JSON does not have, become null."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def from_json(line: bytes | str) -> dict[str, Any] | None:
+    """The record of a line; None where there is none, as in one that a killed process has not finished."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def complete_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file one by one; the last one only if it has its end."""
+    with path.open("rb") as lines:
+        yield from (line for line in lines if line.endswith(b"\n"))
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _finite(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_finite(entry) for entry in value]
+    return value

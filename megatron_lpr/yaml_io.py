@@ -1,0 +1,104 @@
+"""YAML that people write: read strictly, so that nothing is lost or guessed, by the C parser where there is one."""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_lpr.errors import UserError
+
+_Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_LARGEST = 1 << 64
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(_Base):
+    """YAML's plain types; whole numbers of at most 64 bits."""
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    try:
+        value = loader.construct_yaml_int(node)
+    except ValueError:  # more digits than Python is willing to read
+        value = _LARGEST
+    if abs(value) >= _LARGEST:
+        text = node.value if len(node.value) <= 30 else f"{node.value[:30]}..."
+        raise yaml.constructor.ConstructorError(None, None, f"the number {text} is too large", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The one document of `text`, of plain types; `where` begins messages.
+
+    Raises:
+        UserError: not YAML, a key twice in one mapping (YAML itself would keep the last), a number above 64 bits.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            root = loader.get_single_node()
+            if root is None:
+                return None
+            _check_keys(loader, root, where)
+            return loader.construct_document(root)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: its lists and mappings lie too deep inside one another") from None
+    except UserError:
+        raise
+    except ValueError as error:  # as the date 2026-13-01
+        raise UserError(f"{where}: not valid YAML: {error}") from None
+
+
+def read_yaml(path: str | Path, where: str) -> Any:
+    """`parse_yaml` of a file. UserError also where it is a folder, cannot be read, or is no UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start}, about line {line})") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror or error}") from None
+    return parse_yaml(text, where)
+
+
+def dump_yaml(content: Any, file) -> None:
+    """Writes plain types to an open text file, keys in their order."""
+    yaml.dump(content, file, _Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _check_keys(loader: _Loader, root: yaml.Node, where: str) -> None:
+    """Looks at the nodes, not at the mappings made of them, where keys that a merge (<<) takes over are allowed twice.
+
+    Raises:
+        UserError: a key is there twice.
+    """
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        first_line: dict[Hashable, int] = {}
+        for key_node, value_node in node.value:
+            nodes.append(value_node)
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                continue
+            key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in first_line:
+                raise UserError(
+                    f"{where}: line {line}: the key '{key}' is there already, in line {first_line[key]}; keep one"
+                )
+            first_line[key] = line

@@ -1,0 +1,28 @@
+"""docs/metrics.md names every key that a run writes, and no other."""
+
+import re
+from pathlib import Path
+
+from megatron_lpr.training.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.training.starts import Start
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
+
+
+def keys_of_tables(title):
+    """First columns of the tables of each kind in a section."""
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    tables = re.findall(r"((?:^\|.*\n)+)", section, re.MULTILINE)
+    return [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in tables]
+
+
+def test_keys_of_metrics():
+    step, summary = keys_of_tables("metrics.jsonl")
+    assert step == list(StepMetrics.__annotations__)
+    assert summary == list(RouterSummary.__annotations__)
+    for name in [*OverLayers.__annotations__, *RouterMetrics.__annotations__]:
+        assert f"`{name}`" in PAGE
+
+
+def test_keys_of_starts():
+    assert keys_of_tables("starts.jsonl") == [list(Start.__annotations__)]

@@ -1,0 +1,144 @@
+"""Held-out text: read as preprocessing reads it, and refused with the names of evaluation's own settings."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+
+from megatron_lpr import cli
+from megatron_lpr.config import EvaluationConfig, EvaluationCorpus, Recipe
+from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out
+from megatron_lpr.recipe_io import from_tree
+
+
+def corpus(*files, **more) -> EvaluationCorpus:
+    tree = {"name": "help", "files": tuple(map(str, files)), "language": "hu", "role": "expanded"} | more
+    return EvaluationCorpus(**tree)
+
+
+def test_every_kind_of_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "abc"}\n\n  \n{"id": 1, "body": "de"}\n')  # blank lines hold nothing
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as out:
+        out.write(json.dumps({"body": "é"}) + "\n")
+    (tmp_path / "e.txt.xz").write_bytes(lzma.compress(b"packed"))
+    (tmp_path / "c.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "notes").write_text("f\n")
+    assert read_corpus(corpus(tmp_path / "?.jsonl*", text_field="body")) == ["abc", "de", "é"]
+    assert read_corpus(corpus(tmp_path / "c.txt")) == ["one\n\ntwo\n"]
+    assert read_corpus(corpus(tmp_path / "c.txt", tmp_path / "c.txt", sample_by="line"))[:2] == ["one", "two"]
+    assert read_corpus(corpus(tmp_path / "notes", format="text")) == ["f\n"]
+    assert read_corpus(corpus(tmp_path / "e.txt.xz")) == ["packed"]
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"body": ["x", "y"]})
+    parquet.write_table(table, tmp_path / "d.parquet")
+    assert read_corpus(corpus(tmp_path / "d.parquet", text_field="body")) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "evaluation corpus help: no text in .*bad.jsonl"),
+        ('{"text": ""}\n', "bad.jsonl:1: empty text; .* with evaluation.on_bad_line: skip"),
+        ('{"text": "a"}\n{"content": "b"}\n', 'bad.jsonl:2: no "text" string'),
+        ('{"text": "a"\n', "bad.jsonl:1: broken JSON"),
+    ],
+)
+def test_bad_lines_name_the_setting_of_evaluation(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_held_out(EvaluationConfig(corpora=(corpus(tmp_path / "bad.jsonl"),)))
+
+
+def test_bad_lines_are_left_out_and_told(tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": " "}\n')
+    settings = EvaluationConfig(corpora=(corpus(tmp_path / "bad.jsonl"),), on_bad_line="skip")
+    assert read_held_out(settings)[0].documents == ["a"]
+    assert "evaluate help: left out 2 lines (empty text), the first at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"corpora": ()}, "evaluation.corpora: empty"),
+        ({"window": 0}, "evaluation.window: 0; at least 1"),
+        ({"batch": -1}, "evaluation.batch: -1; at least 1"),
+        ({"max_bytes": -1}, "evaluation.max_bytes: -1; at least 1"),
+        ({"max_bytes": 0}, "evaluation.max_bytes: 0; at least 1"),
+        ({"window": 65}, "evaluation.window: 65, but the model in .* has 64 positions .*; choose 64 at most"),
+    ],
+)
+def test_sizes_are_checked(tmp_path, settings, message):
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 64}')
+    (tmp_path / "a.jsonl").write_text("no JSON, and never read")
+    tree = {"corpora": (corpus(tmp_path / "a.jsonl"),), "window": 64} | settings
+    with pytest.raises(UserError, match=message):
+        check_evaluation(EvaluationConfig(**tree), str(tmp_path))
+    good = EvaluationConfig(corpora=(corpus(tmp_path / "a.jsonl"),), window=64, batch=1, max_bytes=1)
+    check_evaluation(good, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"files": ("nowhere.jsonl",)}, "evaluation.corpora: two: no file nowhere.jsonl"),
+        ({"files": ("none/*.jsonl",)}, "evaluation.corpora: two: no file none/"),
+        ({"files": ()}, "evaluation.corpora: two: names no text files"),
+        ({"files": ("{folder}/a.jsonl", "{folder}/*.jsonl")}, "corpus 'two' reads .*a.jsonl twice"),
+        ({"name": "help"}, "two are called 'help'"),
+        ({"role": "original"}, "language 'hu' is expanded in corpus 'help' and original in 'two'"),
+        ({"sample_by": "line"}, "two: sets sample_by, which has an effect on plain text only"),
+        ({"format": "text", "text_field": "body"}, "two: is plain text, which has no fields"),
+    ],
+)
+def test_corpora_are_checked(tmp_path, more, message):
+    (tmp_path / "a.jsonl").write_text("")
+    two = {"name": "two", "files": ("{folder}/a.jsonl",)} | more
+    two["files"] = tuple(file.format(folder=tmp_path) for file in two["files"])
+    corpora = corpus(tmp_path / "a.jsonl"), corpus(**two)
+    with pytest.raises(UserError, match=message):
+        check_evaluation(EvaluationConfig(corpora=corpora, window=1), str(tmp_path))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(**evaluation) -> path of a recipe on a toy model, with one held-out corpus."""
+    from megatron_lpr.testing.toy_models import write_toy_model
+
+    base = write_toy_model(tmp_path / "base")
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+
+    def write(**evaluation):
+        entry = {"name": "a", "files": [str(tmp_path / "a.jsonl")], "language": "x", "role": "expanded"}
+        tree = {
+            "name": "r",
+            "output": str(tmp_path / "out"),
+            "model": {"base": str(base)},
+            "evaluation": {"window": 16, "corpora": [entry]} | evaluation,
+        }
+        from_tree(Recipe, tree, where="test")
+        path = tmp_path / "r.json"
+        path.write_text(json.dumps(tree))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "out", "message"),
+    [
+        ({"batch": -1}, "x.json", "evaluation.batch: -1; at least 1"),
+        ({"window": 129}, "x.json", "has 128 positions"),
+        ({}, "", "is a folder; name a file"),
+        ({}, "a.jsonl/x.json", "cannot be written in"),
+    ],
+)
+def test_the_command_refuses_before_it_reads_a_model(recipe, tmp_path, monkeypatch, capsys, evaluation, out, message):
+    def reads(*arguments):
+        raise AssertionError("a model was read")
+
+    monkeypatch.setattr("megatron_lpr.evaluation.evaluate.hf_nll_fn", reads)
+    for dry_run in ([], ["--dry-run"]):
+        arguments = ["evaluate", recipe(**evaluation), "--name", "n", "--out", str(tmp_path / out), *dry_run]
+        assert cli.main(arguments) == 2 and message in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""Our own models as models to evaluate."""
+
+import pytest
+import torch
+from harness import scramble
+
+from megatron_lpr.config import Recipe
+from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.evaluation.perplexity import bits_per_byte
+from megatron_lpr.recipe_io import from_tree
+
+
+def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
+    """Nothing behind the end of the text counts, wherever windows end; with seventeen tokens in windows of 64 too."""
+    from megatron_lpr.evaluation.megatron_model import MegatronModel
+    from megatron_lpr.model.builder import routers
+
+    tree = {"name": "x", "output": "none", "model": {"base": str(toy_base), "num_experts": 3, "topk": 1}}
+    model = MegatronModel(from_tree(Recipe, tree, where="test"), None)
+    scramble(model.module)
+    model.collect_routing(1)
+    tokenizer, text = load_tokenizer(str(toy_base)), "seventeen letters"
+    slots = []
+    for router in routers(model.module):
+        router.register_forward_hook(lambda module, inputs, output: slots.append(output[1].sum(0)))
+
+    def nll_fn(tokens_BS, labels_BS):
+        return model.token_losses(tokens_BS, labels_BS, language=0)
+
+    def score(window: int, batch: int = 1):
+        slots.clear()
+        bits, *_ = bits_per_byte(nll_fn, tokenizer, [text], window=window, batch=batch)
+        return bits, model.frozen_shares()[0].tolist()
+
+    bits, shares = score(18)  # the end-of-document token that opens the stream, and the letters
+    assert shares == pytest.approx([(layer[0] / 18).item() for layer in slots])
+    assert torch.stack(slots).sum(-1).tolist() == [18, 18]
+    assert score(64) == (pytest.approx(bits), pytest.approx(shares))
+    for window in (7, 17):
+        score(window, batch=2)
+        assert torch.stack(slots).sum().item() == 2 * 18
