@@ -11,20 +11,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from megatron_lpr import cli, commands
+# What imports torch is imported where it is used: until then Ctrl-C would find nobody to take it, and help would wait.
+from megatron_lpr import cli
 from megatron_lpr.config import ModelConfig, ParallelConfig, Recipe
-from megatron_lpr.conversion.export import upcycle_hf
-from megatron_lpr.conversion.families import Architecture, read_architecture
-from megatron_lpr.conversion.hf_config import read_config
-from megatron_lpr.conversion.hf_io import DTYPES
-from megatron_lpr.conversion.sizes import parse_size
-from megatron_lpr.conversion.verify import verify_export
 from megatron_lpr.errors import AlreadyTold, UserError, warn
-from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe_io import from_tree, to_tree
 from megatron_lpr.stopping import status_of
-from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
 
+DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
 
@@ -50,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     upcycle.add_argument(
         "--shared-expert-size", metavar="N", type=int, help="width of Qwen2Moe's zero shared expert (default: 128)"
     )
-    upcycle.add_argument("--dtype", choices=list(DTYPES), help="dtype to write (default: that of BASE)")
+    upcycle.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: that of BASE)")
     upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
     upcycle.add_argument("--processes", metavar="N", type=int, default=1, help=f"processes that share the work {SAYS}")
     upcycle.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
@@ -62,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_expert_options(to_megatron)
     to_megatron.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="dtype to write (default: that of BASE; float32 for float16)"
+        "--dtype", choices=DTYPES[:2], help="dtype to write (default: that of BASE; float32 for float16)"
     )
     for size in LAYOUT:
         name = size.replace("_", "-")
@@ -106,9 +100,13 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def upcycle(options: dict, command_line: str) -> int:
+    from megatron_lpr.conversion.export import upcycle_hf
+    from megatron_lpr.conversion.families import read_architecture
+    from megatron_lpr.conversion.sizes import parse_size
+
     base, out, verify = options.pop("base"), options.pop("out"), options.pop("verify")
     max_shard_bytes = parse_size(options.pop("max_shard_size"))
-    topk = _topk(options.pop("topk"), read_architecture(base))
+    topk = _topk(options.pop("topk"), read_architecture(base).topk)
     upcycle_hf(
         base,
         out,
@@ -124,12 +122,15 @@ def upcycle(options: dict, command_line: str) -> int:
 
 
 def hf_to_megatron(options: dict, command_line: str) -> int:
+    from megatron_lpr import commands
+    from megatron_lpr.conversion.families import read_architecture
+
     arch = read_architecture(options["base"])
     model = ModelConfig(
         base=options["base"],
         num_experts=options["num_experts"] or arch.num_experts,
         num_frozen_experts=options["num_frozen"],
-        topk=_topk(options["topk"], arch),
+        topk=_topk(options["topk"], arch.topk),
         mlp_only_layers=tuple(options["mlp_only_layers"]),
         router_init_std=options["router_std"],
         router_init_seed=options["seed"],
@@ -141,12 +142,14 @@ def hf_to_megatron(options: dict, command_line: str) -> int:
     return 0
 
 
-def _topk(asked: int | None, arch: Architecture) -> int:
-    return asked if asked is not None else arch.topk or 2
+def _topk(asked: int | None, of_base: int) -> int:
+    return asked if asked is not None else of_base or 2
 
 
 def _trainable(dtype: str, base: str) -> str:
     """The dtype of the base's checkpoint: its own, but for float16, in which nothing is trained here."""
+    from megatron_lpr.platform import Ranks
+
     if dtype != "float16":
         return dtype
     if Ranks.from_environment().rank == 0:
@@ -158,6 +161,9 @@ def _trainable(dtype: str, base: str) -> str:
 
 
 def megatron_to_hf(options: dict, command_line: str) -> int:
+    from megatron_lpr import commands
+    from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
+
     checkpoint, base, settings = options.pop("checkpoint"), options.pop("base"), cli.export_settings(options)
     folder = checkpoint_folder(checkpoint)
     tree = read_run_state(folder).recipe
@@ -170,6 +176,10 @@ def megatron_to_hf(options: dict, command_line: str) -> int:
 
 
 def verify(options: dict, command_line: str) -> int:
+    from megatron_lpr.conversion.families import read_architecture
+    from megatron_lpr.conversion.hf_config import read_config
+    from megatron_lpr.conversion.verify import verify_export
+
     if options["dry_run"]:
         read_config(options["export"]), read_architecture(options["base"])
         print(f"would verify {options['export']} against {options['base']}")

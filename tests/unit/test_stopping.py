@@ -60,6 +60,21 @@ def test_errors_of_programmers_keep_their_traceback():
         status_of("x", fail)
 
 
+def test_an_import_that_swallows_the_interrupt(capsys):
+    """As numpy's and sympy's do: Ctrl-C in the middle of them shows as another error, later."""
+
+    def command():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:
+            pass
+        raise ImportError("cannot load module more than once per process")
+
+    assert status_of("x", command) == 130
+    assert capsys.readouterr().err == "x: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_processes_that_share_the_work_are_not_reached():
     show = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     with not_for_children():
