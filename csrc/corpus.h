@@ -62,7 +62,7 @@ class SampledCorpus {
     if (spec.sidecar) languages_.emplace(spec.prefix, header.tokens, tags_.size());
     end_ = header.tokens;
     restrict_to(spec);
-    if (end_ - first_ < 2) throw CorpusError("fewer than two tokens are read from " + spec.prefix + ".bin");
+    if (end_ - first_ < 2) throw CorpusError(spec.prefix + ".bin holds fewer than two tokens");
     samples_ = rule.one_document ? documents_read_ : (positions() - 1) / rule.seq_length + 1;
   }
 

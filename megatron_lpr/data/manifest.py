@@ -10,6 +10,8 @@ corpora:
   documents: 1042
   tokens: 861213
   digest: 5f1d...       # SHA-256 of hu.bin
+  index_digest: 77c0... # SHA-256 of hu.idx
+  spot_digests: {bin: 90ab..., idx: 1c2d...}   # of some blocks of each file (spot_check.py)
   languages: {hu: expanded, en: original}   # where hu.lang says which tokens are in which; with language_digest
 """
 
@@ -58,7 +60,7 @@ class Corpus:
 
     `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
     `prefix`.lang (language_runs.py), which numbers them in the order of `languages`, a mapping to their roles;
-    `language_digest` is that file's SHA-256.
+    `language_digest` is that file's SHA-256. `index_digest` and `spot_digests` are missing in manifests of old.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Corpus:
     source: Source | None = None
     languages: dict[str, str] | None = None
     language_digest: str | None = None
+    index_digest: str | None = None
+    spot_digests: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,7 @@ class Manifest:
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            for optional in ("source", "languages", "language_digest"):
+            for optional in ("source", "languages", "language_digest", "index_digest", "spot_digests"):
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
@@ -232,10 +236,13 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
         raise UserError(f"{where} has the unknown role '{corpus.role}'{nearest(corpus.role, ROLES)}")
     if not (math.isfinite(corpus.weight) and corpus.weight > 0):
         raise UserError(f"{where}: weight must be a positive number, not {corpus.weight}")
-    for field, suffix in (("digest", ".bin"), ("language_digest", ".lang")):
+    for field, suffix in (("digest", ".bin"), ("index_digest", ".idx"), ("language_digest", ".lang")):
         digest = getattr(corpus, field)
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{where}: {field} must be the SHA-256 of its {suffix} file, 64 hexadecimal digits")
+    for suffix in corpus.spot_digests or ():
+        if suffix not in ("bin", "idx", "lang"):
+            raise UserError(f"{where}: spot_digests has the unknown key '{suffix}'; valid: bin, idx, lang")
     if (corpus.languages is None) != (corpus.language_digest is None):
         raise UserError(f"{where}: languages and language_digest belong together; it has one of them")
     if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:

@@ -19,6 +19,7 @@ from megatron_lpr.data.existing import existing_corpus
 from megatron_lpr.data.make_corpus import make_corpus
 from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord, check_language_roles, language_roles
 from megatron_lpr.data.source_checks import check_plug_ins, check_sources, way_of_reading
+from megatron_lpr.data.spot_check import check_spots
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.data.work_folder import work_folder
@@ -190,6 +191,7 @@ def _would_replace(manifest: Manifest, name: str) -> UserError:
 def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
     try:
         manifest.check_files(corpus)
+        check_spots(corpus)
     except UserError as error:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
         return False

@@ -11,6 +11,7 @@ from megatron_lpr.conversion.families import Architecture, read_architecture
 from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
@@ -61,6 +62,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
+    check_at_start(manifest)
     resume = find_checkpoint(recipe.output)
     state = read_run_state(resume) if resume else None
     if state:
@@ -154,6 +156,7 @@ def describe(plan: Plan) -> str:
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in unshuffled(plan.manifest, recipe.data.replay)),
+            *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
 

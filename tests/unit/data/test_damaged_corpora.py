@@ -152,7 +152,7 @@ from test_damaged_corpora import sampler_of, LANGUAGES
 from megatron_lpr.data.manifest import Corpus
 
 prefix, suffix, how, _ = sys.argv[1:]
-corpus = Corpus(name="toy", prefix=prefix, language="hu", role="expanded", documents=4096, tokens=1 << 16,
+corpus = Corpus(name="toy", prefix=prefix, language="hu", role="expanded", documents=1 << 14, tokens=1 << 16,
                 digest="1" * 64, languages=LANGUAGES, language_digest="2" * 64)
 try:
     if how == "python":
@@ -181,7 +181,7 @@ except UserError as error:
 @pytest.mark.parametrize("how", ["fill", "read ahead", "python"])
 @pytest.mark.parametrize("suffix", ["bin", "idx", "lang"])
 def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, write_corpus, suffix, how):
-    prefix = write_corpus("toy", [list(range(3, 19))] * 4096)
+    prefix = write_corpus("toy", [[3, 4, 5, 6]] * (1 << 14))
     runs = LanguageRunsWriter(prefix)
     runs.add(np.arange(1 << 16) // 8 % 2)
     runs.close()
