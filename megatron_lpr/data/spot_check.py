@@ -16,7 +16,6 @@ import numpy as np
 from megatron_lpr.data.file_array import FileArray
 from megatron_lpr.data.manifest import Corpus, Manifest
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform import Ranks
 
 BLOCK_BYTES = 4096
 _BLOCKS = 256
@@ -80,13 +79,13 @@ def check_spots(corpus: Corpus) -> None:
             )
 
 
-def check_at_start(manifest: Manifest) -> None:
-    """`check_spots` of every corpus, by one process of each node: its files may be the node's own.
+def check_at_start(manifest: Manifest, local_rank: int) -> None:
+    """`check_spots` of every corpus, by the first process of each node: the files may be the node's own.
 
     Raises:
         UserError: as `check_spots`.
     """
-    if Ranks.from_environment().local_rank == 0:
+    if local_rank == 0:
         for corpus in manifest.corpora:
             check_spots(corpus)
 

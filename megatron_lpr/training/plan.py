@@ -15,6 +15,7 @@ from megatron_lpr.data.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.subset import unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 from megatron_lpr.training.run_state import RunState, checkpoint_folder, find_checkpoint, read_run_state
@@ -62,7 +63,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
-    check_at_start(manifest)
+    check_at_start(manifest, Ranks.from_environment().local_rank)
     resume = find_checkpoint(recipe.output)
     state = read_run_state(resume) if resume else None
     if state:

@@ -74,7 +74,7 @@ def test_every_file_with_another_byte_is_named(manifest, files, capsys):
     assert [os.path.basename(path) for path in wrong] == files
     assert all(path in captured.err.splitlines()[-1] for path in wrong)
     with pytest.raises(UserError, match=f"{files[0]} does not hold what was written"):
-        spot_check.check_at_start(Manifest.load(manifest.path, check_files=False))
+        spot_check.check_at_start(Manifest.load(manifest.path, check_files=False), 0)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx", "lang"])
@@ -92,7 +92,7 @@ def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
     old.save()
     assert "spot_digests" not in open(manifest.path).read()
     old = Manifest.load(manifest.path)
-    spot_check.check_at_start(old)
+    spot_check.check_at_start(old, 0)
     [note] = spot_check.unrecorded(old)
     assert "en, web" in note and "verify-data" in note
     assert main(["verify-data", manifest.path]) == 0 and "--record" in capsys.readouterr().out
