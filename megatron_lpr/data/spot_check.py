@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from megatron_lpr.errors import UserError
 
 BLOCK_BYTES = 4096
 _BLOCKS = 256
+_READERS = 16
 
 
 def with_checksums(corpus: Corpus) -> Corpus:
@@ -86,8 +88,10 @@ def check_at_start(manifest: Manifest, local_rank: int) -> None:
         UserError: as `check_spots`.
     """
     if local_rank == 0:
-        for corpus in manifest.corpora:
-            check_spots(corpus)
+        # a network file system answers each block late, but many at once
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(check_spots, manifest.corpora):
+                pass
 
 
 def unrecorded(manifest: Manifest) -> list[str]:
