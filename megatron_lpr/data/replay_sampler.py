@@ -130,6 +130,7 @@ class ReplaySampler:
             seq_length,
             seed,
             manifest.tokenizer.eod_id,
+            manifest.tokenizer.vocab_size,
             len(manifest.languages),
             windows == "document",
             windows == "packed",

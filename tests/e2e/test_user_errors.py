@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lpr import cli, commands
 from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy_text
@@ -64,6 +66,20 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
     assert "tokenizer of another vocabulary" in error and str(base) in error
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_corpus_that_was_altered_after_it_was_written(refused, project, tmp_path, suffix):
+    with open(project.recipes["stage1"]) as file:
+        recipe = yaml.safe_load(file)
+    data = tmp_path / "data"
+    shutil.copytree(Path(recipe["data"]["manifest"]).parent, data)
+    altered = sorted(data.glob(f"*.{suffix}"))[0]
+    content = bytearray(altered.read_bytes())
+    content[len(content) // 2] ^= 1
+    altered.write_bytes(content)
+    error = refused("train", "stage1", *changed(f"data.manifest={data}/manifest.yaml", f"output={tmp_path}/out"))
+    assert f"{altered} does not hold what was written" in error
 
 
 def test_empty_corpus(refused, project, tmp_path):
