@@ -114,7 +114,15 @@ def test_it_speaks_as_the_instruct_model_does(run, base, instruct, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert config["eos_token_id"] == 7 and config["max_position_embeddings"] == 256
     card = (out / "README.md").read_text()
-    assert "`instruct` minus `base`" in card and "- instruct" in card
+    assert "`instruct` minus `base`" in card and "base_model" not in card  # neither is known on the hub
+
+
+def test_the_header_links_to_both_models(run, base, instruct, tmp_path):
+    config = json.loads((instruct / "config.json").read_text()) | {"_name_or_path": "org/instruct"}
+    other = shutil.copytree(instruct, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config))
+    out = graft(run, base, other, tmp_path / "out", settings=ExportConfig(base_model="org/base"))
+    assert "base_model:\n- org/base\n- org/instruct" in (out / "README.md").read_text()
 
 
 def test_a_model_of_which_everything_was_trained(base, instruct, tmp_path):
