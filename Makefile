@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
 	@echo "make test        run the tests"
-	@echo "make fuzz        feed corrupt corpora to the C++ readers, under AddressSanitizer and UBSan"
+	@echo "make fuzz        feed corrupt corpora to the C++ sampler, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
 	@echo "make venv-transformers4  install transformers 4 into $(VENV4), for the tests that read exports with it"
 	@echo "make clean       remove the environments and everything built; keeps runs/"
@@ -48,8 +48,8 @@ fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))
 fuzz:
 	@mkdir -p build
 	$(FUZZ_CXX) -std=c++17 -O1 -g -fsanitize=$(FUZZER)address,undefined -fno-sanitize-recover=all \
-	    $(if $(FUZZER),-DLIBFUZZER) -Icsrc tests/fuzz/reader.cpp -o build/fuzz_reader
-	build/fuzz_reader $(if $(FUZZER),-runs=$(FUZZ_RUNS) -max_len=4096,$(FUZZ_RUNS))
+	    $(if $(FUZZER),-DLIBFUZZER) -Icsrc -Itests/fuzz tests/fuzz/sampler.cpp -o build/fuzz_sampler
+	build/fuzz_sampler $(if $(FUZZER),-runs=$(FUZZ_RUNS) -max_len=4096,$(FUZZ_RUNS))
 
 venv: $(STAMP)
 

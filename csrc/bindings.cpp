@@ -27,16 +27,17 @@ using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::
 
 std::shared_ptr<lpr::Sampler> make_sampler(const std::vector<CorpusTuple>& corpora,
                                            const std::vector<PieceTuple>& pieces, std::uint64_t seq_length,
-                                           std::uint64_t seed, std::int64_t eod_id, std::uint64_t num_languages,
-                                           bool one_document, bool shift_windows, bool document_ids) {
+                                           std::uint64_t seed, std::int64_t eod_id, std::uint64_t vocab_size,
+                                           std::uint64_t num_languages, bool one_document, bool shift_windows,
+                                           bool document_ids) {
   std::vector<lpr::CorpusSpec> specs;
   for (const auto& [prefix, stream, expanded, tags, sidecar, documents, tokens] : corpora)
     specs.push_back({prefix, stream, expanded, tags, sidecar, documents, tokens});
   std::vector<lpr::MixtureSpec> mixtures;
   for (const auto& [first_sample, numerator, denominator, weights] : pieces)
     mixtures.push_back({first_sample, lpr::RoleSplit(numerator, denominator), weights});
-  const lpr::SamplerSettings settings{{seq_length, one_document, shift_windows}, seed, eod_id, num_languages,
-                                      document_ids};
+  const lpr::SamplerSettings settings{{seq_length, one_document, shift_windows}, seed, eod_id, vocab_size,
+                                      num_languages, document_ids};
   const py::gil_scoped_release unlocked;
   return std::make_shared<lpr::Sampler>(specs, mixtures, settings);
 }
@@ -176,8 +177,8 @@ PYBIND11_MODULE(_replay_sampler, module) {
 
   py::class_<lpr::Sampler, std::shared_ptr<lpr::Sampler>>(module, "Sampler")
       .def(py::init(&make_sampler), py::arg("corpora"), py::arg("pieces"), py::arg("seq_length"), py::arg("seed"),
-           py::arg("eod_id"), py::arg("num_languages"), py::arg("one_document"), py::arg("shift_windows"),
-           py::arg("document_ids"),
+           py::arg("eod_id"), py::arg("vocab_size"), py::arg("num_languages"), py::arg("one_document"),
+           py::arg("shift_windows"), py::arg("document_ids"),
            "corpora: (prefix, stream, expanded, tags, sidecar, documents, tokens) tuples (corpus.h). pieces: "
            "(first sample, numerator and denominator of the expanded share, weights) tuples (mixture.h).")
       .def("num_windows", [](const lpr::Sampler& self, std::size_t corpus) { return self.corpus(corpus).samples(); })

@@ -54,8 +54,9 @@ struct Row {
 
 class SampledCorpus {
  public:
-  SampledCorpus(const CorpusSpec& spec, const WindowRule& rule, std::uint64_t seed, bool document_ids)
-      : reader_(spec.prefix), rule_(rule), seed_(seed), stream_(spec.stream), tags_(spec.tags), totals_(new Totals) {
+  SampledCorpus(const CorpusSpec& spec, const WindowRule& rule, std::uint64_t seed, bool document_ids,
+                std::uint64_t vocab_size)
+      : reader_(spec.prefix, vocab_size), rule_(rule), seed_(seed), stream_(spec.stream), tags_(spec.tags), totals_(new Totals) {
     const CorpusHeader& header = reader_.header();
     if (document_ids || rule.one_document || spec.documents || spec.tokens) documents_.emplace(spec.prefix, header);
     if (spec.sidecar) languages_.emplace(spec.prefix, header.tokens, tags_.size());
@@ -105,8 +106,10 @@ class SampledCorpus {
     if (span.count == 0) return;
     std::uint64_t first = span.first, document = documents_.value().containing(first);
     for (const std::uint64_t end = span.first + span.count; first < end; ++document) {
-      const std::uint64_t until = std::min(end, documents_->start(document + 1));
-      if (until <= first) continue;  // an empty document
+      const std::uint64_t next = documents_->start(document + 1);
+      if (next < first) documents_->corrupt(document);
+      if (next == first) continue;  // an empty document
+      const std::uint64_t until = std::min(end, next);
       visit(document, first, until - first);
       first = until;
     }
@@ -129,6 +132,8 @@ class SampledCorpus {
   }
 
  private:
+  static constexpr std::size_t kCounted = 1 << 20;  // windows that are looked up in the order of the files
+
   struct Totals {
     std::once_flag once;
     std::vector<std::uint64_t> per_language;
@@ -151,19 +156,21 @@ class SampledCorpus {
       documents_read_ = spec.documents;
       first_ = documents_->start(first_document_);
       end_ = documents_->start(first_document_ + documents_read_);
+      if (end_ < first_) documents_->corrupt(first_document_);
     } else if (spec.tokens != 0 && spec.tokens < end_) {
       first_document_ = documents_->containing(below(place, end_ - spec.tokens + 1));
       first_ = documents_->start(first_document_);
+      if (spec.tokens > end_ - first_) documents_->corrupt(first_document_);
       end_ = first_ + spec.tokens;
-      documents_read_ = documents_->containing(end_ - 1) + 1 - first_document_;
+      const std::uint64_t last = documents_->containing(end_ - 1);
+      if (last < first_document_) documents_->corrupt(last);
+      documents_read_ = last + 1 - first_document_;
     }
   }
 
   void read_span(const Span& span, const Row& row, std::uint64_t at) const {
     if (span.count == 0) return;
-    reader_.read(span.first, span.count, row.tokens + at);
-    std::copy(row.tokens + at + 1, row.tokens + at + span.count, row.labels + at);
-    reader_.read(span.first + span.count, 1, row.labels + at + span.count - 1);
+    reader_.read(span.first, span.count, row.tokens + at, row.labels + at);
     std::int64_t* tags = row.tags + at;
     if (!languages_) {
       std::fill_n(tags, span.count, tags_[0]);
@@ -205,7 +212,14 @@ class SampledCorpus {
         continue;
       }
       const Permutation order(samples_, key(epoch));
-      for (; first < end; ++first) count(order(first - epoch * samples_), epoch, per_language);
+      std::vector<std::uint64_t> windows;
+      for (; first < end; ++first) {
+        windows.push_back(order(first - epoch * samples_));
+        if (windows.size() < kCounted && first + 1 < end) continue;
+        std::sort(windows.begin(), windows.end());  // neighbours in the files share their blocks
+        for (const std::uint64_t window : windows) count(window, epoch, per_language);
+        windows.clear();
+      }
     }
   }
 

@@ -1,9 +1,10 @@
-// Where the documents of a corpus begin, from its .idx file; two or three reads for one document, nothing is loaded.
+// Where the documents of a corpus begin, from its .idx file; a few numbers are read for one document, nothing is loaded.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "load.h"
 #include "reader.h"
 
 namespace megatron_lpr {
@@ -11,9 +12,9 @@ namespace megatron_lpr {
 class DocumentOffsets {
  public:
   DocumentOffsets(const std::string& prefix, const CorpusHeader& header)
-      : path_(prefix + ".idx"), index_(path_), header_(header) {
+      : index_(prefix + ".idx"), header_(header) {
     const std::uint64_t needed = CorpusHeader::kBytes + header.sequences * 12 + (header.documents + 1) * 8;
-    if (index_.size() < needed) throw CorpusError(path_ + " is truncated");
+    if (index_.size() < needed) throw CorpusError(index_.path() + " is truncated");
   }
 
   std::uint64_t size() const { return header_.documents; }
@@ -23,11 +24,11 @@ class DocumentOffsets {
     if (document > header_.documents) throw std::out_of_range("document past the end of the corpus");
     if (document == header_.documents) return header_.tokens;
     const std::uint64_t boundaries = CorpusHeader::kBytes + header_.sequences * 12;
-    const auto sequence = detail::load<std::uint64_t>(index_.data(), boundaries + document * 8);
+    const auto sequence = load<std::uint64_t>(index_, boundaries + document * 8);
     if (sequence > header_.sequences) corrupt(document);
     if (sequence == header_.sequences) return header_.tokens;
     const std::uint64_t offsets = CorpusHeader::kBytes + header_.sequences * 4;
-    const auto token = detail::load<std::uint64_t>(index_.data(), offsets + sequence * 8) / header_.token_bytes;
+    const auto token = load<std::uint64_t>(index_, offsets + sequence * 8) / header_.token_bytes;
     if (token > header_.tokens) corrupt(document);
     return token;
   }
@@ -48,13 +49,13 @@ class DocumentOffsets {
     return low;
   }
 
- private:
   [[noreturn]] void corrupt(std::uint64_t document) const {
-    throw CorpusError(path_ + " is corrupt: document " + std::to_string(document) + " lies outside the corpus");
+    throw CorpusError(index_.path() + " is corrupt: document " + std::to_string(document) +
+                      " lies outside the corpus, or ends before it begins");
   }
 
-  std::string path_;
-  MappedFile index_;
+ private:
+  File index_;
   CorpusHeader header_;
 };
 

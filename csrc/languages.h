@@ -7,19 +7,22 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
-#include "reader.h"
+#include "load.h"
 
 namespace megatron_lpr {
 
 class LanguageRuns {
  public:
   LanguageRuns(const std::string& prefix, std::uint64_t tokens, std::uint64_t languages)
-      : path_(prefix + ".lang"), file_(path_), tokens_(tokens), languages_(languages) {
-    if (file_.size() < kHeader || std::memcmp(file_.data(), "LPRLANG1", 8) != 0)
+      : file_(prefix + ".lang"), path_(file_.path()), tokens_(tokens), languages_(languages) {
+    char magic[8] = {};
+    file_.read(0, std::min<std::uint64_t>(sizeof(magic), file_.size()), magic);
+    if (file_.size() < kHeader || std::memcmp(magic, "LPRLANG1", 8) != 0)
       throw CorpusError(path_ + " is not a language sidecar (bad magic)");
-    runs_ = detail::load<std::uint64_t>(file_.data(), 8);
+    runs_ = load<std::uint64_t>(file_, 8);
     if (runs_ == 0 || runs_ > (file_.size() - kHeader) / kRun || file_.size() != kHeader + runs_ * kRun)
       throw CorpusError(path_ + " has the wrong size for its number of runs: it is truncated or corrupt");
     if (first_token(0) != 0 || first_token(runs_ - 1) >= tokens_)
@@ -39,7 +42,7 @@ class LanguageRuns {
     for (std::uint64_t run = low; first < end; ++run) {
       const std::uint64_t run_end = run + 1 < runs_ ? first_token(run + 1) : tokens_;
       const std::uint64_t until = std::min(end, run_end);
-      const auto language = detail::load<std::uint16_t>(file_.data(), kHeader + runs_ * 8 + run * 2);
+      const auto language = load<std::uint16_t>(file_, kHeader + runs_ * 8 + run * 2);
       if (until <= first || language >= languages_)
         throw CorpusError(path_ + " is corrupt at run " + std::to_string(run));
       visit(language, until - first);
@@ -52,11 +55,11 @@ class LanguageRuns {
   static constexpr std::uint64_t kRun = 10;
 
   std::uint64_t first_token(std::uint64_t run) const {
-    return detail::load<std::uint64_t>(file_.data(), kHeader + run * 8);
+    return load<std::uint64_t>(file_, kHeader + run * 8);
   }
 
+  File file_;
   std::string path_;
-  MappedFile file_;
   std::uint64_t tokens_;
   std::uint64_t languages_;
   std::uint64_t runs_ = 0;

@@ -27,6 +27,7 @@ struct SamplerSettings {
   WindowRule windows;
   std::uint64_t seed;
   std::int64_t eod_id;
+  std::uint64_t vocab_size;  // 0: tokens are not checked
   std::uint64_t num_languages;
   bool document_ids;  // fill numbers the documents of each sample
 };
@@ -44,7 +45,7 @@ class Sampler {
         if (tag == 0 || static_cast<std::uint64_t>(tag < 0 ? -tag : tag) > settings.num_languages)
           throw std::invalid_argument("a language tag is out of range");
       if (spec.tags.empty()) throw std::invalid_argument("a corpus needs a language tag");
-      corpora_.emplace_back(spec, settings.windows, settings.seed, settings.document_ids);
+      corpora_.emplace_back(spec, settings.windows, settings.seed, settings.document_ids, settings.vocab_size);
     }
   }
 

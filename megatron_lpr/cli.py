@@ -1,4 +1,4 @@
-"""The command line: `megatron-lpr preprocess|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
+"""The command line: `megatron-lpr preprocess|verify-data|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
 
 import argparse
 import contextlib
@@ -38,9 +38,6 @@ def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
     except UserError as error:
         _report(command, error)
         return 2
-    except KeyboardInterrupt:
-        print(f"megatron-lpr {command}: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
@@ -78,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     preprocess = _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest", "?")
     preprocess.add_argument("--overwrite", action="store_true", help="replace corpora that were made from other text")
     add_options(preprocess)
+
+    about = "compare every byte of the corpora with the digests in their manifest"
+    verify_data = commands.add_parser("verify-data", help=about, description=f"{about.capitalize()}.")
+    verify_data.add_argument("path", metavar="MANIFEST_OR_RECIPE", help="manifest.yaml, or a recipe that names it")
+    verify_data.add_argument("--workers", type=int, default=0, help="files that are read at once (0: one per core)")
+    verify_data.add_argument("--record", action="store_true", help="add checksums that an older manifest lacks")
+
     _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
     _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
 

@@ -1,6 +1,7 @@
 """What the subcommands do. Everything that a user can get wrong is checked before Megatron is imported."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,28 @@ def inspect_data(
     from megatron_lpr.data.inspect_data import data_plan, step_documents
 
     print(data_plan(recipe, steps) if step is None else step_documents(recipe, step))
+
+
+def verify_data(path: str, *, workers: int = 0, record: bool = False) -> None:
+    """Read every file of every corpus of a manifest, and compare it with its digests."""
+    from megatron_lpr.data import verify_data as data
+    from megatron_lpr.data.manifest import Manifest
+
+    if workers < 0:
+        raise UserError(f"--workers: {workers}; give a number of files to read at once, or 0 for one per core")
+    manifest = Manifest.load(data.find_manifest(path), check_files=False)
+    failed = []
+    for file, complaint in data.verify_data(manifest, workers=workers or len(os.sched_getaffinity(0)), show=True):
+        print(f"{file}: {complaint or 'ok'}", flush=True)
+        if complaint:
+            failed.append(file)
+    if failed:
+        raise UserError(f"{manifest.path}: {len(failed)} of its files are not what was written: {', '.join(failed)}")
+    unpinned = [corpus.name for corpus in manifest.corpora if corpus.index_digest is None]
+    if record and data.record(manifest):
+        print(f"{manifest.path}: added the checksums that it lacked")
+    elif unpinned:
+        print(f"the indexes of {', '.join(unpinned)} fit their tokens; the manifest has no digest of them (--record)")
 
 
 def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:

@@ -50,6 +50,8 @@ def mixed_batch(length: int = 16) -> Batch:
 class FixedSampler:
     """Stands in for the ReplaySampler: every step reads the same global batch."""
 
+    mixtures = ()
+
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 

@@ -73,6 +73,8 @@ def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
     identity = {"digest": corpus.digest, "language": corpus.language, "role": corpus.role, "tokens": corpus.tokens}
     if corpus.languages:
         identity |= {"languages": dict(corpus.languages), "language_digest": corpus.language_digest}
+    if corpus.index_digest is not None:
+        identity["index_digest"] = corpus.index_digest
     limits = {"documents_read": part.documents, "tokens_read": part.tokens}
     return identity | {field: limit for field, limit in limits.items() if limit}
 
@@ -103,4 +105,6 @@ def _corpus_changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]
         f"{field} of corpus '{name}' was {before.get(field)}, is {now.get(field)}"
         for field in dict.fromkeys([*before, *now])
         if before.get(field) != now.get(field)
+        # which checkpoints, or manifests, of old have not
+        and not (field == "index_digest" and (field in before) != (field in now))
     ]

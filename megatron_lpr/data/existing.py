@@ -10,6 +10,7 @@ from megatron_lpr.config import SourceConfig
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.language_runs import LanguageRuns
 from megatron_lpr.data.manifest import Corpus, TokenizerRecord
+from megatron_lpr.data.spot_check import with_checksums
 from megatron_lpr.errors import UserError
 
 _CHUNK = 1 << 22
@@ -36,7 +37,7 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
         runs.check()
         with open(runs.path, "rb") as file:
             language_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Corpus(
+    entry = Corpus(
         name=source.name,
         prefix=source.prefix,
         language=source.language,
@@ -48,6 +49,7 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
         languages=dict(source.languages) or None,
         language_digest=language_digest,
     )
+    return with_checksums(entry)
 
 
 def _check_tokens(corpus: IndexedCorpus, tokenizer: TokenizerRecord) -> str:

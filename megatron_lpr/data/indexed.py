@@ -14,6 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from megatron_lpr._replay_sampler import inspect
+from megatron_lpr.data.file_array import FileArray
 from megatron_lpr.errors import UserError
 
 _HEADER = struct.Struct("<9sQBQQ")
@@ -133,14 +134,14 @@ class IndexedWriter:
 
 
 class IndexedCorpus:
-    """Reads a corpus that we or Megatron wrote, memory-mapped.
+    """Reads a corpus that we or Megatron wrote, where it is asked for.
 
     Attributes:
         num_documents, num_tokens: sizes of the corpus.
-        tokens: all tokens [num_tokens], documents concatenated; dtype as stored.
+        tokens: all tokens [num_tokens], documents concatenated; dtype as stored (file_array.py).
 
     Raises:
-        UserError: a file is missing, truncated or corrupt; the message names it.
+        UserError: a file is missing, truncated (then or later) or corrupt; the message names it.
     """
 
     def __init__(self, prefix: str):
@@ -149,19 +150,19 @@ class IndexedCorpus:
         self.num_documents: int = header["documents"]
         self.num_tokens: int = header["tokens"]
         sequences = header["sequences"]
-        self.tokens = np.memmap(f"{prefix}.bin", dtype=_DTYPE_OF_CODE[header["dtype_code"]], mode="r")
-        index = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
+        self.tokens = FileArray(f"{prefix}.bin", _DTYPE_OF_CODE[header["dtype_code"]], length=self.num_tokens)
+        index = f"{prefix}.idx"
         first_offset = _HEADER.size + 4 * sequences
         first_boundary = first_offset + 8 * sequences
-        self._lengths = index[_HEADER.size : first_offset].view(np.int32)
-        self._offsets = index[first_offset:first_boundary].view(np.int64)
-        self._boundaries = index[first_boundary : first_boundary + 8 * (self.num_documents + 1)].view(np.int64)
+        self._lengths = FileArray(index, np.int32, offset=_HEADER.size, length=sequences)
+        self._offsets = FileArray(index, np.int64, offset=first_offset, length=sequences)
+        self._boundaries = FileArray(index, np.int64, offset=first_boundary, length=self.num_documents + 1)
 
     def __len__(self) -> int:
         return self.num_documents
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens [n] of one document, a view of the file. UserError where the index is corrupt there."""
+        """Tokens [n] of one document. UserError where the index is corrupt there."""
         start, end = self.boundaries(index, 1)
         return self.tokens[start:end]
 
@@ -174,7 +175,7 @@ class IndexedCorpus:
             UserError: the index is corrupt there.
         """
         assert 0 <= first and 0 < count <= self.num_documents - first, f"documents {first}, {count}"
-        sequences = np.asarray(self._boundaries[first : first + count + 1])
+        sequences = self._boundaries[first : first + count + 1]
         low, high = int(sequences[0]), int(sequences[-1])
         if not 0 <= low <= high <= len(self._offsets) or np.any(np.diff(sequences) < 0):
             self._corrupt(first, count)
@@ -189,7 +190,7 @@ class IndexedCorpus:
     def _in_order(self, start: int, end: int) -> bool:
         """Whether sequences start, ..., end - 1 lie in the .bin file, each where the one before ends."""
         size = self.num_tokens * self.tokens.itemsize
-        offsets = np.asarray(self._offsets[start : end + 1])
+        offsets = self._offsets[start : end + 1]
         if end == len(self._offsets):
             offsets = np.append(offsets, size)
         lengths = self._lengths[start:end].astype(np.int64) * self.tokens.itemsize

@@ -6,6 +6,7 @@ from megatron_lpr.config import Recipe
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.manifest import ROLES, Manifest
 from megatron_lpr.data.replay_sampler import BatchCounts, Pick, ReplaySampler
+from megatron_lpr.data.subset import short_windows
 from megatron_lpr.data.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 
@@ -30,7 +31,8 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
         f"{steps:,} steps x {recipe.train.global_batch_size:,} samples x {sampler.seq_length:,} positions: "
         f"{samples:,} samples, {counts.tokens:,} tokens; windows: {recipe.data.windows}, seed {sampler.seed}",
     ]
-    return "\n".join([*head, *_mixtures(recipe, sampler), *_table(_tree(sampler, samples, counts))])
+    warnings = (f"warning: {sentence}" for sentence in short_windows(manifest, sampler))
+    return "\n".join([*head, *_mixtures(recipe, sampler), *_table(_tree(sampler, samples, counts)), *warnings])
 
 
 def _sampler(recipe: Recipe) -> ReplaySampler:

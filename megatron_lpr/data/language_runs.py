@@ -5,6 +5,7 @@ strictly increasing), language of each run u16 [R] (a position in the `languages
 ends where the next begins, the last one at the corpus' end. An end-of-document token belongs to the language before it.
 """
 
+import bisect
 import contextlib
 import hashlib
 import os
@@ -13,6 +14,7 @@ import struct
 
 import numpy as np
 
+from megatron_lpr.data.file_array import FileArray
 from megatron_lpr.errors import UserError
 
 MAGIC = b"LPRLANG1"
@@ -71,11 +73,10 @@ class LanguageRunsWriter:
 
 
 class LanguageRuns:
-    """Reads a sidecar, memory-mapped; opening it reads its header and its two ends only.
+    """Reads a sidecar where it is asked for; opening it reads its header and its two ends only.
 
     Attributes:
-        firsts: first token of each run, uint64 [R].
-        languages: language of each run, uint16 [R].
+        firsts: first token of each run, uint64 [R]; languages: language of each run, uint16 [R] (file_array.py).
 
     Raises:
         UserError: the file is missing, truncated or corrupt; the message names it.
@@ -95,8 +96,8 @@ class LanguageRuns:
             raise UserError(f"{path} has the wrong size for {runs} runs: it is truncated or corrupt")
         self.path = path
         self._num_tokens, self._num_languages = num_tokens, num_languages
-        self.firsts = np.memmap(path, "<u8", "r", offset=_HEADER.size, shape=(runs,))
-        self.languages = np.memmap(path, "<u2", "r", offset=_HEADER.size + 8 * runs, shape=(runs,))
+        self.firsts = FileArray(path, "<u8", offset=_HEADER.size, length=runs)
+        self.languages = FileArray(path, "<u2", offset=_HEADER.size + 8 * runs, length=runs)
         if self.firsts[0] != 0 or self.firsts[-1] >= num_tokens:
             raise UserError(f"{path} is corrupt: its runs do not lie inside the corpus' {num_tokens} tokens")
 
@@ -106,12 +107,12 @@ class LanguageRuns:
     def of_tokens(self, first: int, count: int) -> np.ndarray:
         """Languages [count] of tokens [first, first + count), uint16. UserError where the runs met are corrupt."""
         assert 0 <= first and 0 < count and first + count <= self._num_tokens, f"tokens {first}, {count}"
-        start = int(np.searchsorted(self.firsts, np.uint64(first), side="right")) - 1
-        end = int(np.searchsorted(self.firsts, np.uint64(first + count), side="left"))
-        self._check(start, end)
+        start = bisect.bisect_right(self.firsts, first) - 1
+        end = bisect.bisect_left(self.firsts, first + count)
         # A corrupt file may mislead the search, so what it found is checked, not trusted.
-        if self.firsts[start] > first or self.firsts[end - 1] >= first + count:
-            raise UserError(f"{self.path} is corrupt: its runs near number {start} are not in order")
+        if not 0 < end - start <= count or self.firsts[start] > first or self.firsts[end - 1] >= first + count:
+            raise UserError(f"{self.path} is corrupt: its runs near number {max(start, 0)} are not in order")
+        self._check(start, end)
         bounds = np.clip(self.firsts[start:end].astype(np.int64), first, None)
         return np.repeat(self.languages[start:end], np.diff(bounds, append=first + count))
 
@@ -121,7 +122,8 @@ class LanguageRuns:
             self._check(start, min(start + _CHUNK + 1, len(self)))
 
     def _check(self, start: int, end: int) -> None:
-        if not 0 <= start < end or np.any(self.firsts[start : end - 1] >= self.firsts[start + 1 : end]):
-            raise UserError(f"{self.path} is corrupt: its runs near number {max(start, 0)} are not in order")
+        firsts = self.firsts[start:end]
+        if np.any(firsts[:-1] >= firsts[1:]):
+            raise UserError(f"{self.path} is corrupt: its runs near number {start} are not in order")
         if self.languages[start:end].max() >= self._num_languages:
             raise UserError(f"{self.path} is corrupt: it names more languages than the {self._num_languages} there are")

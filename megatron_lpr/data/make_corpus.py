@@ -20,6 +20,7 @@ from megatron_lpr.data.progress import Progress
 from megatron_lpr.data.shuffle import BUCKET_BYTES, merge
 from megatron_lpr.data.source_checks import tagger_settings
 from megatron_lpr.data.special_tokens import SpecialTokens
+from megatron_lpr.data.spot_check import with_checksums
 from megatron_lpr.data.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.tokenize import Engine, Tokenizer
 from megatron_lpr.data.tokenize_parts import PartJob, tokenize_parts
@@ -76,7 +77,7 @@ def make_corpus(
             writer, language_digest = _merge(source, prefix, parts, tokenizer.vocab_size)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
-    return Corpus(
+    entry = Corpus(
         name=source.name,
         prefix=prefix,
         language=source.language,
@@ -89,6 +90,7 @@ def make_corpus(
         languages=dict(source.languages) or None,
         language_digest=language_digest,
     )
+    return with_checksums(entry)
 
 
 def _job(

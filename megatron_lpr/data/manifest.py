@@ -10,6 +10,8 @@ corpora:
   documents: 1042
   tokens: 861213
   digest: 5f1d...       # SHA-256 of hu.bin
+  index_digest: 77c0... # SHA-256 of hu.idx
+  spot_digests: {bin: 90ab..., idx: 1c2d...}   # of some blocks of each file (spot_check.py)
   languages: {hu: expanded, en: original}   # where hu.lang says which tokens are in which; with language_digest
 """
 
@@ -65,7 +67,7 @@ class Corpus:
 
     `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
     `prefix`.lang (language_runs.py), which numbers them in the order of `languages`, a mapping to their roles;
-    `language_digest` is that file's SHA-256.
+    `language_digest` is that file's SHA-256. `index_digest` and `spot_digests` are missing in manifests of old.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Corpus:
     source: Source | None = None
     languages: dict[str, str] | None = None
     language_digest: str | None = None
+    index_digest: str | None = None
+    spot_digests: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,7 @@ class Manifest:
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            for optional in ("source", "languages", "language_digest"):
+            for optional in ("source", "languages", "language_digest", "index_digest", "spot_digests"):
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
@@ -253,10 +257,13 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
             raise UserError(f"{where}: {field} must be at least 1, not {getattr(corpus, field)}")
     if corpus.source is not None and min(corpus.source.seed, corpus.source.skipped_lines) < 0:
         raise UserError(f"{where}: seed and skipped_lines of its source must not be negative")
-    for field, suffix in (("digest", ".bin"), ("language_digest", ".lang")):
+    for field, suffix in (("digest", ".bin"), ("index_digest", ".idx"), ("language_digest", ".lang")):
         digest = getattr(corpus, field)
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{where}: {field} must be the SHA-256 of its {suffix} file, 64 hexadecimal digits")
+    for suffix in corpus.spot_digests or ():
+        if suffix not in ("bin", "idx", "lang"):
+            raise UserError(f"{where}: spot_digests has the unknown key '{suffix}'; valid: bin, idx, lang")
     if (corpus.languages is None) != (corpus.language_digest is None):
         raise UserError(f"{where}: languages and language_digest belong together; it has one of them")
     if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:

@@ -7,7 +7,7 @@ from megatron_lpr.config import PreprocessConfig, SourceConfig
 from megatron_lpr.errors import UserError
 
 # What a recipe that is about preprocessing alone may leave out.
-_REST = {"name": "preprocess", "output": ".", "model": {"base": ""}}
+REST = {"name": "preprocess", "output": ".", "model": {"base": ""}}
 _SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "language_field", "tagger")
 _SETTINGS = ("output", "tokenizer", "on_bad_line", "seed", "workers", "engine", "bos")
 _FLAG = {"files": "--input"}
@@ -40,10 +40,10 @@ def take_tree(options: dict[str, Any]) -> dict[str, Any]:
     if not given:
         if options.get("recipe") is None:
             raise UserError("give a recipe, or --input with --name, --language, --role, --tokenizer and --output")
-        return _REST
+        return REST
     if options.get("recipe") is not None:
         flags = ", ".join(_FLAG.get(name, f"--{name.replace('_', '-')}") for name in given)
         raise UserError(f"{flags}: these stand for a recipe; with {options['recipe']} use --set preprocess.KEY=VALUE")
     source = {name: value for name, value in given.items() if name in _SOURCE}
     settings = {name: value for name, value in given.items() if name in _SETTINGS}
-    return _REST | {"preprocess": settings | {"corpora": [source]}}
+    return REST | {"preprocess": settings | {"corpora": [source]}}

@@ -23,6 +23,7 @@ from megatron_lpr.data.manifest import Corpus, Manifest, check_language_roles, l
 from megatron_lpr.data.pending_entries import PendingEntries, contradicts
 from megatron_lpr.data.source_checks import check_files, check_plug_ins, check_sources, way_of_reading
 from megatron_lpr.data.special_tokens import AS_THE_TOKENIZER_DOES, SpecialTokens
+from megatron_lpr.data.spot_check import check_spots
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.data.tokenizer_record import check_same_tokenizer, record_of
@@ -264,6 +265,7 @@ def _would_replace(manifest: Manifest, name: str) -> UserError:
 def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
     try:
         manifest.check_files(corpus)
+        check_spots(corpus)
     except UserError as error:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
         return False

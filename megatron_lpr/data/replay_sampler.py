@@ -81,6 +81,7 @@ class ReplaySampler:
     Attributes:
         mixtures: the schedule, resolved to exact fractions.
         shares: each corpus' share of the samples in the first mixture, in the manifest's order.
+        windows: how corpora are cut.
 
     Args:
         manifest: corpora, languages, roles and weights.
@@ -121,7 +122,7 @@ class ReplaySampler:
         self.document_ids = document_ids
         self.mixtures = mixtures(manifest, mixture, schedule)
         subset = subsets(manifest, replay or ReplayConfig())
-        self._windows = windows
+        self.windows = windows
         self._subset = subset
         self._sampler = Sampler(
             _corpus_specs(manifest, subset),
@@ -129,6 +130,7 @@ class ReplaySampler:
             seq_length,
             seed,
             manifest.tokenizer.eod_id,
+            manifest.tokenizer.vocab_size,
             len(manifest.languages),
             windows == "document",
             windows == "packed",
@@ -239,7 +241,7 @@ class ReplaySampler:
             manifest=self.manifest,
             mixtures=self.mixtures,
             subset=self._subset,
-            settings={"seed": self.seed, "seq_length": self.seq_length, "windows": self._windows},
+            settings={"seed": self.seed, "seq_length": self.seq_length, "windows": self.windows},
         )
 
 

@@ -5,10 +5,8 @@ and nothing but the text travels between processes. A single process is another 
 where it runs out of memory, this one can tell.
 """
 
-import contextlib
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Container, Iterator, Sequence
@@ -28,6 +26,7 @@ from megatron_lpr.data.special_tokens import SpecialTokens
 from megatron_lpr.data.text_files import Block
 from megatron_lpr.data.tokenize import Engine, load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.stopping import not_for_children
 
 # One call of the tokenizer: it takes up to 150 times the memory of the text.
 _BATCH_DOCUMENTS = 256
@@ -89,7 +88,7 @@ def tokenize_parts(
                 here = here or _Worker(job, threads=_cores())
                 pending.append((block, here(number, block), False))
             else:
-                with _interrupts_wait():
+                with not_for_children():
                     pending.append((block, pool.submit(_work, number, block), False))
             if len(pending) > workers:
                 yield _result(*pending.popleft())
@@ -109,16 +108,6 @@ def tokenize_parts(
 
 def _result(block: Block, made: "PartRecord | Future[PartRecord]", kept: bool) -> tuple[Block, PartRecord, bool]:
     return block, made if isinstance(made, PartRecord) else made.result(), kept
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes after the block. Processes started in it never see one: the parent decides what becomes of them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _cores() -> int:

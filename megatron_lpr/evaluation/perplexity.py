@@ -25,6 +25,9 @@ from megatron_lpr.data.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import HeldOut
 
+# One call of the tokenizer: its encodings take a hundred times the memory of the text.
+_BATCH_DOCUMENTS = 256
+
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
 
@@ -161,9 +164,10 @@ def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[torch.Tenso
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     tokens = [] if opening else [eod]
     scored = [False] * len(tokens)
-    for ids in tokenizer.encode_batch(documents):
-        tokens += [*opening, *ids, eod]
-        scored += [*(False for _ in opening), *(True for _ in ids), False]
+    for first in range(0, len(documents), _BATCH_DOCUMENTS):
+        for ids in tokenizer.encode_batch(documents[first : first + _BATCH_DOCUMENTS]):
+            tokens += [*opening, *ids, eod]
+            scored += [*(False for _ in opening), *(True for _ in ids), False]
     return torch.tensor(tokens, dtype=torch.int64), torch.tensor(scored)
 
 

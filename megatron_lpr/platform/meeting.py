@@ -46,8 +46,9 @@ class Meeting:
         try:
             result = step()
         except BaseException as error:
-            self._notes.set(f"{topic}/error", f"rank {self.rank}: {error}")
-            self._notes.set(f"{topic}/outcome", "failed")
+            with contextlib.suppress(dist.DistError):  # the rank with the store has ended
+                self._notes.set(f"{topic}/error", f"rank {self.rank}: {error}")
+                self._notes.set(f"{topic}/outcome", "failed")
             raise
         try:
             if self._notes.add(f"{topic}/done", 1) == self.world_size:
@@ -56,7 +57,7 @@ class Meeting:
                 return result
             raise AlreadyTold(self._notes.get(f"{topic}/error").decode())
         except dist.DistNetworkError:
-            raise AlreadyTold("rank 0 has ended") from None
+            raise UserError("rank 0 has ended before the ranks had agreed; look at what it printed last") from None
 
     def check_same(self, what: str, value: str) -> None:
         """Raises UserError where another rank has said another value of `what`."""
@@ -74,18 +75,21 @@ class Meeting:
         that has the store waits for the others.
         """
         patience = datetime.timedelta(seconds=_PATIENCE_SECONDS)
+        name = f"told/{hashlib.sha256(str(error).encode()).hexdigest()}"
+        is_untold = not isinstance(error, AlreadyTold)
         try:
-            name = f"told/{hashlib.sha256(str(error).encode()).hexdigest()}"
-            if not isinstance(error, AlreadyTold) and self._notes.add(name, 1) == 1:
+            if is_untold and self._notes.add(name, 1) == 1:
                 report(error)
                 self._notes.set("reported", "yes")
+            is_untold = False
             self._notes.wait(["reported"], patience)
             gone, deadline = self._notes.add("gone", 1), time.monotonic() + _PATIENCE_SECONDS
             while self.rank == 0 and gone < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
                 gone = self._notes.add("gone", 0)
-        except dist.DistError:
-            pass  # the rank with the store has ended, or the one that stopped this one without a report
+        except dist.DistError:  # the rank with the store has ended, or the one that stopped this one without a report
+            if is_untold:
+                report(error)
 
 
 _current: Meeting | None = None

@@ -10,9 +10,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
@@ -24,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.conversion.dist_metadata import read_metadata
 from megatron_lpr.errors import UserError
@@ -72,7 +75,7 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
         content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
     for index in range(len(chunks)):
         content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
-    read_metadata(folder)  # refuses one that would run code in Megatron's hands
+    _check_common_state(folder, read_metadata(folder))  # refuses what would run code in Megatron's hands
     try:
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
@@ -109,6 +112,18 @@ def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
         yield from tree.get("param_groups", ())
         for value in tree.values():
             yield from _param_groups(value)
+
+
+def _check_common_state(folder: Path, metadata: Metadata) -> None:
+    """Megatron-Core 0.16 keeps it in common.pt, and fails without; 0.19 among the other objects, and reads both."""
+    if (folder / "common.pt").is_file() or hasattr(serialization, "_legacy_common_state_exists"):
+        return
+    if any(key.startswith("common_state/") for key in metadata.state_dict_metadata):
+        raise UserError(
+            f"checkpoint {folder}: was written by a newer megatron-core than this one ({megatron.core.__version__}), "
+            "which cannot load it; install megatron-core 0.19"
+        )
+    raise UserError(f"checkpoint {folder}: common.pt is missing; copy the checkpoint again")
 
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a training run is going to do, checked and printed before any process group or GPU is taken."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from megatron_lpr.conversion.origins import with_layers_kept_dense
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.replay_sampler import ReplaySampler
 from megatron_lpr.data.special_tokens import special_tokens
-from megatron_lpr.data.subset import unshuffled
+from megatron_lpr.data.spot_check import check_at_start, unrecorded
+from megatron_lpr.data.subset import short_windows, unshuffled
 from megatron_lpr.data.tokenize import load_tokenizer
 from megatron_lpr.data.tokenizer_record import check_trained_alike, read_otherwise, record_of
 from megatron_lpr.errors import UserError
+from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe_io import to_tree
 from megatron_lpr.training import same_run
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
@@ -72,6 +75,7 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     manifest = Manifest.load(recipe.data.manifest)
     _check_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
+    check_at_start(manifest, Ranks.from_environment().local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
     resume, source = find_checkpoint(recipe.output), None
     state = origin = None
@@ -117,6 +121,13 @@ def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> 
     check_trained_alike(f"data.manifest: {recipe.data.manifest}", tokenizer, record_of(base))
 
 
+def _warnings(plan: Plan) -> Iterator[str]:
+    yield from plan.notes
+    yield from unshuffled(plan.manifest, plan.recipe.data.replay)
+    yield from short_windows(plan.manifest, plan.sampler)
+    yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
+
+
 def describe(plan: Plan) -> str:
     """The resolved recipe and what it comes to."""
     recipe, train = plan.recipe, plan.recipe.train
@@ -140,8 +151,8 @@ def describe(plan: Plan) -> str:
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
-            *(f"warning      {sentence}" for sentence in (*plan.notes, *unshuffled(plan.manifest, recipe.data.replay))),
-            *(f"warning      {sentence}" for sentence in read_otherwise(plan.manifest.tokenizer, recipe.preprocess)),
+            *(f"warning      {sentence}" for sentence in _warnings(plan)),
+            *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
 

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lpr import cli, commands
 from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy_text
@@ -66,10 +68,25 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     assert "tokenizer of another vocabulary" in error and str(base) in error
 
 
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_a_corpus_that_was_altered_after_it_was_written(refused, project, tmp_path, suffix):
+    with open(project.recipes["stage1"]) as file:
+        recipe = yaml.safe_load(file)
+    data = tmp_path / "data"
+    shutil.copytree(Path(recipe["data"]["manifest"]).parent, data)
+    altered = sorted(data.glob(f"*.{suffix}"))[0]
+    content = bytearray(altered.read_bytes())
+    content[len(content) // 2] ^= 1
+    altered.write_bytes(content)
+    error = refused("train", "stage1", *changed(f"data.manifest={data}/manifest.yaml", f"output={tmp_path}/out"))
+    assert f"{altered} does not hold what was written" in error
+
+
 def test_empty_corpus(refused, project, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     corpora = f"[{{name: x, files: {tmp_path}/empty.jsonl, language: x, role: expanded}}]"
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ".lock").touch()  # stays where it is
     error = refused(
         "preprocess", "upcycle", *changed(f"preprocess.corpora={corpora}", f"preprocess.output={tmp_path}/data")
     )

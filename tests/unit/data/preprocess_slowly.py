@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 from megatron_lpr.config import SourceConfig
-from megatron_lpr.data import make_corpus
+from megatron_lpr.data import make_corpus, tokenize_parts
 from megatron_lpr.data.preprocess import preprocess
 
 
 def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str, seconds: str = "0") -> None:
     make_corpus._LEAST_BLOCK_BYTES = make_corpus.BLOCK_BYTES = make_corpus.BUCKET_BYTES = int(block_bytes)
+    tokenize_parts._SMALL_BYTES = 0  # a worker even for one process
     read_blocks = make_corpus.read_blocks
 
     def slow_blocks(*arguments, **options):

@@ -20,7 +20,7 @@ def test_round_trip(write_corpus, vocab_size, dtype):
     corpus = IndexedCorpus(write_corpus("toy", DOCUMENTS, vocab_size))
     assert (len(corpus), corpus.num_tokens, corpus.tokens.dtype) == (3, 12, dtype)
     assert [corpus.document(i).tolist() for i in range(3)] == DOCUMENTS
-    assert corpus.tokens.tolist() == sum(DOCUMENTS, [])
+    assert corpus.tokens[:].tolist() == sum(DOCUMENTS, [])
 
 
 def test_more_documents_than_one_chunk_of_the_index(write_corpus):

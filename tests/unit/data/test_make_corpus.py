@@ -112,14 +112,13 @@ def test_killed_by_sigkill_it_continues_to_the_same_bytes(write_text, hf_tokeniz
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupted_by_ctrl_c_it_continues_to_the_same_bytes(write_text, hf_tokenizer, tmp_path, workers):
-    text = f"the quick fox árvíz {'a lazy dog ' * 20}"
-    path = write_text("a.jsonl", [f"{number} {text}" for number in range(12_000)])
+    path = write_text("a.jsonl", TEXTS * 5)
     arguments = [sys.executable, str(SCRIPT), path, hf_tokenizer]
-    subprocess.run([*arguments, str(tmp_path / "whole"), "2", str(1 << 20)], check=True, capture_output=True)
+    subprocess.run([*arguments, str(tmp_path / "whole"), "2", "20000"], check=True, capture_output=True)
     parts = tmp_path / "out" / "hu.parts"
     for finished in (0, 1, 2):
         process = subprocess.Popen(
-            [*arguments, str(tmp_path / "out"), workers, str(1 << 20), "0.5"],
+            [*arguments, str(tmp_path / "out"), workers, "20000", "0.5"],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -133,7 +132,7 @@ def test_interrupted_by_ctrl_c_it_continues_to_the_same_bytes(write_text, hf_tok
         assert process.returncode == 130 and "Traceback" not in errors, errors
         assert "interrupted; what was finished is kept: run the same command again" in errors
         assert not psutil.wait_procs(family, timeout=10)[1]
-    again = subprocess.run([*arguments, str(tmp_path / "out"), workers, str(1 << 20)], capture_output=True, text=True)
+    again = subprocess.run([*arguments, str(tmp_path / "out"), workers, "20000"], capture_output=True, text=True)
     assert "parts were there from an earlier run" in again.stderr
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

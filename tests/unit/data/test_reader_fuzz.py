@@ -1,4 +1,4 @@
-"""`make fuzz` in small: the C++ readers of corpora on corrupt files, under AddressSanitizer and UBSan."""
+"""`make fuzz` in small: the C++ sampler on corrupt files, under AddressSanitizer and UBSan."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="needs make and g++")
-def test_corrupt_corpora_never_crash_the_readers():
+def test_corrupt_corpora_never_crash_the_sampler():
     run = subprocess.run(["make", "fuzz", "FUZZ_RUNS=2000"], cwd=ROOT, capture_output=True, text=True)
     if "cannot find -lasan" in run.stderr or "cannot find -lubsan" in run.stderr:
         pytest.skip("this compiler has no sanitizers")

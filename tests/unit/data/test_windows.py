@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_lpr.config import ReplayConfig
+from megatron_lpr.config import MixturePiece, ReplayConfig
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.manifest import Corpus, Manifest, Source, TokenizerRecord
 from megatron_lpr.data.replay_sampler import ReplaySampler
-from megatron_lpr.data.subset import unshuffled
+from megatron_lpr.data.subset import short_windows, unshuffled
 from megatron_lpr.errors import UserError
 
 S = 12
@@ -141,3 +141,25 @@ def test_warns_of_a_subset_of_a_corpus_that_nobody_shuffled(manifest):
 def test_as_many_documents_as_there_are_is_all(manifest):
     sampler = make(manifest, replay=ReplayConfig(documents={"original": 17, "expanded": 10**9}))
     assert [sampler.num_tokens(c) for c in range(3)] == [corpus.tokens for corpus in manifest.corpora]
+
+
+@pytest.mark.parametrize("windows", ["packed", "fixed", "document"])
+def test_windows_with_few_labels_are_warned_of(make_manifest, windows):
+    manifest = make_manifest(
+        ("short", "hu", "expanded", 1.0, 6), ("long", "hu", "expanded", 1.0, 990), ("off", "hu", "expanded", 1.0, 3)
+    )
+    sampler = ReplaySampler(
+        manifest,
+        seq_length=100,
+        seed=1,
+        mixture={"expanded": 1},
+        schedule=[MixturePiece(from_sample=0, weights={"off": 0})],
+        windows=windows,
+    )
+    (warning,) = short_windows(manifest, sampler)
+    share = float(warning.split("'short': ")[1].removeprefix("at most ").split("%")[0]) / 100
+    mask = sampler.fill(0, 20).loss_mask_BS
+    ours = [k for k in range(20) if sampler.pick(k).corpus == 0]
+    assert share == 0.05 == mask[ours].mean()
+    assert ("choose data.windows: packed" in warning) == (windows == "document")
+    assert "6 tokens in 1 " in warning and "of 100 positions" in warning

@@ -1,12 +1,15 @@
 """What stops one rank stops all, and one of them tells it; nobody waits for a rank that has given up."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 
 from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.platform import meeting, same_on_all_ranks, together
-from megatron_lpr.testing.run_distributed import run_distributed
+from megatron_lpr.testing.run_distributed import _free_port, run_distributed
 
 
 def attempt(failing, message, *, inside_step, late=None, kind=UserError):
@@ -49,10 +52,28 @@ def disagree():
     return reported
 
 
+WITHOUT_A_WORD = """
+import os, time
+from megatron_lpr.errors import AlreadyTold, UserError
+from megatron_lpr.platform import meeting, together
+
+rank = int(os.environ["RANK"])
+try:
+    with meeting(rank, 3, print):
+        if rank == 0:
+            time.sleep(1)
+            os._exit(1)
+        if rank == 1:
+            time.sleep(3)
+            raise UserError("my own")
+        together(lambda: None)
+except AlreadyTold:
+    pass
+"""
+
+
 def attempts(cases):
     """All cases in one set of processes; each has a meeting of its own port."""
-    import os
-
     port = int(os.environ["MASTER_PORT"])
     results = []
     for number, case in enumerate(cases):
@@ -119,9 +140,19 @@ def test_ranks_that_see_different_files():
     assert sentence.startswith("the step is ") and "the ranks do not see the same files" in sentence
 
 
-def test_ranks_that_do_not_come(monkeypatch):
-    from megatron_lpr.testing.run_distributed import _free_port
+def test_rank_0_that_ends_without_a_word():
+    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    command = [sys.executable, "-c", WITHOUT_A_WORD]
+    ranks = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    printed = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 0, 0]
+    assert printed[1] == "my own\n" and printed[2].startswith("rank 0 has ended before the ranks had agreed")
 
+
+def test_ranks_that_do_not_come(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(_free_port()))
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT: the 2 ranks cannot meet there"):

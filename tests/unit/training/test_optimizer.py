@@ -74,4 +74,4 @@ def test_gradient_that_is_not_finite_is_refused(megatron, toy_base, tmp_path):
     with torch.no_grad():
         unwrapped(trainer).decoder.final_layernorm.weight[0] = torch.inf
     with pytest.raises(UserError, match="step 1: the gradient norm is"):
-        trainer.train_step()
+        trainer.finite_step()
