@@ -70,10 +70,26 @@ inline Bytes valid_input(Random& random) {
   return input;
 }
 
+// Writes a small number where an index has an offset or the first sequence of a document: they go back, or leave gaps.
+inline void move_boundary(Bytes& input, Random& random) {
+  std::size_t place = kHead;
+  std::uint16_t bytes = 0;
+  for (std::size_t file = 0, last = 3 * (random() % kCorpora); file < last; ++file) {
+    std::memcpy(&bytes, &input[kSettings + 2 * file], sizeof(bytes));
+    place += bytes;
+  }
+  if (place + 34 > input.size()) return;
+  const std::uint64_t sequences = input[place + 18];
+  place += 34 + 4 * sequences + 8 * (random() % (2 * sequences + 1));
+  const std::uint64_t value = random() % 48;
+  if (place + sizeof(value) <= input.size()) std::memcpy(&input[place], &value, sizeof(value));
+}
+
 inline void mutate(Bytes& input, Random& random) {
   constexpr std::uint64_t kInteresting[] = {0, 1, 2, 7, 8, 1ull << 31, (1ull << 31) - 1, 1ull << 32, 1ull << 61,
                                             1ull << 63, (1ull << 63) - 1, ~0ull, ~0ull - 1, ~0ull / 12, ~0ull / 12 + 1};
   if (input.size() <= kHead) input.resize(kHead + 1);
+  if (random() % 3 == 0) return move_boundary(input, random);
   // Mostly the files: of the settings every one is valid.
   const std::size_t at = random() % 16 == 0 ? random() % kHead : kHead + random() % (input.size() - kHead);
   const std::size_t last = input.size() - at;
