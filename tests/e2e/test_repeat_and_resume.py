@@ -59,6 +59,10 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     assert numbers(killed) == numbers(whole)
 
 
+class Interrupted(Exception):
+    """What ends a run in the middle of a step."""
+
+
 @pytest.mark.parametrize(
     "stage, changes",
     [
@@ -78,12 +82,12 @@ def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeyp
 
     def interrupted(trainer):
         if trainer.step == 5:
-            raise KeyboardInterrupt
+            raise Interrupted
         return step(trainer)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             project.run("train", stage, *settings(stopped, 6, every=2), *changes)
     assert [record["step"] for record in numbers(stopped)] == [1, 2, 3, 4, 5]
     assert sorted(os.listdir(stopped / "checkpoints")) == ["latest", "step_00000002", "step_00000004"]
