@@ -1,12 +1,12 @@
 """What was done to a model, as its checkpoint and the files of its run tell it: for the model card."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.training.json_lines import complete_lines, from_json
 from megatron_lpr.training.run_state import RunState, checkpoint_folder, read_run_state
 
 
@@ -108,9 +108,9 @@ def _objective(recipe: dict[str, Any]) -> str:
 def _losses(metrics: Path, step: int) -> dict[str, float]:
     """Of that step, of a metrics.jsonl that may be gone or broken: then there is nothing to tell."""
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-        record = next(record for record in map(json.loads, reversed(lines)) if record["step"] == step)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        records = filter(None, map(from_json, complete_lines(metrics)))
+        record = next((record for record in records if record.get("step") == step), {})
+    except OSError:
         return {}
     losses = {"NTP": "ntp_loss", "balance": "balance_loss", "LPR": "lpr_loss"}
     return {name: record[key] for name, key in losses.items() if record.get(key) is not None}

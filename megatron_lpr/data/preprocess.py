@@ -23,7 +23,7 @@ from megatron_lpr.data.manifest import Corpus, Manifest, check_language_roles, l
 from megatron_lpr.data.pending_entries import PendingEntries, contradicts
 from megatron_lpr.data.source_checks import check_files, check_plug_ins, check_sources, way_of_reading
 from megatron_lpr.data.special_tokens import AS_THE_TOKENIZER_DOES, SpecialTokens
-from megatron_lpr.data.spot_check import check_spots
+from megatron_lpr.data.spot_check import check_all_bytes, check_spots, with_checksums
 from megatron_lpr.data.text_files import expand, files_sha256
 from megatron_lpr.data.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.data.tokenizer_record import check_same_tokenizer, record_of
@@ -83,6 +83,7 @@ def preprocess(
             for source, sha256 in to_make:
                 if source.prefix is not None:
                     corpus = existing_corpus(source, manifest.tokenizer)
+                    _tell_of_change(manifest, corpus)
                 else:
                     corpus = make_corpus(
                         source,
@@ -142,6 +143,16 @@ def _take_up(
         return entries, to_make
 
 
+def _tell_of_change(manifest: Manifest, corpus: Corpus) -> None:
+    before = next((entry for entry in manifest.corpora if entry.name == corpus.name), corpus)
+    if (before.digest, before.language_digest) != (corpus.digest, corpus.language_digest):
+        print(
+            f"{corpus.name}: {corpus.prefix}.bin holds other tokens than its entry in {manifest.path} said; the entry "
+            "is renewed, and runs that read the old ones cannot be resumed",
+            file=sys.stderr,
+        )
+
+
 def _remove_left_overs(path: str, names: Iterable[str], locks: FolderLocks) -> None:
     """Work folders of a run that was killed when it had entered its corpus."""
     for name in names:
@@ -157,7 +168,7 @@ def _with_settings(corpus: Corpus, source: SourceConfig) -> Corpus:
     """A kept entry with what may change without making the corpus again."""
     print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
     return dataclasses.replace(
-        corpus,
+        corpus if corpus.spot_digests else with_checksums(corpus),
         language=source.language,
         role=source.role,
         weight=float(source.weight),
@@ -265,7 +276,7 @@ def _would_replace(manifest: Manifest, name: str) -> UserError:
 def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
     try:
         manifest.check_files(corpus)
-        check_spots(corpus)
+        (check_spots if corpus.spot_digests else check_all_bytes)(corpus)
     except UserError as error:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
         return False

@@ -29,12 +29,7 @@ def with_checksums(corpus: Corpus) -> Corpus:
     Raises:
         UserError: a file cannot be read.
     """
-    path = f"{corpus.prefix}.idx"
-    try:
-        with open(path, "rb") as file:
-            index_digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    index_digest = _sha256(f"{corpus.prefix}.idx")
     suffixes = ["bin", "idx", *(["lang"] if corpus.languages else [])]
     spots = {suffix: spot_digest(f"{corpus.prefix}.{suffix}", corpus.digest) for suffix in suffixes}
     return dataclasses.replace(corpus, index_digest=index_digest, spot_digests=spots)
@@ -75,10 +70,34 @@ def check_spots(corpus: Corpus) -> None:
     for suffix, recorded in (corpus.spot_digests or {}).items():
         path = f"{corpus.prefix}.{suffix}"
         if spot_digest(path, corpus.digest) != recorded:
-            raise UserError(
-                f"{path} does not hold what was written when corpus '{corpus.name}' was made: its bytes have changed "
-                "since; restore the file, or make the corpus again with 'megatron-lpr preprocess'"
-            )
+            raise _altered(path, corpus)
+
+
+def _altered(path: str, corpus: Corpus) -> UserError:
+    return UserError(
+        f"{path} does not hold what was written when corpus '{corpus.name}' was made: its bytes have changed "
+        "since; restore the file, or make the corpus again with 'megatron-lpr preprocess'"
+    )
+
+
+def _sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def check_all_bytes(corpus: Corpus) -> None:
+    """Compares all of a corpus' tokens, and languages, with their SHA-256: what an entry without checksums has.
+
+    Raises:
+        UserError: as `check_spots`.
+    """
+    for suffix, recorded in (("bin", corpus.digest), ("lang", corpus.language_digest)):
+        path = f"{corpus.prefix}.{suffix}"
+        if recorded is not None and _sha256(path) != recorded:
+            raise _altered(path, corpus)
 
 
 def check_at_start(manifest: Manifest, local_rank: int) -> None:

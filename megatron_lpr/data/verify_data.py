@@ -1,7 +1,6 @@
 """Reads all of every corpus of a manifest and compares it with what the manifest says."""
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import threading
@@ -13,6 +12,7 @@ import numpy as np
 
 from megatron_lpr.conversion.progress import byte_progress
 from megatron_lpr.data.file_array import FileArray
+from megatron_lpr.data.folder_locks import FolderLocks
 from megatron_lpr.data.indexed import IndexedCorpus
 from megatron_lpr.data.language_runs import LanguageRuns
 from megatron_lpr.data.manifest import Corpus, Manifest
@@ -77,10 +77,17 @@ def verify_data(manifest: Manifest, *, workers: int, show: bool = False) -> Iter
 
 
 def record(manifest: Manifest) -> bool:
-    """Adds the checksums that a manifest of old lacks, as its files are now; whether it lacked any."""
-    if all(corpus.spot_digests and corpus.index_digest for corpus in manifest.corpora):
+    """Adds the checksums that a manifest of old lacks, as its files are now; whether it lacked any.
+
+    An entry that another process has written anew meanwhile stays as it is.
+    """
+    old = [corpus for corpus in manifest.corpora if not (corpus.spot_digests and corpus.index_digest)]
+    if not old:
         return False
-    dataclasses.replace(manifest, corpora=tuple(map(with_checksums, manifest.corpora))).save()
+    recorded = [(corpus, with_checksums(corpus)) for corpus in old]
+    with FolderLocks(os.path.dirname(manifest.path) or ".") as locks, locks.manifest():
+        now = Manifest.load(manifest.path)
+        now.with_corpora([new for corpus, new in recorded if corpus in now.corpora]).save()
     return True
 
 

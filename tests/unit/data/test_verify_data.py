@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_lpr.data import spot_check
 from megatron_lpr.data.manifest import Manifest
 from megatron_lpr.data.preprocess import preprocess
 from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.verify_data import record
 from megatron_lpr.errors import UserError
 
 
@@ -86,10 +88,16 @@ def test_missing_and_short_files_are_named(manifest, suffix, damage, capsys):
     assert f"web.{suffix}" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
+def made_old(manifest):
+    """As a version without checksums wrote it."""
     fields = {"index_digest": None, "spot_digests": None}
     old = dataclasses.replace(manifest, corpora=tuple(dataclasses.replace(c, **fields) for c in manifest.corpora))
     old.save()
+    return old
+
+
+def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
+    made_old(manifest)
     assert "spot_digests" not in open(manifest.path).read()
     old = Manifest.load(manifest.path)
     spot_check.check_at_start(old, 0)
@@ -100,14 +108,37 @@ def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
     assert Manifest.load(manifest.path) == manifest and not spot_check.unrecorded(manifest)
 
 
-def test_preprocess_does_not_call_other_bytes_unchanged(manifest, write_text, hf_tokenizer, capsys):
+def test_recording_keeps_what_another_process_has_entered_meanwhile(manifest):
+    old = made_old(manifest)
+    newer = dataclasses.replace(manifest.corpora[0], weight=7.0)
+    old.with_corpus(newer).save()
+    assert record(old)
+    assert Manifest.load(manifest.path).corpora == (newer, *manifest.corpora[1:])
+
+
+def test_an_existing_corpus_that_changed_is_told(manifest, hf_tokenizer, tmp_path, capsys):
+    first, second = (f"{os.path.dirname(manifest.path)}/{name}" for name in ("en", "web"))
+    settings = {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / "taken")}
+    (tmp_path / "taken").mkdir()
+    for prefix, told in ((first, False), (first, False), (second, True)):
+        for suffix in ("bin", "idx"):
+            shutil.copy(f"{prefix}.{suffix}", tmp_path / f"old.{suffix}")
+        preprocess([SourceConfig(name="x", prefix=str(tmp_path / "old"), language="en", role="original")], **settings)
+        assert ("holds other tokens than its entry" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_preprocess_does_not_call_other_bytes_unchanged(manifest, write_text, hf_tokenizer, capsys, old):
     folder = os.path.dirname(manifest.path)
+    if old:
+        made_old(manifest)
     before = open(f"{folder}/en.bin", "rb").read()
     flip(f"{folder}/en.bin", 20)
     preprocess(sources(write_text), tokenizer_dir=hf_tokenizer, output_dir=folder, workers=1)
     err = capsys.readouterr().err
     assert "en: made again, because" in err and "web: unchanged" in err
     assert open(f"{folder}/en.bin", "rb").read() == before
+    assert Manifest.load(manifest.path) == manifest
 
 
 def test_a_spot_check_of_a_large_file(tmp_path):
