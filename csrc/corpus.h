@@ -56,7 +56,12 @@ class SampledCorpus {
  public:
   SampledCorpus(const CorpusSpec& spec, const WindowRule& rule, std::uint64_t seed, bool document_ids,
                 std::uint64_t vocab_size)
-      : reader_(spec.prefix, vocab_size), rule_(rule), seed_(seed), stream_(spec.stream), tags_(spec.tags), totals_(new Totals) {
+      : reader_(spec.prefix, vocab_size),
+        rule_(rule),
+        seed_(seed),
+        stream_(spec.stream),
+        tags_(spec.tags),
+        totals_(new Totals) {
     const CorpusHeader& header = reader_.header();
     if (document_ids || rule.one_document || spec.documents || spec.tokens) documents_.emplace(spec.prefix, header);
     if (spec.sidecar) languages_.emplace(spec.prefix, header.tokens, tags_.size());

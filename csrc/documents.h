@@ -1,4 +1,4 @@
-// Where the documents of a corpus begin, from its .idx file; a few numbers are read for one document, nothing is loaded.
+// Where the documents of a corpus begin, from its .idx file; a few numbers are read for one, nothing is loaded.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// A file that is read at places, by pread. Not by mmap: a mapped file that somebody cuts short, or whose file system fails,
-// ends the process with SIGBUS; here both are an exception that names the file.
+// A file that is read at places, by pread. Not by mmap: a mapped file that somebody cuts short, or whose file system
+// fails, ends the process with SIGBUS; here both are an exception that names the file.
 //
 // A file stays open, unless there are so many that others of the process would find no descriptor left: those are
 // opened for each read.

@@ -1,5 +1,5 @@
-// Single numbers of a file at any place: by way of blocks that each thread keeps, so that neighbours, and the first steps
-// of every search, cost no system call.
+// Single numbers of a file at any place: by way of blocks that each thread keeps, so that neighbours, and the first
+// steps of every search, cost no system call.
 #pragma once
 
 #include <algorithm>

@@ -84,8 +84,8 @@ class CorpusReader {
 
   const CorpusHeader& header() const { return header_; }
 
-  // Copies tokens [first, first + count) of the concatenated documents, widened to 64 bits, and to `labels` the token that
-  // follows each.
+  // Copies tokens [first, first + count) of the concatenated documents, widened to 64 bits, and to `labels` the token
+  // that follows each.
   void read(std::uint64_t first, std::uint64_t count, std::int64_t* tokens, std::int64_t* labels) const {
     if (first >= header_.tokens || count >= header_.tokens - first)
       throw std::out_of_range("tokens past the end of the corpus");
