@@ -41,8 +41,8 @@ def copy(root: Path, out: Path) -> None:
 
 def export(root: Path, out: Path, **options) -> None:
     """Distributed checkpoint -> HF MoE."""
-    from megatron_lpr.config import ExportConfig
-    from megatron_lpr.conversion.export import export_checkpoint
+    from megatron_lpr.conversion.export.export import export_checkpoint
+    from megatron_lpr.recipe.settings import ExportConfig
 
     verify = options.pop("verify", False)
     export_checkpoint(
@@ -53,7 +53,7 @@ def export(root: Path, out: Path, **options) -> None:
 
 def upcycle(root: Path, out: Path, **options) -> None:
     """HF dense -> HF MoE, without Megatron."""
-    from megatron_lpr.conversion.export import upcycle_hf
+    from megatron_lpr.conversion.export.export import upcycle_hf
 
     upcycle_hf(root / "base", out, num_experts=EXPERTS, **options)
 

@@ -48,8 +48,8 @@ def write_corpus(prefix: Path, documents: int, seed: int) -> int:
 
 def ours(folder: Path, documents: int, tokens: list[int]) -> dict[str, float]:
     """Seconds and bytes to the first batch, samples/s, picks/s and microseconds per window of the replay sampler."""
-    from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
-    from megatron_lpr.data.replay_sampler import Batch, ReplaySampler
+    from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+    from megatron_lpr.data.sampler.replay_sampler import Batch, ReplaySampler
 
     corpora = tuple(
         Corpus(

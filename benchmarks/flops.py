@@ -7,8 +7,8 @@ The closed form of `megatron_lpr.training.flops`, which the tests compare with P
 
 import argparse
 
-from megatron_lpr.config import ModelConfig
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.families import read_architecture
+from megatron_lpr.recipe.settings import ModelConfig
 from megatron_lpr.training.flops import step_flops
 
 METHODS = {

@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 
-from megatron_lpr.data.combine_parts import combine_parts, fan_in
-from megatron_lpr.data.indexed import IndexedWriter
-from megatron_lpr.data.parts import Part, part_path, write_part
-from megatron_lpr.data.shuffle import BUCKET_BYTES, merge
+from megatron_lpr.data.corpus.indexed import IndexedWriter
+from megatron_lpr.data.preprocess.combine_parts import combine_parts, fan_in
+from megatron_lpr.data.preprocess.parts import Part, part_path, write_part
+from megatron_lpr.data.preprocess.shuffle import BUCKET_BYTES, merge
 
 SCALE = 512
 TOKENS = 512

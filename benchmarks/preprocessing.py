@@ -40,8 +40,8 @@ def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
 
 
 def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> Cost:
-    from megatron_lpr.config import SourceConfig
-    from megatron_lpr.data.preprocess import preprocess
+    from megatron_lpr.data.preprocess.preprocess import preprocess
+    from megatron_lpr.recipe.settings import SourceConfig
 
     start = clock()
     source = SourceConfig(name="corpus", files=(text,), language="xx", role="expanded")
@@ -123,7 +123,7 @@ def write_text(path: str, files: list[Path], megabytes: int) -> int:
 
 
 def documents(folder: str) -> Counter:
-    from megatron_lpr.data.indexed import IndexedCorpus
+    from megatron_lpr.data.corpus.indexed import IndexedCorpus
 
     corpus = IndexedCorpus(f"{folder}/corpus")
     return Counter(corpus.document(index).tobytes() for index in range(len(corpus)))
@@ -172,7 +172,7 @@ def main() -> None:
 
 
 def _token_bytes(folder: str) -> int:
-    from megatron_lpr.data.indexed import IndexedCorpus
+    from megatron_lpr.data.corpus.indexed import IndexedCorpus
 
     return IndexedCorpus(f"{folder}/corpus").tokens.itemsize
 

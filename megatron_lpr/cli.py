@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from megatron_lpr import __version__
-from megatron_lpr.data.options import add_options, take_tree
 from megatron_lpr.errors import AlreadyTold, UserError
-from megatron_lpr.recipe_io import describe, load_recipe
-from megatron_lpr.stopping import status_of
+from megatron_lpr.platform.stopping import status_of
+from megatron_lpr.preprocess_options import add_options, take_tree
+from megatron_lpr.recipe.reading import describe, load_recipe
 
 DISTRIBUTED = ("train", "upcycle")
 

@@ -7,22 +7,22 @@ from typing import Any
 
 import yaml
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.families import Architecture, read_architecture
-from megatron_lpr.conversion.hf_config import read_config
-from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.origins import with_layers_kept_dense
-from megatron_lpr.conversion.upcycle import check_checkpoint
+from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
-from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.recipe.settings import Recipe
 
 
 def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False) -> None:
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
-    from megatron_lpr.data.preprocess import check
-    from megatron_lpr.data.preprocess import preprocess as run
-    from megatron_lpr.data.special_tokens import special_tokens
+    from megatron_lpr.data.preprocess.preprocess import check
+    from megatron_lpr.data.preprocess.preprocess import preprocess as run
+    from megatron_lpr.data.text.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
@@ -70,19 +70,17 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
 
 
-def inspect_data(
-    recipe: Recipe, *, steps: int | None = None, step: int | None = None, dry_run: bool = False
-) -> None:
+def inspect_data(recipe: Recipe, *, steps: int | None = None, step: int | None = None, dry_run: bool = False) -> None:
     """Print the data plan of a training recipe, or the documents of one step; writes nothing, dry or not."""
-    from megatron_lpr.data.inspect_data import data_plan, step_documents
+    from megatron_lpr.data.sampler.inspect_data import data_plan, step_documents
 
     print(data_plan(recipe, steps) if step is None else step_documents(recipe, step))
 
 
 def verify_data(path: str, *, workers: int = 0, record: bool = False) -> None:
     """Read every file of every corpus of a manifest, and compare it with its digests."""
-    from megatron_lpr.data import verify_data as data
-    from megatron_lpr.data.manifest import Manifest
+    from megatron_lpr.data.corpus import verify_data as data
+    from megatron_lpr.data.corpus.manifest import Manifest
 
     if workers < 0:
         raise UserError(f"--workers: {workers}; give a number of files to read at once, or 0 for one per core")
@@ -110,7 +108,7 @@ def upcycle(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Write a Hugging Face model, upcycled or as it is, as a checkpoint (step 0), each rank straight from its files."""
-    from megatron_lpr.training.run_folder import run_folder
+    from megatron_lpr.checkpoint.run_folder import run_folder
 
     recipe = dataclasses.replace(recipe, data=None, train=None)
     arch, base = together(lambda: _check_import(recipe))
@@ -119,11 +117,11 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return
     with run_folder(recipe.output, resume=None), megatron() as ranks:
-        from megatron_lpr.conversion.progress import byte_progress
+        from megatron_lpr.checkpoint import checkpointing
+        from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.training import checkpointing
-        from megatron_lpr.training.run_state import RunState
-        from megatron_lpr.training.weights import fill_weights
+        from megatron_lpr.reporting.byte_progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
@@ -138,12 +136,12 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
 
 def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
-    from megatron_lpr.conversion.output_place import check_place
-    from megatron_lpr.conversion.remarks import base_remarks
-    from megatron_lpr.conversion.sizes import model_bytes
-    from megatron_lpr.training.run_state import find_checkpoint
-    from megatron_lpr.training.same_run import base_identity
-    from megatron_lpr.validation import check_recipe
+    from megatron_lpr.checkpoint.run_state import find_checkpoint
+    from megatron_lpr.checkpoint.same_run import base_identity
+    from megatron_lpr.families.remarks import base_remarks
+    from megatron_lpr.families.sizes import model_bytes
+    from megatron_lpr.files.output_place import check_place
+    from megatron_lpr.recipe.checks import check_recipe
 
     model, ranks = recipe.model, Ranks.from_environment()
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
@@ -159,8 +157,8 @@ def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
 
 def train(recipe: Recipe, *, dry_run: bool = False) -> None:
     """Run a training recipe: post-pretraining, review or a baseline; resumes where an earlier run stopped."""
+    from megatron_lpr.checkpoint.run_folder import run_folder
     from megatron_lpr.training.plan import describe, plan_training
-    from megatron_lpr.training.run_folder import run_folder
 
     ranks = Ranks.from_environment()
     plan = together(lambda: plan_training(recipe, ranks.world_size))
@@ -179,8 +177,8 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
+    from megatron_lpr.checkpoint.run_state import checkpoint_folder
     from megatron_lpr.evaluation.evaluate import check, evaluate_model
-    from megatron_lpr.training.run_state import checkpoint_folder
 
     _single_process("evaluate")
     if checkpoint and hf:
@@ -212,8 +210,8 @@ def export(
     command_line: str | None = None,
 ) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
-    from megatron_lpr.conversion.export import export_checkpoint
-    from megatron_lpr.training.run_state import checkpoint_folder
+    from megatron_lpr.checkpoint.run_state import checkpoint_folder
+    from megatron_lpr.conversion.export.export import export_checkpoint
 
     _single_process("export")
     source = checkpoint_folder(checkpoint)
@@ -244,10 +242,10 @@ def verify(
 
     What is frozen and how tokens are routed is the checkpoint's record or the export's, not what `recipe` says.
     """
-    from megatron_lpr.conversion.against_checkpoint import compare_with_checkpoint
+    from megatron_lpr.checkpoint.run_state import checkpoint_folder
     from megatron_lpr.conversion.record import Made, made_of
-    from megatron_lpr.conversion.verify import verify_export
-    from megatron_lpr.training.run_state import checkpoint_folder
+    from megatron_lpr.conversion.verify.against_checkpoint import compare_with_checkpoint
+    from megatron_lpr.conversion.verify.verify import verify_export
 
     base = recipe.model.base
     source = checkpoint_folder(checkpoint) if checkpoint else None
@@ -276,7 +274,7 @@ def verify(
         print(checks[-1], flush=True)
     if with_logits:
         with megatron():
-            from megatron_lpr.conversion.against_logits import compare_logits
+            from megatron_lpr.conversion.verify.against_logits import compare_logits
 
             checks.append(compare_logits(recipe, str(source), export_dir))
         print(checks[-1])
@@ -291,4 +289,3 @@ def _single_process(command: str) -> None:
     world_size = Ranks.from_environment().world_size
     if world_size > 1:
         raise UserError(f"{command} runs in one process, not in {world_size}; it reads checkpoints of any layout")
-

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 # What imports torch is imported where it is used: until then Ctrl-C would find nobody to take it, and help would wait.
 from megatron_lpr import cli
-from megatron_lpr.config import ModelConfig, ParallelConfig, Recipe
 from megatron_lpr.errors import AlreadyTold, UserError, warn
-from megatron_lpr.recipe_io import from_tree, to_tree
-from megatron_lpr.stopping import status_of
+from megatron_lpr.platform.stopping import status_of
+from megatron_lpr.recipe.reading import from_tree, to_tree
+from megatron_lpr.recipe.settings import ModelConfig, ParallelConfig, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
@@ -100,9 +100,9 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def upcycle(options: dict, command_line: str) -> int:
-    from megatron_lpr.conversion.export import upcycle_hf
-    from megatron_lpr.conversion.families import read_architecture
-    from megatron_lpr.conversion.sizes import parse_size
+    from megatron_lpr.conversion.export.export import upcycle_hf
+    from megatron_lpr.families import read_architecture
+    from megatron_lpr.families.sizes import parse_size
 
     base, out, verify = options.pop("base"), options.pop("out"), options.pop("verify")
     max_shard_bytes = parse_size(options.pop("max_shard_size"))
@@ -123,7 +123,7 @@ def upcycle(options: dict, command_line: str) -> int:
 
 def hf_to_megatron(options: dict, command_line: str) -> int:
     from megatron_lpr import commands
-    from megatron_lpr.conversion.families import read_architecture
+    from megatron_lpr.families import read_architecture
 
     arch = read_architecture(options["base"])
     model = ModelConfig(
@@ -162,7 +162,7 @@ def _trainable(dtype: str, base: str) -> str:
 
 def megatron_to_hf(options: dict, command_line: str) -> int:
     from megatron_lpr import commands
-    from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
+    from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
 
     checkpoint, base, settings = options.pop("checkpoint"), options.pop("base"), cli.export_settings(options)
     folder = checkpoint_folder(checkpoint)
@@ -176,9 +176,9 @@ def megatron_to_hf(options: dict, command_line: str) -> int:
 
 
 def verify(options: dict, command_line: str) -> int:
-    from megatron_lpr.conversion.families import read_architecture
-    from megatron_lpr.conversion.hf_config import read_config
-    from megatron_lpr.conversion.verify import verify_export
+    from megatron_lpr.conversion.verify.verify import verify_export
+    from megatron_lpr.families import read_architecture
+    from megatron_lpr.families.hf_config import read_config
 
     if options["dry_run"]:
         read_config(options["export"]), read_architecture(options["base"])

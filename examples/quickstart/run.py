@@ -121,8 +121,8 @@ class Quickstart:
 
     def plot(self) -> None:
         from megatron_lpr.evaluation.evaluate import read_routing
-        from megatron_lpr.evaluation.routing_plots import plot_frozen_share, plot_losses
-        from megatron_lpr.training.metrics_log import read_metrics
+        from megatron_lpr.reporting.metrics_log import read_metrics
+        from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses
 
         stages = {"stage 1": "stage1", "stage 2": "stage2"}
         losses, shares = self.out / "plots/losses.png", self.out / "plots/frozen_share.png"

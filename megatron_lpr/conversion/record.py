@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpr import __version__
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.folders import COMPANION_FILES
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.files.new_folder import COMPANION_FILES
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
 
 RECORD_FILE = "megatron_lpr.json"
 _FORMAT = 1
@@ -112,8 +112,8 @@ def _made(tree: dict[str, Any]) -> Made:
 
 def made_of(checkpoint: Path) -> Made:
     """What a checkpoint's run.json, and those of the stages before it that are still there, say was done."""
-    from megatron_lpr.conversion.provenance import read_provenance
-    from megatron_lpr.training.run_state import read_run_state
+    from megatron_lpr.checkpoint.provenance import read_provenance
+    from megatron_lpr.checkpoint.run_state import read_run_state
 
     recipe = from_tree(Recipe, read_run_state(checkpoint).recipe, where=f"checkpoint {checkpoint}")
     return Made.of_recipe(recipe, *(stage.trainable for stage in read_provenance(checkpoint).stages))

@@ -5,15 +5,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.data.special_tokens import SpecialTokens, special_tokens
-from megatron_lpr.data.tokenize import Tokenizer, load_tokenizer
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.data.text.special_tokens import SpecialTokens, special_tokens
+from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import HeldOut, check_evaluation, read_held_out
 from megatron_lpr.evaluation.hf_model import hf_nll_fn
 from megatron_lpr.evaluation.perplexity import CorpusScore, NllFn, evaluate_corpora
 from megatron_lpr.evaluation.retention import EvaluationResult
-from megatron_lpr.training.run_state import read_run_state
+from megatron_lpr.recipe.settings import Recipe
 
 
 def check(recipe: Recipe, *, out: Path, checkpoint: str | None, hf: str | None) -> Tokenizer:
@@ -94,7 +94,7 @@ def _score_checkpoint(
     with megatron():
         from megatron_lpr.evaluation.megatron_model import MegatronModel
 
-        model = MegatronModel(recipe, checkpoint)
+        model = MegatronModel.of_checkpoint(recipe, checkpoint)
         model.collect_routing(1)
 
         def nll_fn(tokens_BS, labels_BS):
@@ -111,9 +111,7 @@ def _score_checkpoint(
     return tuple(scores)
 
 
-def _score(
-    recipe: Recipe, tokenizer: Tokenizer, nll_fn: NllFn, corpora: Sequence[HeldOut]
-) -> tuple[CorpusScore, ...]:
+def _score(recipe: Recipe, tokenizer: Tokenizer, nll_fn: NllFn, corpora: Sequence[HeldOut]) -> tuple[CorpusScore, ...]:
     settings = recipe.evaluation
     return evaluate_corpora(
         nll_fn,

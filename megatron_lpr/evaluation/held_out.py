@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lpr.config import EvaluationConfig, EvaluationCorpus
-from megatron_lpr.conversion.hf_config import read_config
-from megatron_lpr.data.documents import OnBadLine, Reading, TextReader
-from megatron_lpr.data.manifest import check_language_roles
-from megatron_lpr.data.source_checks import check_files
-from megatron_lpr.data.text_files import expand, format_of
+from megatron_lpr.data.corpus.manifest import check_language_roles
+from megatron_lpr.data.text.documents import OnBadLine, Reading, TextReader
+from megatron_lpr.data.text.source_checks import check_files
+from megatron_lpr.data.text.text_files import expand, format_of
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
 
@@ -55,9 +55,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
 
 def read_held_out(settings: EvaluationConfig) -> list[HeldOut]:
     """All corpora. UserError as `read_corpus`."""
-    return [
-        HeldOut(corpus=corpus, documents=read_corpus(corpus, settings.on_bad_line)) for corpus in settings.corpora
-    ]
+    return [HeldOut(corpus=corpus, documents=read_corpus(corpus, settings.on_bad_line)) for corpus in settings.corpora]
 
 
 def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> list[str]:

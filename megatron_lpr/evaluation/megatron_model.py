@@ -4,49 +4,51 @@ Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabu
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_lpr.config import ParallelConfig, Recipe
-from megatron_lpr.conversion.families import read_architecture
-from megatron_lpr.conversion.origins import with_layers_kept_dense
+from megatron_lpr.checkpoint import checkpointing
+from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.platform import device
-from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
-from megatron_lpr.training.weights import fill_weights
+from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 
 class MegatronModel:
-    """A model on one rank, for evaluation and export: a checkpoint of any layout, or the upcycled base model."""
+    """A model on one rank, for evaluation and export."""
 
-    def __init__(self, recipe: Recipe, checkpoint: str | None) -> None:
-        """The base model's folder and dtype come from `recipe`, the experts from the checkpoint's own recipe."""
-        source = checkpoint_folder(checkpoint) if checkpoint else None
-        model = recipe.model
-        if source:
-            saved = read_run_state(source).recipe["model"]
-            experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
-            layers = tuple(saved.get("mlp_only_layers", ()))
-            model = dataclasses.replace(model, **experts, mlp_only_layers=layers)
-        recipe = dataclasses.replace(recipe, model=model, parallel=ParallelConfig(), train=None)
-        self.recipe = recipe
-        self.arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+    def __init__(self, recipe: Recipe, fill: Callable[[Recipe, Architecture, list[torch.nn.Module]], object]) -> None:
+        """The model of `recipe`, in this process alone; `fill` gives its chunks their weights."""
+        self.recipe = recipe = dataclasses.replace(recipe, parallel=ParallelConfig(), train=None)
+        self.arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, self.arch)
-        fill_weights(recipe, self.arch, chunks, source)
+        fill(recipe, self.arch, chunks)
         self.module = chunks[0].eval()
         if self.module.config.bf16:
             self.module.bfloat16()
+
+    @classmethod
+    def of_checkpoint(cls, recipe: Recipe, checkpoint: str) -> "MegatronModel":
+        """The base model's folder comes from `recipe`, experts and dtype from the checkpoint's own recipe."""
+        source = checkpoint_folder(checkpoint)
+        saved = read_run_state(source).recipe["model"]
+        experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
+        layers = tuple(saved.get("mlp_only_layers", ()))
+        model = dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers)
+        recipe = dataclasses.replace(recipe, model=model)
+        return cls(recipe, lambda recipe, arch, chunks: checkpointing.load(source, chunks))
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:
         """-ln p(label), fp32 [B, S]; `language` (an index) collects routing statistics of all tokens under it."""
         tags = None if language is None else torch.full_like(tokens_BS, language + 1).to(device())
-        return self.module(
-            tokens_BS.to(device()), None, None, labels=labels_BS.to(device()), padding_mask=tags
-        ).float()
+        return self.module(tokens_BS.to(device()), None, None, labels=labels_BS.to(device()), padding_mask=tags).float()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_lpr.data.tokenize import Tokenizer
+from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import HeldOut
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_lpr.context_parallel import in_order, rank_chunks
+from megatron_lpr.platform.context_parallel import in_order, rank_chunks
 
 
 class SDPACoreAttention(MegatronModule):

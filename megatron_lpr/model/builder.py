@@ -4,14 +4,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_lpr.config import ParallelConfig, Recipe
-from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.families import Architecture
 from megatron_lpr.losses import GlobalCounts
 from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel, padded_vocab_size
+from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 
 def init_model_parallel(sizes: ParallelConfig) -> None:

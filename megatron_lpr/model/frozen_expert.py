@@ -62,9 +62,7 @@ class FrozenExpert(MegatronModule):
         return self.linear_fc2(F.silu(gate_TF) * up_TF)
 
 
-def add_frozen_experts(
-    experts: torch.nn.ModuleList, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor
-) -> Tensor:
+def add_frozen_experts(experts: torch.nn.ModuleList, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor) -> Tensor:
     """sum over frozen experts j of probs[:, j] * FFN_j(x), computed for the tokens that chose j. Returns [T, H].
 
     Args:

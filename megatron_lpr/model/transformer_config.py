@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.families import Architecture
+from megatron_lpr.recipe.settings import Recipe
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_lpr.config import ModelConfig, ParallelConfig, Recipe
-from megatron_lpr.conversion.families import read_architecture
+from megatron_lpr.families import read_architecture
+from megatron_lpr.recipe.settings import ModelConfig, ParallelConfig, Recipe
 
 TOPK = 2
 

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_lpr.conversion.families import family_of, read_architecture
-from megatron_lpr.conversion.hf_io import torch_dtype
+from megatron_lpr.families import family_of, read_architecture
+from megatron_lpr.files.safetensors_io import torch_dtype
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,9 +8,9 @@ below learns, and as many again for the gradient of W where W learns.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lpr.config import ModelConfig
-from megatron_lpr.conversion.families import Architecture
+from megatron_lpr.families import Architecture
 from megatron_lpr.model.freezing import is_trainable
+from megatron_lpr.recipe.settings import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
-from megatron_lpr.config import Recipe
 from megatron_lpr.model.freezing import freeze
 from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 
 

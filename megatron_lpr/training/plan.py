@@ -7,23 +7,23 @@ from typing import Any
 
 import yaml
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.families import Architecture, read_architecture
-from megatron_lpr.conversion.origins import with_layers_kept_dense
-from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.data.replay_sampler import ReplaySampler
-from megatron_lpr.data.special_tokens import special_tokens
-from megatron_lpr.data.spot_check import check_at_start, unrecorded
-from megatron_lpr.data.subset import short_windows, unshuffled
-from megatron_lpr.data.tokenize import load_tokenizer
-from megatron_lpr.data.tokenizer_record import check_trained_alike, read_otherwise, record_of
+from megatron_lpr.checkpoint import same_run
+from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, locate, read_run_state
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
+from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.data.sampler.subset import short_windows, unshuffled
+from megatron_lpr.data.text.special_tokens import special_tokens
+from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.platform import Ranks
-from megatron_lpr.recipe_io import to_tree
-from megatron_lpr.training import same_run
+from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
-from megatron_lpr.training.run_state import RunState, find_checkpoint, locate, read_run_state
-from megatron_lpr.validation import check_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

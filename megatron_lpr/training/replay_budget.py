@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.training.run_state import read_run_state
+from megatron_lpr.recipe.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_lpr.config import Recipe
 from megatron_lpr.errors import UserError
-from megatron_lpr.training.metrics_log import MetricsLog, StepMetrics, each_record
-from megatron_lpr.training.progress import Progress
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.reporting.metrics_log import MetricsLog, StepMetrics, each_record
+from megatron_lpr.reporting.progress import Progress
 from megatron_lpr.training.starts import record_start
 
 
@@ -47,7 +47,7 @@ def plot_run(recipe: Recipe) -> Path:
     Raises:
         UserError: metrics.jsonl cannot be read.
     """
-    from megatron_lpr.evaluation.routing_plots import LOSSES, first_and_last, plot_frozen_share, plot_losses
+    from megatron_lpr.reporting.plots import LOSSES, first_and_last, plot_frozen_share, plot_losses
 
     metrics, folder = Path(recipe.output) / "metrics.jsonl", Path(recipe.output) / "plots"
     losses = [{key: record.get(key) for key in ("step", *LOSSES)} for record in each_record(metrics)]

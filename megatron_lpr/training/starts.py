@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import megatron_lpr
+from megatron_lpr.files.json_lines import JsonLines, utc_now
 from megatron_lpr.platform import device
-from megatron_lpr.training.json_lines import JsonLines, utc_now
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
 

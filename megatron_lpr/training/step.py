@@ -13,11 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.data.replay_sampler import Batch
+from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
 from megatron_lpr.platform import device
 from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.recipe.settings import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

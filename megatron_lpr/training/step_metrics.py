@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
-from megatron_lpr.training.metrics_log import OverLayers, RouterMetrics, RouterSummary
+from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary
 from megatron_lpr.training.step import RankLosses
 
 

@@ -12,10 +12,14 @@ import yaml
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from megatron_lpr.data.batches import MicroBatches, RankLayout
+from megatron_lpr.checkpoint import checkpointing
+from megatron_lpr.checkpoint.run_state import RunState
+from megatron_lpr.checkpoint.same_run import changed_settings
+from megatron_lpr.conversion.load.weights import fill_weights, frozen_digest
+from megatron_lpr.data.sampler.batches import MicroBatches, RankLayout
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
-from megatron_lpr.recipe_io import to_tree
-from megatron_lpr.training import checkpointing, step_metrics
+from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.training import step_metrics
 from megatron_lpr.training.not_finite import NotFinite, check_weights, explain
 from megatron_lpr.training.optimizer import (
     build_optimizer,
@@ -26,10 +30,7 @@ from megatron_lpr.training.optimizer import (
 )
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.reporting import Reporter
-from megatron_lpr.training.run_state import RunState
-from megatron_lpr.training.same_run import changed_settings
 from megatron_lpr.training.step import train_step
-from megatron_lpr.training.weights import fill_weights, frozen_digest
 
 
 class Trainer:
@@ -189,4 +190,3 @@ class Trainer:
             f"in its optimizer {optimizer_parameters(self.optimizer):,}",
             flush=True,
         )
-

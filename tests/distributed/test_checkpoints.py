@@ -25,7 +25,7 @@ SAVED_STEP = 2
 
 
 def plan_at(layout: dict, base: Path, folder: Path, resume: Path | None = None):
-    from megatron_lpr.training.run_state import read_run_state
+    from megatron_lpr.checkpoint.run_state import read_run_state
 
     recipe = make_recipe(base, mixed_batch(), folder, STAGE1 | {"parallel": layout})
     plan = make_plan(recipe, mixed_batch())

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import rewrite, save_tiny, train_a_little
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.export import export_checkpoint, upcycle_hf
-from megatron_lpr.conversion.families import read_architecture
-from megatron_lpr.conversion.origins import with_layers_kept_dense
+from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
+from megatron_lpr.families import read_architecture
+from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.platform import leave_layout, megatron
-from megatron_lpr.recipe_io import from_tree, to_tree
+from megatron_lpr.recipe.reading import from_tree, to_tree
+from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.run_distributed import run_distributed
 
 FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3")
@@ -79,10 +79,10 @@ def assert_all_written(chunks) -> None:
 def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
+        from megatron_lpr.checkpoint import checkpointing
+        from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.training import checkpointing
-        from megatron_lpr.training.run_state import RunState
-        from megatron_lpr.training.weights import fill_weights
 
         for case in cases:
             recipe = recipe_of(root, *case)

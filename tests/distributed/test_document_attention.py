@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from harness import make_plan, make_recipe, mixed_batch, scramble, unwrapped
 
-from megatron_lpr.config import CheckpointConfig
 from megatron_lpr.platform import leave_layout, megatron
+from megatron_lpr.recipe.settings import CheckpointConfig
 from megatron_lpr.testing.run_distributed import run_distributed
 
 LAYOUTS = {

@@ -3,7 +3,7 @@
 import pytest
 from layouts import recipe_of, write_source
 
-from megatron_lpr.conversion.export import export_checkpoint, export_model
+from megatron_lpr.conversion.export.export import export_checkpoint, export_model
 from megatron_lpr.platform import leave_layout
 from megatron_lpr.testing.run_distributed import run_distributed
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -32,11 +32,11 @@ def rewrite(root, models):
 
 
 def rewrite_one(base, source, out, parallel):
-    from megatron_lpr.conversion.families import read_architecture
+    from megatron_lpr.checkpoint import checkpointing
+    from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+    from megatron_lpr.conversion.load.weights import fill_weights
+    from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
-    from megatron_lpr.training import checkpointing
-    from megatron_lpr.training.run_state import checkpoint_folder, read_run_state
-    from megatron_lpr.training.weights import fill_weights
 
     recipe, arch = recipe_of(base, "stage1", out, {"parallel": parallel}), read_architecture(base)
     init_model_parallel(recipe.parallel)
@@ -71,7 +71,7 @@ def root(tmp_path_factory):
 def in_memory(base, source, out):
     from megatron_lpr.evaluation.megatron_model import MegatronModel
 
-    model = MegatronModel(recipe_of(base, "stage1", out, {}), str(source))
+    model = MegatronModel.of_checkpoint(recipe_of(base, "stage1", out, {}), str(source))
     parameters = model.module.named_parameters()
     return export_model(parameters, model.arch, base_dir=base, out_dir=out, num_experts=5, num_frozen=1)
 

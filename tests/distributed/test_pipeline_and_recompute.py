@@ -16,9 +16,7 @@ CASES = {
     "interleaved_uneven_overlap_full": Case(
         stage="stage1", changes={"parallel": UNEVEN_INTERLEAVED | OVERLAP, "train": FULL}
     ),
-    "interleaved_uneven_selective": Case(
-        stage="stage2", changes={"parallel": UNEVEN_INTERLEAVED, "train": SELECTIVE}
-    ),
+    "interleaved_uneven_selective": Case(stage="stage2", changes={"parallel": UNEVEN_INTERLEAVED, "train": SELECTIVE}),
     "uneven_first_and_last": Case(
         stage="stage2",
         changes={"parallel": {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, "train": FULL},

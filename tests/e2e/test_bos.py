@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_lpr import cli
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.manifest import Manifest
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.testing.toy_models import write_toy_project
 
 TOKEN = "ÿ"  # byte 255, which no text in UTF-8 holds

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import rewrite, rewrite_config, save_tiny
 
 from megatron_lpr import cli
-from megatron_lpr.conversion.export import upcycle_hf
-from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter
+from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter
 from megatron_lpr.testing.toy_models import write_recipe
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"

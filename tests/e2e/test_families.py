@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import upcycle_base
 from safetensors.torch import load_file
 from tiny_models import (
     TINY,
@@ -14,10 +15,10 @@ from tiny_models import (
     train_a_little,
 )
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.conversion.export import export_model, upcycle_hf
-from megatron_lpr.conversion.verify import verify_export
-from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.conversion.export.export import export_model, upcycle_hf
+from megatron_lpr.conversion.verify.verify import verify_export
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
 
 ONE_OF_EACH = ("llama", "mistral_window", "qwen2", "qwen3")
 
@@ -29,7 +30,7 @@ def megatron_model(base, **model):
 
     parallel_state.destroy_model_parallel()  # a model before this one may have made groups
     tree = {"name": "test", "output": "none", "model": {"base": str(base), **model}}
-    return MegatronModel(from_tree(Recipe, tree, where="test"), None)
+    return MegatronModel(from_tree(Recipe, tree, where="test"), upcycle_base)
 
 
 def export(model, out, **experts):

@@ -78,9 +78,9 @@ def assert_trainable(got, every, recipe):
     frozen = {str(e) for e in range(recipe.model.num_frozen_experts)}
     routers = {name for name in every if name.endswith(".router")}
     experts = {name for name in every if name.count(".") == 2 and name.split(".")[1] not in frozen}
-    assert got == {"routers": routers, "new_experts_and_routers": routers | experts, "all": every}[
-        recipe.train.trainable
-    ]
+    assert (
+        got == {"routers": routers, "new_experts_and_routers": routers | experts, "all": every}[recipe.train.trainable]
+    )
 
 
 def both(one, other):

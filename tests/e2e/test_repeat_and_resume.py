@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_lpr.training.metrics_log import read_metrics
+from megatron_lpr.reporting.metrics_log import read_metrics
 
 TIMING = {"time", "tokens_per_second", "seconds"}
 

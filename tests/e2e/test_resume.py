@@ -10,8 +10,8 @@ import time
 import pytest
 
 from megatron_lpr import cli, commands
-from megatron_lpr.training.metrics_log import read_metrics
-from megatron_lpr.training.run_state import read_run_state
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.reporting.metrics_log import read_metrics
 
 
 def changed(*assignments):
@@ -159,7 +159,7 @@ def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):
 
 def test_one_rank_of_several_tells_a_refusal(project, trained, tmp_path):
     """Started by torchrun, with a mistake that every rank sees, and with one that rank 0 alone meets: the lock."""
-    from megatron_lpr.training.run_lock import run_lock
+    from megatron_lpr.files.run_lock import run_lock
 
     def torchrun(*assignments):
         return subprocess.run(

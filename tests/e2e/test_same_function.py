@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from harness import make_batch
+from harness import make_batch, upcycle_base
 from tiny_models import rewrite
 from transformers import AutoModelForCausalLM
 
 from megatron_lpr import cli
-from megatron_lpr.config import Recipe
-from megatron_lpr.recipe_io import from_tree, load_recipe
+from megatron_lpr.recipe.reading import from_tree, load_recipe
+from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_model
 
 LLAMA3 = {
@@ -45,7 +45,8 @@ def megatron_model(base, checkpoint=None, **model):
     from megatron_lpr.evaluation.megatron_model import MegatronModel
 
     tree = {"name": "test", "output": "none", "model": {"base": str(base), **model}}
-    return MegatronModel(from_tree(Recipe, tree, where="test"), checkpoint)
+    recipe = from_tree(Recipe, tree, where="test")
+    return MegatronModel.of_checkpoint(recipe, checkpoint) if checkpoint else MegatronModel(recipe, upcycle_base)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -53,9 +54,7 @@ def megatron_model(base, checkpoint=None, **model):
 def test_upcycled_logits_are_the_dense_models(megatron, tmp_path, variant, experts):
     base = write_toy_model(tmp_path / "base", **VARIANTS[variant])
     num_experts, num_frozen, topk = experts
-    model = megatron_model(
-        base, num_experts=num_experts, num_frozen_experts=num_frozen, topk=topk, router_init_std=1.0
-    )
+    model = megatron_model(base, num_experts=num_experts, num_frozen_experts=num_frozen, topk=topk, router_init_std=1.0)
     tokens = tokens_BS()
     expected = stock_logits(base, tokens)
     assert expected.abs().max() > 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.training.metrics_log import read_metrics
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.reporting.metrics_log import read_metrics
 
 ROUTER, EXPERT = re.compile(r"\.gate\.weight$"), re.compile(r"experts\.(\d+)\.(w[123])\.weight$")
 DENSE_FFN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -100,6 +100,8 @@ def test_baselines_train_and_export(project, trained, baseline):
     assert (trainable == total) == (baseline != "review_without_lpr")
     out = project.root / f"hf_{baseline}"
     project.run("export", baseline, "--checkpoint", project.root / baseline, "--out", out)
-    changed = sum(base_name(n) is None or not torch.equal(t, tensors(project.root / "base")[base_name(n)].float())
-                  for n, t in tensors(out).items())
+    changed = sum(
+        base_name(n) is None or not torch.equal(t, tensors(project.root / "base")[base_name(n)].float())
+        for n, t in tensors(out).items()
+    )
     assert changed == {"dense": 21, "moe_full": 35, "review_without_lpr": 14}[baseline]

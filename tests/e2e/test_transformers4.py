@@ -13,10 +13,10 @@ from rank_shapes import empty_parameters
 from tiny_models import TINY, rewrite, save_tiny, stock_logits, tokens_BS, train_a_little
 from transformers import AutoModelForCausalLM
 
-from megatron_lpr.conversion.export import export_model, upcycle_hf
-from megatron_lpr.conversion.families import read_architecture
-from megatron_lpr.conversion.hf_io import SafetensorsReader
-from megatron_lpr.conversion.upcycle import load_dense
+from megatron_lpr.conversion.export.export import export_model, upcycle_hf
+from megatron_lpr.conversion.load.upcycle import load_dense
+from megatron_lpr.families import read_architecture
+from megatron_lpr.files.safetensors_io import SafetensorsReader
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("MEGATRON_LPR_TRANSFORMERS4_PYTHON", ROOT / ".venv-transformers4/bin/python"))
@@ -25,9 +25,7 @@ QWEN_OPTIONS = {
     "no_shared_expert": ("qwen2", {"shared_expert_size": 0}),
 }
 
-pytestmark = pytest.mark.skipif(
-    not PYTHON.is_file(), reason=f"no transformers 4 at {PYTHON}: make venv-transformers4"
-)
+pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no transformers 4 at {PYTHON}: make venv-transformers4")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def version_4(folders, tmp_path_factory):
     """Logits by name; one process, since importing costs most."""
     scratch = tmp_path_factory.mktemp("transformers4")
     torch.save(tokens_BS(), scratch / "tokens.pt")
-    script = Path(__file__).parents[1] / "transformers4_logits.py"
+    script = Path(__file__).parents[1] / "helpers" / "transformers4_logits.py"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     arguments = [PYTHON, script, scratch / "tokens.pt", scratch / "logits.pt", *folders.values()]
     done = subprocess.run(list(map(str, arguments)), env=environment, capture_output=True, text=True)

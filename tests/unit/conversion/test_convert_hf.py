@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from toy_run import write_run
 
 from megatron_lpr import cli, commands
-from megatron_lpr.conversion import output_place
-from megatron_lpr.conversion.export import upcycle_hf
+from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.files import output_place
 from megatron_lpr.testing.toy_models import write_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]

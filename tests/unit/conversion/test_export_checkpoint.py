@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from toy_run import toy_parameters, write_run
 
-from megatron_lpr.config import ExportConfig
-from megatron_lpr.conversion import export
-from megatron_lpr.conversion.export import export_checkpoint, export_model
-from megatron_lpr.conversion.families import read_architecture
-from megatron_lpr.conversion.hf_io import SafetensorsReader, ShardedWriter
-from megatron_lpr.conversion.sources import CheckpointSource
+from megatron_lpr.conversion.export import export
+from megatron_lpr.conversion.export.export import export_checkpoint, export_model
+from megatron_lpr.conversion.export.sources import CheckpointSource
 from megatron_lpr.errors import UserError
+from megatron_lpr.families import read_architecture
+from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter
+from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_toy_model
 
 
@@ -89,9 +89,7 @@ def renamed(old, new):
 
 
 def changed(name, change):
-    return lambda parameters: {
-        key: change(value) if key.endswith(name) else value for key, value in parameters.items()
-    }
+    return lambda parameters: {key: change(value) if key.endswith(name) else value for key, value in parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +226,7 @@ def test_a_killed_export_leaves_what_the_next_one_replaces(run, toy_base, tmp_pa
 
 def test_a_worker_that_is_killed(run, toy_base, tmp_path, monkeypatch):
     """As by the kernel when memory runs out."""
-    from megatron_lpr.conversion import parallel_write
+    from megatron_lpr.conversion.export import parallel_write
 
     receive = parallel_write._receive
 

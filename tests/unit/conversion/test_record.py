@@ -8,11 +8,11 @@ from tiny_models import rewrite, rewrite_config
 from toy_run import toy_parameters, write_run
 
 from megatron_lpr import cli
-from megatron_lpr.config import ExportConfig
-from megatron_lpr.conversion.export import export_checkpoint, upcycle_hf
+from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.conversion.record import Made, made_of, read_record
-from megatron_lpr.conversion.verify import verify_export
+from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_recipe, write_toy_model
 
 TRAIN = {"steps": 4}

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from megatron_lpr.conversion import export
-from megatron_lpr.conversion.export import upcycle_hf
-from megatron_lpr.conversion.families import FAMILIES, read_architecture
-from megatron_lpr.conversion.stock_class import stock_shapes
+from megatron_lpr.conversion.export import export
+from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.conversion.verify.stock_class import stock_shapes
 from megatron_lpr.errors import UserError
+from megatron_lpr.families import FAMILIES, read_architecture
 from megatron_lpr.testing.toy_models import write_toy_model
 
 SIZES = {

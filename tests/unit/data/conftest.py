@@ -12,8 +12,8 @@ import sentencepiece
 import tokenizers
 import zstandard
 
-from megatron_lpr.data.indexed import IndexedWriter
-from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.indexed import IndexedWriter
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 
 VOCAB_SIZE = 1000
 TEXT = "a quick brown fox jumps over the lazy dog and naps; árvíztűrő tükörfúrógép"

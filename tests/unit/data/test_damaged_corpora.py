@@ -9,13 +9,13 @@ import textwrap
 import numpy as np
 import pytest
 
-from megatron_lpr.config import ReplayConfig
-from megatron_lpr.data.existing import existing_corpus
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.language_runs import LanguageRuns, LanguageRunsWriter
-from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
-from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.language_runs import LanguageRuns, LanguageRunsWriter
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.preprocess.existing import existing_corpus
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import ReplayConfig
 
 LENGTHS = [3, 1, 8, 4, 2, 6]
 LANGUAGES = {"hu": "expanded", "en": "expanded"}
@@ -144,12 +144,12 @@ READ_ON = """
 import os, sys
 sys.path.insert(0, sys.argv[4])
 from dataclasses import replace
-from megatron_lpr.data.existing import existing_corpus
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.language_runs import LanguageRuns
+from megatron_lpr.data.preprocess.existing import existing_corpus
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.errors import UserError
 from test_damaged_corpora import sampler_of, LANGUAGES
-from megatron_lpr.data.manifest import Corpus
+from megatron_lpr.data.corpus.manifest import Corpus
 
 prefix, suffix, how, _ = sys.argv[1:]
 corpus = Corpus(name="toy", prefix=prefix, language="hu", role="expanded", documents=1 << 14, tokens=1 << 16,
@@ -196,8 +196,8 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, write_corpus, suffi
 
 def test_an_existing_corpus_whose_files_shrink(corpus, monkeypatch):
     """preprocess reads all of it; the error names the file."""
-    from megatron_lpr.config import SourceConfig
-    from megatron_lpr.data import existing
+    from megatron_lpr.data.preprocess import existing
+    from megatron_lpr.recipe.settings import SourceConfig
 
     source = SourceConfig(name="toy", prefix=corpus.prefix, language="hu", role="expanded")
     check = existing._check_documents

@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 
 S = 16

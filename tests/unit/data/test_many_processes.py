@@ -10,14 +10,14 @@ import time
 
 import pytest
 
-from megatron_lpr.config import SourceConfig
-from megatron_lpr.data import preprocess as module
-from megatron_lpr.data.folder_locks import FolderLocks
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.data.pending_entries import PendingEntries
-from megatron_lpr.data.preprocess import preprocess
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.preprocess import preprocess as module
+from megatron_lpr.data.preprocess.pending_entries import PendingEntries
+from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.folder_locks import FolderLocks
+from megatron_lpr.recipe.settings import SourceConfig
 
 TEXTS = [f"the quick fox number {number} árvíz" for number in range(30)]
 FORK = multiprocessing.get_context("fork")

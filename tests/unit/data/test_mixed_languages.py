@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lpr.config import SourceConfig
-from megatron_lpr.data import make_corpus
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.language_runs import LanguageRuns
-from megatron_lpr.data.manifest import Manifest
-from megatron_lpr.data.preprocess import preprocess
-from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.language_runs import LanguageRuns
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.preprocess import make_corpus
+from megatron_lpr.data.preprocess.preprocess import preprocess
+from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import SourceConfig
 
 LANGUAGES = {"hu": "expanded", "en": "original", "el": "expanded"}
 LINES = [
@@ -55,9 +55,7 @@ def tags(manifest: Manifest) -> list[list[str]]:
     runs.check()
     names = list(entry.languages)
     bounds = corpus.boundaries(0, len(corpus))
-    return [
-        [names[n] for n in runs.of_tokens(int(a), int(b - a))] for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [[names[n] for n in runs.of_tokens(int(a), int(b - a))] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def test_from_a_field(run, write_text, hf_tokenizer, tmp_path, monkeypatch):

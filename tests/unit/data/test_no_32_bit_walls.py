@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from megatron_lpr.data.manifest import Corpus, Manifest, TokenizerRecord
-from megatron_lpr.data.replay_sampler import ReplaySampler
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 
 UINT16 = 8  # Megatron's dtype code
 MIXTURE = {"expanded": 0.5, "original": 0.5}

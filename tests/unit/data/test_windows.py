@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_lpr.config import MixturePiece, ReplayConfig
-from megatron_lpr.data.indexed import IndexedCorpus
-from megatron_lpr.data.manifest import Corpus, Manifest, Source, TokenizerRecord
-from megatron_lpr.data.replay_sampler import ReplaySampler
-from megatron_lpr.data.subset import short_windows, unshuffled
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, Source, TokenizerRecord
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.data.sampler.subset import short_windows, unshuffled
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import MixturePiece, ReplayConfig
 
 S = 12
 EOD = 2

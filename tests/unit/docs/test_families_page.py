@@ -8,9 +8,9 @@ import torch
 from tiny_models import SIZES, load_strictly, stock_logits, tokens_BS
 from transformers import SeedOssConfig, SeedOssForCausalLM
 
-from megatron_lpr.conversion.export import upcycle_hf
-from megatron_lpr.conversion.families import FAMILIES
-from megatron_lpr.conversion.verify import verify_export
+from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.conversion.verify.verify import verify_export
+from megatron_lpr.families import FAMILIES
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/families.md"
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_lpr.training.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.starts import Start
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/metrics.md").read_text(encoding="utf-8")

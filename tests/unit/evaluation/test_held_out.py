@@ -7,10 +7,10 @@ import lzma
 import pytest
 
 from megatron_lpr import cli
-from megatron_lpr.config import EvaluationConfig, EvaluationCorpus, Recipe
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out
-from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe
 
 
 def corpus(*files, **more) -> EvaluationCorpus:

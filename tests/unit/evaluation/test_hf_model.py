@@ -36,9 +36,7 @@ def test_nll_is_minus_log_probability_of_the_label(folder):
 
 
 def test_bfloat16_model_returns_fp32_losses(folder):
-    nll_BS = hf_nll_fn(str(folder), dtype="bfloat16")(
-        torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4).long()
-    )
+    nll_BS = hf_nll_fn(str(folder), dtype="bfloat16")(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4).long())
     assert nll_BS.dtype == torch.float32
 
 

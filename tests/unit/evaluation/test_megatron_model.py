@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from harness import scramble
+from harness import scramble, upcycle_base
 
-from megatron_lpr.config import Recipe
-from megatron_lpr.data.tokenize import load_tokenizer
+from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.evaluation.perplexity import bits_per_byte
-from megatron_lpr.recipe_io import from_tree
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
 
 
 def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
@@ -16,7 +16,7 @@ def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
     from megatron_lpr.model.builder import routers
 
     tree = {"name": "x", "output": "none", "model": {"base": str(toy_base), "num_experts": 3, "topk": 1}}
-    model = MegatronModel(from_tree(Recipe, tree, where="test"), None)
+    model = MegatronModel(from_tree(Recipe, tree, where="test"), upcycle_base)
     scramble(model.module)
     model.collect_routing(1)
     tokenizer, text = load_tokenizer(str(toy_base)), "seventeen letters"

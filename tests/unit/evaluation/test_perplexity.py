@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from megatron_lpr.config import EvaluationCorpus
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import HeldOut
 from megatron_lpr.evaluation.perplexity import bits_per_byte, evaluate_corpora
+from megatron_lpr.recipe.settings import EvaluationCorpus
 
 
 class Letters:
@@ -58,9 +58,7 @@ def test_every_pair_is_scored_once_and_no_eod_is(window, batch):
     # Stream: EOD a b EOD b b a EOD. Scored labels: a|EOD, b|a, b|EOD, b|b, a|b. Others would cost a million.
     table = {(eod, a): 1.0, (a, b): 10.0, (eod, b): 100.0, (b, b): 1000.0, (b, a): 10000.0}
     table |= {(b, eod): 1e6, (a, eod): 1e6}
-    bits, tokens, size = bits_per_byte(
-        bigram(table, 1e6), Letters(), ["ab", "bba"], window=window, batch=batch
-    )
+    bits, tokens, size = bits_per_byte(bigram(table, 1e6), Letters(), ["ab", "bba"], window=window, batch=batch)
     assert (tokens, size) == (5, 5)
     assert bits == pytest.approx(11111.0 / math.log(2) / 5)
 
@@ -73,9 +71,7 @@ def test_model_sees_contiguous_full_windows():
         return torch.zeros(labels_BS.shape)
 
     ticks = []
-    bits_per_byte(
-        nll_fn, Letters(), ["abc", "d"], window=2, batch=2, progress=lambda *tick: ticks.append(tick)
-    )
+    bits_per_byte(nll_fn, Letters(), ["abc", "d"], window=2, batch=2, progress=lambda *tick: ticks.append(tick))
     e, a, b, c, d = 256, *b"abcd"
     assert calls == [([[e, a], [b, c]], [[a, b], [c, e]]), ([[e, d]], [[d, e]])]
     assert ticks == [(2, 3), (3, 3)]
@@ -135,9 +131,7 @@ def test_same_text_costs_the_same_under_another_tokenizer():
 
 def test_evaluate_corpora():
     corpora = [
-        HeldOut(
-            corpus=EvaluationCorpus(name=name, files=("a",), language="hu", role="expanded"), documents=documents
-        )
+        HeldOut(corpus=EvaluationCorpus(name=name, files=("a",), language="hu", role="expanded"), documents=documents)
         for name, documents in (("help", ["abc", "de"]), ("two", ["é"]))
     ]
     lines = []

@@ -79,9 +79,7 @@ def test_table_of_the_base_alone():
     [
         result("other", 2.0, 1.0, 1.0, 1.0, window=512),
         dataclasses.replace(STAGE_1, corpora=STAGE_1.corpora[:2]),
-        dataclasses.replace(
-            STAGE_1, corpora=(dataclasses.replace(STAGE_1.corpora[0], bytes=1), *STAGE_1.corpora[1:])
-        ),
+        dataclasses.replace(STAGE_1, corpora=(dataclasses.replace(STAGE_1.corpora[0], bytes=1), *STAGE_1.corpora[1:])),
     ],
 )
 def test_results_on_other_text_are_not_compared(other):
@@ -101,9 +99,7 @@ def test_json_round_trip(tmp_path):
     assert EvaluationResult.load(path) == BASE
 
 
-@pytest.mark.parametrize(
-    "content", [None, "nonsense", "[]", '{"model": "m", "window": 1}', '{"corpora": [{}]}']
-)
+@pytest.mark.parametrize("content", [None, "nonsense", "[]", '{"model": "m", "window": 1}', '{"corpora": [{}]}'])
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "result.json"
     if content is not None:

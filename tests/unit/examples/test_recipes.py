@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lpr.recipe_io import load_recipe
+from megatron_lpr.recipe.reading import load_recipe
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))

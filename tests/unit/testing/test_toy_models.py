@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_lpr.data.tokenize import load_tokenizer
-from megatron_lpr.recipe_io import load_recipe
+from megatron_lpr.data.text.tokenize import load_tokenizer
+from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.testing.toy_models import LETTERS, write_toy_model, write_toy_project, write_toy_text
 
 

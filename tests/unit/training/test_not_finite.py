@@ -7,8 +7,8 @@ import pytest
 import torch
 from harness import make_plan, make_recipe, mixed_batch, unwrapped
 
+from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.errors import UserError
-from megatron_lpr.training.run_state import read_run_state
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_loss_that_is_not_finite(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("name, kind", [(NORM, "frozen"), (ROUTER, "trained")])
 def test_weights_are_looked_at_before_the_first_step(make_trainer, tmp_path, name, kind):
-    from megatron_lpr.training.weights import frozen_digest
+    from megatron_lpr.conversion.load.weights import frozen_digest
 
     trainer = make_trainer()
     trainer.train_step()

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from harness import make_plan, make_recipe, mixed_batch
 
-from megatron_lpr.recipe_io import to_tree
+from megatron_lpr.checkpoint.run_state import RunState
+from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.training.plan import describe
-from megatron_lpr.training.run_state import RunState
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 from harness import FixedSampler, make_recipe, mixed_batch
 
+from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
-from megatron_lpr.training.run_state import RunState, write_run_state
 
 
 @pytest.fixture

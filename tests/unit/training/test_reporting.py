@@ -3,7 +3,7 @@
 import pytest
 from harness import make_recipe, mixed_batch
 
-from megatron_lpr.training.metrics_log import each_record
+from megatron_lpr.reporting.metrics_log import each_record
 from megatron_lpr.training.reporting import Reporter
 
 

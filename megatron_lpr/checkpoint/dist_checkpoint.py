@@ -1,0 +1,185 @@
+"""Parameters of a Megatron distributed checkpoint (torch_dist), read without Megatron, a model or process groups.
+
+A checkpoint of any layout holds the same global tensors, cut into other chunks:
+
+    embedding.word_embeddings.weight              [V, H]
+    decoder.layers.mlp.router.weight              [layers, E, H]            all layers alike, stacked
+    decoder.layers.3.mlp.router.weight            [E, H]                    layers that differ, one by one
+    decoder.layers.mlp.experts.experts.linear_fc1.weight  [layers, experts, 2F, H]
+
+Each becomes the parameters that a model has (`decoder.layers.3.mlp.experts.local_experts.0.linear_fc1.weight`), and of
+those only the rows that are asked for are read, from the chunks that hold them.
+"""
+
+import itertools
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_lpr.checkpoint.dist_metadata import read_metadata
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.file_tensor import FileTensor, Shape
+
+_NOT_WEIGHTS = re.compile(r"(.*\.)?(optimizer|rng_state|opt_param_scheduler)([./].*)?")
+_ONE_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_ALL_LAYERS = re.compile(r"decoder\.layers\.(.+)")
+_ALL_EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
+
+
+class _Place(NamedTuple):
+    """A parameter: the tensor of the checkpoint it is part of, and its index on the leading axes there."""
+
+    key: str
+    lead: tuple[int, ...]
+
+
+class DistCheckpoint(Mapping[str, "StoredParameter"]):
+    """The weights of a checkpoint folder by global parameter name, in the model's order; reading one is up to the user.
+
+    Optimizer and generator states are passed over. UserError when the folder is no torch_dist checkpoint.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._reader = FileSystemReader(self.folder)
+        self._metadata = read_metadata(self.folder)
+        self._opened: dict[MetadataIndex, FileTensor] = {}
+        self._places = {
+            name: place
+            for key, tensor in self._metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata) and not _NOT_WEIGHTS.fullmatch(key)
+            for name, place in _unstack(key, tuple(tensor.size))
+        }
+
+    def __reduce__(self):
+        return DistCheckpoint, (self.folder,)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, name: str) -> "StoredParameter":
+        key, lead = self._places[name]
+        tensor = self._metadata.state_dict_metadata[key]
+        axes, pieces = len(lead), []
+        for chunk in tensor.chunks:
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            inside = [index - first for index, first in zip(lead, offsets, strict=False)]
+            if all(0 <= index < size for index, size in zip(inside, sizes, strict=False)):
+                pieces.append(_Piece(offsets[axes:], sizes[axes:], MetadataIndex(key, chunk.offsets), tuple(inside)))
+        return StoredParameter(self, tuple(tensor.size[axes:]), tensor.properties.dtype, tuple(pieces))
+
+    def open_chunk(self, index: MetadataIndex) -> FileTensor | torch.Tensor:
+        """A chunk where it lies in its file; in memory if it was saved transposed. UserError when it is damaged."""
+        if index in self._opened:
+            return self._opened[index]
+        info = self._metadata.storage_data[index]
+        path = self.folder / info.relative_path
+        try:
+            if path.stat().st_size < info.offset + info.length:
+                raise UserError(f"checkpoint {self.folder}: {info.relative_path} is truncated; copy it again")
+            with open(path, "rb") as file:
+                # torch.load reads everything but the values, and tells where those begin
+                found = torch.load(self._reader._slice_file(file, info), map_location="meta", weights_only=True)
+                start = getattr(found.untyped_storage(), "_checkpoint_offset", None)
+                if start is None or not found.is_contiguous() or found.storage_offset():
+                    return torch.load(self._reader._slice_file(file, info), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = getattr(error, "strerror", None) or "its content is damaged"
+            raise UserError(f"checkpoint {self.folder}: {info.relative_path} cannot be read: {reason}") from error
+        self._opened[index] = FileTensor(path, info.offset + start, found.dtype, tuple(found.shape))
+        return self._opened[index]
+
+
+class _Piece(NamedTuple):
+    """The part of a parameter that one chunk holds, and where that is in the chunk."""
+
+    offsets: Shape
+    sizes: Shape
+    chunk: MetadataIndex
+    lead: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter of a checkpoint, whole, however many ranks wrote it."""
+
+    checkpoint: DistCheckpoint
+    shape: Shape
+    dtype: torch.dtype
+    pieces: tuple[_Piece, ...]
+
+    def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
+        """As torch.Tensor.narrow, in the dtype of the checkpoint; chunks beside the range are not read."""
+        wanted = [(0, size) for size in self.shape]
+        wanted[dim] = (start, start + length)
+        found = [(piece, box) for piece in self.pieces if (box := _overlap(piece, wanted))]
+        if len(found) == 1 and found[0][1] == wanted:
+            return self._read(found[0][0], wanted, dim)
+        whole = torch.empty([stop - first for first, stop in wanted], dtype=self.dtype)
+        filled = 0
+        for piece, box in found:
+            part = self._read(piece, box, dim)
+            target = whole[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wanted, strict=True))]
+            target.copy_(part)
+            filled += part.numel()
+        if filled != whole.numel():
+            raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.pieces[0].chunk.fqn}' are missing")
+        return whole
+
+    def on_disk(self, dim: int, start: int, length: int) -> FileTensor | None:
+        """What `narrow` would read, where it lies in one piece in a file; None where it does not."""
+        wanted = [(0, size) for size in self.shape]
+        wanted[dim] = (start, start + length)
+        first, stop = wanted[0]
+        for piece in self.pieces:
+            if _overlap(piece, wanted) == wanted and wanted[1:] == [(0, size) for size in piece.sizes[1:]]:
+                chunk = self._opened(piece)
+                if isinstance(chunk, FileTensor):
+                    return chunk.rows(first - piece.offsets[0], stop - piece.offsets[0])
+        return None
+
+    def _read(self, piece: _Piece, box: list[tuple[int, int]], dim: int) -> torch.Tensor:
+        first, stop = box[dim]
+        return self._opened(piece).narrow(dim, first - piece.offsets[dim], stop - first)
+
+    def _opened(self, piece: _Piece) -> FileTensor | torch.Tensor:
+        chunk = self.checkpoint.open_chunk(piece.chunk)
+        for index in piece.lead:
+            chunk = chunk[index]
+        return chunk
+
+
+def _overlap(piece: _Piece, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    box = [
+        (max(first, offset), min(stop, offset + size))
+        for (first, stop), offset, size in zip(wanted, piece.offsets, piece.sizes, strict=True)
+    ]
+    return box if all(first < stop for first, stop in box) else None
+
+
+def _unstack(key: str, size: Shape) -> Iterator[tuple[str, _Place]]:
+    """The parameters that a tensor of the checkpoint holds, by the names that a whole model has for them."""
+    if one := _ONE_LAYER.fullmatch(key):
+        layers, rest, lead = [int(one[1])], one[2], 0
+    elif every := _ALL_LAYERS.fullmatch(key):
+        layers, rest, lead = range(size[0]), every[1], 1
+    else:
+        yield key, _Place(key, ())
+        return
+    experts = _ALL_EXPERTS.fullmatch(rest)
+    names = [rest]
+    if experts:
+        names = [f"mlp.experts.local_experts.{expert}.{experts[1]}" for expert in range(size[lead])]
+    for (number, layer), (expert, name) in itertools.product(enumerate(layers), enumerate(names)):
+        place = (number,) * lead + (expert,) * bool(experts)
+        yield f"decoder.layers.{layer}.{name}", _Place(key, place)

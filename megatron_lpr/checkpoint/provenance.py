@@ -1,0 +1,116 @@
+"""What was done to a model, as its checkpoint and the files of its run tell it: for the model card."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.checkpoint.run_state import RunState, checkpoint_folder, read_run_state
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.json_lines import complete_lines, from_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Training text; `digest` is the SHA-256 of its tokens on disk, `languages` are those in it, with their roles."""
+
+    name: str
+    role: str
+    languages: dict[str, str]
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training run. losses: of its last step, by name, those that were computed."""
+
+    name: str
+    trainable: str
+    steps: int
+    samples: int
+    objective: str
+    losses: dict[str, float]
+    tokens_per_language: dict[str, int]
+    corpora: tuple[Corpus, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a model came about; stages in the order in which they were run."""
+
+    router_seed: int | None = None
+    router_std: float | None = None
+    stages: tuple[Stage, ...] = field(default=())
+
+    def languages(self, role: str) -> list[str]:
+        """Languages of the training data that have this role, in order of appearance."""
+        corpora = [corpus for stage in self.stages for corpus in stage.corpora]
+        roles = [item for corpus in corpora for item in corpus.languages.items()]
+        return list(dict.fromkeys(language for language, own in roles if own == role))
+
+
+def read_provenance(checkpoint: Path) -> Provenance:
+    """Of a checkpoint, and of those that its run and the runs before it started from, as far as they are there."""
+    model = read_run_state(checkpoint).recipe["model"]
+    stages = [_stage(folder, state) for folder, state in _lineage(checkpoint) if state.recipe.get("train")]
+    return Provenance(
+        router_seed=model.get("router_init_seed") if model.get("num_experts") else None,
+        router_std=model.get("router_init_std") if model.get("num_experts") else None,
+        stages=tuple(reversed(stages)),
+    )
+
+
+def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:
+    seen: set[Path] = set()
+    folder: Path | None = checkpoint
+    while folder is not None and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        state = read_run_state(folder)
+        yield folder, state
+        load = state.recipe["model"].get("load")
+        try:
+            folder = checkpoint_folder(load) if load else None
+        except UserError:
+            folder = None  # it has been moved or deleted since
+
+
+def _stage(folder: Path, state: RunState) -> Stage:
+    recipe, data = state.recipe, state.data_state or {}
+    corpora = [
+        Corpus(
+            name=name,
+            languages=corpus.get("languages") or {corpus["language"]: corpus["role"]},
+            **{key: corpus[key] for key in ("role", "tokens", "digest")},
+        )
+        for name, corpus in data.get("corpora", {}).items()
+    ]
+    return Stage(
+        name=recipe["name"],
+        trainable=recipe["train"]["trainable"],
+        steps=state.step,
+        samples=state.consumed_samples,
+        objective=_objective(recipe),
+        losses=_losses(folder.parent.parent / "metrics.jsonl", state.step),
+        tokens_per_language=state.tokens_per_language or {},
+        corpora=tuple(corpora),
+    )
+
+
+def _objective(recipe: dict[str, Any]) -> str:
+    terms = ["NTP"]
+    for section, name in (("balance", "balance"), ("lpr", "LPR")):
+        if coefficient := recipe.get(section, {}).get("coeff"):
+            terms.append(f"{coefficient:g} · {name}")
+    return " + ".join(terms)
+
+
+def _losses(metrics: Path, step: int) -> dict[str, float]:
+    """Of that step, of a metrics.jsonl that may be gone or broken: then there is nothing to tell."""
+    try:
+        records = filter(None, map(from_json, complete_lines(metrics)))
+        record = next((record for record in records if record.get("step") == step), {})
+    except OSError:
+        return {}
+    losses = {"NTP": "ntp_loss", "balance": "balance_loss", "LPR": "lpr_loss"}
+    return {name: record[key] for name, key in losses.items() if record.get(key) is not None}

@@ -1,0 +1,166 @@
+"""Checkpoint folders and their run.json, readable without Megatron.
+
+    <output>/checkpoints/step_00000024/   one checkpoint: Megatron's files and run.json
+    <output>/checkpoints/latest           the name of the one that the run goes on from
+    <output>/checkpoints/abandoned/       checkpoints that the run has turned back from; never read, never deleted
+
+A checkpoint is complete when its run.json can be read and Megatron's two metadata files are there: it is written under
+another name, and those are what is written last.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.files import durable
+
+VERSION = 2  # of run.json; 1 had no version, base and source
+_STEP = re.compile(r"step_(\d+)")
+_MEGATRON_FILES = ("metadata.json", ".metadata")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a checkpoint says of its run."""
+
+    step: int
+    consumed_samples: int
+    has_optimizer: bool
+    recipe: dict[str, Any]  # resolved
+    data_state: dict[str, Any] | None = None  # of the replay sampler
+    tokens_per_language: dict[str, int] | None = None  # since the start of the run
+    base: dict[str, Any] | None = None  # identity of the base model (same_run.py)
+    source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (same_run.py)
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, and what to tell of the way to it: that `latest` or a newer checkpoint is damaged."""
+
+    folder: Path
+    note: str | None = None
+
+
+def checkpoint_folder(path: str) -> Path:
+    """The checkpoint that `path` means: one itself, or the newest of a run's output folder (`locate`, said aloud)."""
+    found = locate(path)
+    if found.note:
+        print(f"note: {found.note}", file=sys.stderr, flush=True)
+    return found.folder
+
+
+def locate(path: str) -> Found:
+    """The checkpoint that `path` means: one itself, or the newest of a run's output folder.
+
+    Raises:
+        UserError: there is none, or none that is complete.
+    """
+    folder = Path(path)
+    if (folder / "run.json").is_file() or _STEP.fullmatch(folder.name) and folder.is_dir():
+        if missing := what_is_missing(folder):
+            raise UserError(f"checkpoint {path}: not complete ({missing}); give another checkpoint of the run")
+        return Found(folder)
+    if found := find_checkpoint(path):
+        return found
+    what = "no checkpoint there (no run.json, no checkpoints/latest)" if folder.exists() else "no such folder"
+    raise UserError(f"checkpoint {path}: {what}; give the output folder of a run or one of its checkpoints")
+
+
+def find_checkpoint(output: str) -> Found | None:
+    """The checkpoint that a run goes on from: what `latest` names, or else the newest complete one; None in a folder
+    without checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, and none is complete. Nothing may start afresh over them.
+    """
+    root = Path(output) / "checkpoints"
+    fault = _fault_of_pointer(root)
+    if fault is None:
+        return Found(root / _pointer(root))
+    folders = step_folders(root)
+    complete = next((folder for folder in reversed(folders) if not what_is_missing(folder)), None)
+    if complete:
+        return Found(complete, f"{root / 'latest'} {fault}: takes {complete.name}, the newest complete checkpoint")
+    if folders or (root / "latest").exists():
+        faults = [f"{root / 'latest'} {fault}", *(f"{f.name} has {what_is_missing(f)}" for f in folders)]
+        raise UserError(
+            f"checkpoint {output}: none there is complete ({'; '.join(faults)}); put one back, or move "
+            f"{root} away to start afresh"
+        )
+    return None
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The checkpoints in a folder `checkpoints`, complete or not, in the order of their steps."""
+    return sorted((path for path in root.glob("step_*") if _STEP.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(_STEP.fullmatch(folder.name)[1])
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """What makes a checkpoint incomplete, as `no .metadata`; None for a complete one."""
+    try:
+        _tree(folder)
+    except UserError:
+        return "no readable run.json" if (folder / "run.json").is_file() else "no run.json"
+    return next((f"no {name}" for name in _MEGATRON_FILES if not (folder / name).is_file()), None)
+
+
+def read_run_state(folder: Path) -> RunState:
+    """run.json of a checkpoint; keys that this version does not know are left out.
+
+    Raises:
+        UserError: it is missing, damaged, or of a newer version.
+    """
+    tree = {"version": 1} | _tree(folder)
+    if tree["version"] > VERSION:
+        raise UserError(
+            f"checkpoint {folder}: run.json was written by a newer megatron-lpr (format {tree['version']}, this one "
+            f"reads up to {VERSION}); update megatron-lpr"
+        )
+    known = {field.name for field in dataclasses.fields(RunState)}
+    return RunState(**{key: value for key, value in tree.items() if key in known})
+
+
+def write_run_state(folder: Path, state: RunState) -> None:
+    """Write run.json into a checkpoint."""
+    durable.write_text(folder / "run.json", json.dumps(state.__dict__, indent=1, ensure_ascii=False))
+
+
+def _tree(folder: Path) -> dict[str, Any]:
+    """run.json, with the types that every version has."""
+    try:
+        tree = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        numbers = (tree["step"], tree["consumed_samples"], tree.get("version", 1))
+        if all(type(n) is int and n >= 0 for n in numbers) and isinstance(tree["recipe"], dict):
+            return {"has_optimizer": bool(tree["has_optimizer"]), **tree}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    what = "damaged" if (folder / "run.json").is_file() else "missing"
+    raise UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
+
+
+def _pointer(root: Path) -> str:
+    return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _fault_of_pointer(root: Path) -> str | None:
+    """What is wrong with `latest`; None when it names a complete checkpoint."""
+    if not (root / "latest").is_file():
+        return "is missing"
+    name = _pointer(root)
+    if not _STEP.fullmatch(name):
+        return f"names no checkpoint ('{name[:40]}')"
+    if not (root / name).is_dir():
+        return f"names {name}, which is not there"
+    missing = what_is_missing(root / name)
+    return f"names {name}, which is not complete ({missing})" if missing else None

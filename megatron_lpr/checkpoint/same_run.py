@@ -1,0 +1,169 @@
+"""What makes a run the run it is: compared before any process group when it resumes, or starts from another run's end.
+
+A resumed run may change how far and how fast it learns (train.steps, optimizer), how the work is spread over ranks
+(parallel, micro-batches, recomputation), what it writes (checkpoint, logging, evaluation, export), and where things
+lie. What the model is, what learns and what it minimises may not change. Of the data the sampler says itself what it
+has read already (data_state.py).
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import Architecture
+from megatron_lpr.files.file_tensor import tensor_bytes
+from megatron_lpr.files.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsReader
+from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.recipe.settings import Recipe
+
+_EXPERTS = ("model.num_experts", "model.num_frozen_experts", "model.topk", "model.mlp_only_layers")
+_ROUTERS = ("model.router_init_std", "model.router_init_seed")  # exports and model cards tell them
+_OBJECTIVE = ("train.trainable", "train.global_batch_size", "balance.coeff", "balance.group", "lpr.coeff", "lpr.loss")
+_FIXED = (*_EXPERTS, *_ROUTERS, "model.dtype", *_OBJECTIVE, "data.reset_attention")
+_SAMPLED_TENSORS, _SAMPLED_BYTES = 64, 4096
+
+
+def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> None:
+    """Compare a recipe with the run of `state`, which it would go on with.
+
+    Raises:
+        UserError: it is another model or another experiment, or the run cannot go on.
+    """
+    if not state.recipe.get("train"):
+        raise UserError(
+            f"output: {recipe.output} holds a converted model, not a training run; choose another folder, and name "
+            "this one in model.load"
+        )
+    if state.step > recipe.train.steps:
+        raise UserError(
+            f"train.steps: {recipe.train.steps}, but the run in {recipe.output} has made {state.step} already; "
+            "raise it, or start a new run in another folder"
+        )
+    finished = state.step == recipe.train.steps
+    old, new = flat(state.recipe), flat(to_tree(recipe))
+    fixed = list(_FIXED)
+    if recipe.balance.coeff and recipe.balance.group == "micro_batch":
+        fixed.append("train.micro_batch_size")  # the groups of the balance loss
+    if finished:  # nothing is left to learn with another setting
+        fixed += [field for field in new if field.startswith("optimizer.")]
+    _compare(fixed, old, new, f"the run in {recipe.output}")
+    _check_base(recipe, state.base, base, f"the run in {recipe.output}")
+    _check_load(recipe, state)
+    sharded = old["parallel.distributed_optimizer"]
+    if recipe.parallel.distributed_optimizer != sharded:
+        raise UserError(
+            f"parallel.distributed_optimizer: {recipe.parallel.distributed_optimizer}, but the run in {recipe.output} "
+            f"was saved with {sharded}, whose optimizer state has another form; every other size may change"
+        )
+    if not finished and not state.has_optimizer:
+        raise UserError(
+            f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "
+            "(checkpoint.final_optimizer: false) and cannot be extended; start a new one with model.load"
+        )
+
+
+def check_source(recipe: Recipe, folder: Path, base: Mapping[str, Any]) -> None:
+    """Compare a recipe with the checkpoint that gives its weights.
+
+    Raises:
+        UserError: that checkpoint holds another model.
+    """
+    state = read_run_state(folder)
+    _compare(_EXPERTS, flat(state.recipe), flat(to_tree(recipe)), f"the checkpoint {folder}")
+    _check_base(recipe, state.base, base, f"the checkpoint {folder}")
+
+
+def rounded(recipe: Recipe, folder: Path) -> str | None:
+    """A warning where the weights of a checkpoint lose digits in this run's dtype."""
+    there = read_run_state(folder).recipe["model"].get("dtype")
+    if (there, recipe.model.dtype) == ("float32", "bfloat16"):
+        return f"model.dtype: bfloat16 rounds the float32 weights of {folder}, frozen ones too"
+    return None
+
+
+def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
+    """`section.key: old -> new` of what a resumed run changes; never silent."""
+    old, new = flat(state.recipe), flat(to_tree(recipe))
+    return [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
+    """What tells one base model from another, wherever it lies and however it is cut into files: its numbers, and a
+    SHA-256 over names, shapes and a sample of the weights (None where there are no weights)."""
+    weights = None
+    if any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
+        reader, digest = SafetensorsReader(folder), hashlib.sha256()
+        names = sorted(reader.keys())
+        for name in names[:: max(1, len(names) // _SAMPLED_TENSORS)]:
+            digest.update(f"{len(names)} {name} {reader.shape(name)}".encode())
+            if shape := reader.shape(name):
+                row = reader.slice(name)[shape[0] // 2 : shape[0] // 2 + 1]
+                digest.update(tensor_bytes(row)[:_SAMPLED_BYTES])
+        weights = digest.hexdigest()
+    return {"architecture": to_tree(arch), "weights": weights}
+
+
+def source_identity(folder: Path) -> dict[str, Any]:
+    """What a run remembers of the checkpoint that it started from, which need not be there when the run resumes."""
+    state = read_run_state(folder)
+    return {
+        "folder": str(folder),
+        "run": hashlib.sha256((folder / "run.json").read_bytes()).hexdigest(),
+        "tokens": sum((state.tokens_per_language or {}).values()) or None,
+    }
+
+
+def source_of(recipe: Recipe, state: RunState) -> dict[str, Any] | None:
+    """What a resumed run remembers of its source; looked up where its checkpoint is from before that was written."""
+    if state.source or not recipe.model.load:
+        return state.source
+    try:
+        return source_identity(locate(recipe.model.load).folder)
+    except UserError:
+        return None  # it need not be there any more
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
+    for field in fields:
+        if field in old and old[field] != new[field]:  # an older version may not have had it
+            raise UserError(
+                f"{field}: {new[field]}, but {what} has {old[field]}; restore it, or start a new run in another "
+                "output folder" + (" (model.load takes the weights)" if field not in _EXPERTS else "")
+            )
+
+
+def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[str, Any], what: str) -> None:
+    if there is None:
+        return
+    old, new = there["architecture"], here["architecture"]
+    differing = [f"{field} {new[field]} for {old[field]}" for field in new if old.get(field, new[field]) != new[field]]
+    if not differing and there["weights"] and here["weights"] and there["weights"] != here["weights"]:
+        differing = ["other weights"]
+    if differing:
+        raise UserError(
+            f"model.base: {recipe.model.base} is another model than the base of {what} ({', '.join(differing)}); name "
+            "that one, wherever it lies now, or start a new run in another output folder"
+        )
+
+
+def _check_load(recipe: Recipe, state: RunState) -> None:
+    """`model.load` is not read when a run resumes; another name is accepted where it leads to the same checkpoint."""
+    old, new = state.recipe["model"].get("load"), recipe.model.load
+    if old == new:
+        return
+    if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
+        return
+    raise UserError(
+        f"model.load: {new}, but the run in {recipe.output} started from {old or 'the base model'}; restore it (a "
+        "resumed run does not need that folder), or start a new run in another output folder"
+    )

@@ -1,0 +1,1 @@
+"""Megatron parameters into a Hugging Face folder."""

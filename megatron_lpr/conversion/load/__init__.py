@@ -1,0 +1,1 @@
+"""Hugging Face tensors into a Megatron model."""

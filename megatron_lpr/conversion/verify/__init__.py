@@ -1,0 +1,1 @@
+"""Whether an export is what it should be."""

@@ -1,0 +1,144 @@
+"""The tensors of an export, one by one: against the base model, and against what a checkpoint says they are."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from megatron_lpr.conversion.export.sources import Source
+from megatron_lpr.conversion.verify.report import Check, listed
+from megatron_lpr.errors import UserError
+from megatron_lpr.families.origins import Origin
+from megatron_lpr.files.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
+from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.reporting.byte_progress import byte_progress
+
+
+def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 (hex) over names, dtypes and bytes of named tensors, in whatever order they come."""
+    return digest_of_digests((name, _sha256(tensor)) for name, tensor in tensors)
+
+
+def digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(digests)).encode()).hexdigest()
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(str(tensor.dtype).encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def compare_tensors(export: SafetensorsReader, source: Source) -> Check:
+    """Every tensor of an export against the same one of `source`, bit for bit, cast to the export's dtype.
+
+    On up to 8 cores, each with one parameter of the source; what is still on disk is compared in blocks.
+    """
+    unseen = set(export.keys())
+
+    def differing(unit: str) -> list[str]:
+        return [what for name, tensor in source.stream([unit]) if (what := _difference(export, name, tensor))]
+
+    with _all_cores(at_most=8) as threads:
+        wrong = [what for found in threads.map(differing, source.units) for what in found]
+    unseen -= {name for names in source.units.values() for name in names}
+    wrong += [f"{name} is in no checkpoint" for name in sorted(unseen)]
+    detail = f"{len(wrong)} tensors differ: {listed(wrong)}" if wrong else "every tensor equals its own, bit for bit"
+    return Check(name="checkpoint", ok=not wrong, detail=detail)
+
+
+def _difference(export: SafetensorsReader, name: str, expected: torch.Tensor | FileTensor) -> str | None:
+    """What is wrong with a tensor of an export; None: nothing."""
+    if name not in export:
+        return f"{name} is not there"
+    there = export.slice(name)
+    if there.shape != tuple(expected.shape):
+        return f"{name} has shape {list(there.shape)}"
+    return None if same_bits(there, expected) else name
+
+
+def _all_cores(at_most: int = 64) -> ThreadPoolExecutor:
+    """Reading, hashing and comparing release the GIL."""
+    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), at_most))
+
+
+class Scan(NamedTuple):
+    """What one pass over the tensors of an export found."""
+
+    frozen: dict[str, str]  # SHA-256 by name
+    changed: list[str]  # frozen, and not the base's
+    trained: dict[str, bool]  # trained on from the base's: name -> differs from it
+    wrong: list[str]  # what no tensor may be: not finite, zero where the base is not, not zero where it must be
+
+
+def scan(
+    export: SafetensorsReader,
+    base: SafetensorsReader,
+    origins: dict[str, Origin],
+    names: list[str],
+    dtype: torch.dtype,
+    num_frozen: int,
+    progress: bool = False,
+) -> Scan:
+    """Looks at the tensors `names` on all cores, a block of each tensor and of its base at a time.
+
+    progress: show a bar.
+    """
+    found = Scan({}, [], {}, [])
+    sizes = {name: math.prod(export.shape(name)) * dtype.itemsize for name in names}
+
+    def look(name: str) -> _Look:
+        try:
+            return _look(export.slice(name), origins[name], base, dtype, num_frozen)
+        except UserError as error:
+            return _Look([f"not readable ({error})"], None, None)
+
+    with _all_cores() as threads, byte_progress("verify", sum(sizes.values()), show=progress) as bar:
+        for name, seen in zip(names, threads.map(look, names), strict=True):
+            bar.update(sizes[name])
+            found.wrong.extend(f"{name} is {what}" for what in seen.wrong)
+            if seen.sha256 is not None:
+                found.frozen[name] = seen.sha256
+                if not seen.same:
+                    found.changed.append(name)
+            elif seen.same is not None:
+                found.trained[name] = not seen.same
+    return found
+
+
+class _Look(NamedTuple):
+    """What one tensor of an export is."""
+
+    wrong: list[str]
+    same: bool | None  # as the base's tensor that it was copied from; None: it was copied from none
+    sha256: str | None  # of a frozen one
+
+
+def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int) -> _Look:
+    is_copy = origin.kind == "copy"
+    is_frozen = is_copy and num_frozen and (origin.expert is None or origin.expert < num_frozen)
+    expected = base.slice(origin.base) if is_copy else None
+    digest = hashlib.sha256(str(there.dtype).encode())
+    finite, zero, base_zero, same = True, True, True, there.dtype == dtype
+    for place in there.blocks():
+        block = there.narrow(0, *place)
+        # One reduction answers both questions: NaN and infinities reach the extremes.
+        low, high = (extreme.item() for extreme in block.aminmax())
+        finite = finite and math.isfinite(low) and math.isfinite(high)
+        zero = zero and low == high == 0
+        if is_frozen:
+            digest.update(tensor_bytes(block))
+        if is_copy:
+            original = expected.narrow(0, *place).to(dtype)
+            same = same and equal_bytes(block, original)
+            base_zero = base_zero and not (zero and original.any())
+    wrong = [] if finite else ["not finite"]
+    if origin.kind == "zeros" and not zero:
+        wrong.append("not zero")
+    if is_copy and zero and not base_zero:
+        wrong.append("all zero")
+    return _Look(wrong, same if is_copy else None, digest.hexdigest() if is_frozen else None)

@@ -1,0 +1,1 @@
+"""Corpora on disk: .bin, .idx, .lang, and their manifest."""

@@ -1,0 +1,202 @@
+"""Megatron's indexed corpora: `<prefix>.bin` holds the tokens, `<prefix>.idx` the documents' boundaries.
+
+Index layout (MMIDIDX version 1, little-endian): magic, version u64, dtype code u8, number of sequences u64,
+length of the document index u64, sequence lengths i32, byte offsets i64, document index i64. Every document
+we write is one sequence.
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+from typing import NoReturn
+
+import numpy as np
+
+from megatron_lpr._replay_sampler import inspect
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.file_array import FileArray
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_OF_CODE = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
+_CHUNK = 1 << 16
+
+
+def token_dtype(vocab_size: int) -> type:
+    """What a token is stored as: uint16 where `vocab_size` is below 65,500, int32 otherwise (Megatron's rule)."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+class IndexedWriter:
+    """Writes a corpus in constant memory.
+
+    Both files get their final names in `close`; leaving a `with` block by an exception discards them.
+
+    Attributes:
+        dtype: of the stored tokens.
+        documents, tokens: how many were added so far.
+        digest: SHA-256 of the .bin file, hexadecimal; known after `close`.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int):
+        self.prefix = prefix
+        self.documents = 0
+        self.tokens = 0
+        self.digest: str | None = None
+        self._vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._hash = hashlib.sha256()
+        self._bin = open(f"{prefix}.bin.partial", "wb")
+        self._idx = open(f"{prefix}.idx.partial", "w+b")
+        self._write_header()
+
+    def add_document(self, tokens: np.ndarray) -> None:
+        """Appends one document: integer ids [n], n >= 1, each in [0, vocab_size)."""
+        assert tokens.ndim == 1 and 0 < len(tokens) < 1 << 31, f"a document of shape {tokens.shape}"
+        assert 0 <= tokens.min() and tokens.max() < self._vocab_size, "a token outside the vocabulary"
+        data = tokens.astype(self.dtype).tobytes()
+        self._bin.write(data)
+        self._hash.update(data)
+        self._idx.write(struct.pack("<i", len(tokens)))
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends D documents: concatenated ids [T] in the corpus' dtype, which are not checked, and lengths [D]."""
+        assert tokens.dtype == self.dtype and lengths.sum(dtype=np.int64) == len(tokens) and lengths.min() > 0
+        data = np.ascontiguousarray(tokens).data
+        self._bin.write(data)
+        self._hash.update(data)
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+
+    def close(self) -> None:
+        """Completes the index and renames both files into place.
+
+        Raises:
+            UserError: no document was added.
+        """
+        if self.documents == 0:
+            self.discard()
+            raise UserError(f"no document was written to {self.prefix}: the corpus is empty")
+        self._append_offsets()
+        for first in range(0, self.documents + 1, _CHUNK):
+            boundaries = np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64)
+            self._idx.write(boundaries.tobytes())
+        self._idx.seek(0)
+        self._write_header()
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        # An old index must never stand beside new tokens: after a crash here the corpus is missing, not
+        # wrong.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{self.prefix}.idx")
+        os.replace(self._bin.name, f"{self.prefix}.bin")
+        os.replace(self._idx.name, f"{self.prefix}.idx")
+        self.digest = self._hash.hexdigest()
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        for file in (self._bin, self._idx):
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(file.name)
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _write_header(self) -> None:
+        code = _CODE_OF_DTYPE[self.dtype]
+        self._idx.write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
+
+    def _append_offsets(self) -> None:
+        """Reads the lengths back in chunks and appends their running sum in bytes."""
+        offset = 0
+        for first in range(0, self.documents, _CHUNK):
+            count = min(_CHUNK, self.documents - first)
+            self._idx.seek(_HEADER.size + 4 * first)
+            lengths = np.frombuffer(self._idx.read(4 * count), dtype=np.int32).astype(np.int64)
+            ends = offset + np.cumsum(lengths * self.dtype().itemsize)
+            self._idx.seek(0, os.SEEK_END)
+            self._idx.write(np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes())
+            offset = int(ends[-1])
+
+
+class IndexedCorpus:
+    """Reads a corpus that we or Megatron wrote, where it is asked for.
+
+    Attributes:
+        num_documents, num_tokens: sizes of the corpus.
+        tokens: all tokens [num_tokens], documents concatenated; dtype as stored (file_array.py).
+
+    Raises:
+        UserError: a file is missing, truncated (then or later) or corrupt; the message names it.
+    """
+
+    def __init__(self, prefix: str):
+        header = inspect(prefix)
+        self.prefix = prefix
+        self.num_documents: int = header["documents"]
+        self.num_tokens: int = header["tokens"]
+        sequences = header["sequences"]
+        self.tokens = FileArray(f"{prefix}.bin", _DTYPE_OF_CODE[header["dtype_code"]], length=self.num_tokens)
+        index = f"{prefix}.idx"
+        first_offset = _HEADER.size + 4 * sequences
+        first_boundary = first_offset + 8 * sequences
+        self._lengths = FileArray(index, np.int32, offset=_HEADER.size, length=sequences)
+        self._offsets = FileArray(index, np.int64, offset=first_offset, length=sequences)
+        self._boundaries = FileArray(index, np.int64, offset=first_boundary, length=self.num_documents + 1)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens [n] of one document. UserError where the index is corrupt there."""
+        start, end = self.boundaries(index, 1)
+        return self.tokens[start:end]
+
+    def boundaries(self, first: int, count: int) -> np.ndarray:
+        """Positions int64 [count + 1] where documents first, ..., first + count - 1 start, and the last one ends.
+
+        Opening a corpus reads none of its boundaries; they are checked here.
+
+        Raises:
+            UserError: the index is corrupt there.
+        """
+        assert 0 <= first and 0 < count <= self.num_documents - first, f"documents {first}, {count}"
+        sequences = self._boundaries[first : first + count + 1]
+        low, high = int(sequences[0]), int(sequences[-1])
+        if not 0 <= low <= high <= len(self._offsets) or np.any(np.diff(sequences) < 0):
+            self._corrupt(first, count)
+        for start in range(low, high, _CHUNK):  # of a corrupt index they may be very many
+            if not self._in_order(start, min(start + _CHUNK, high)):
+                self._corrupt(first, count)
+        inside = sequences < len(self._offsets)
+        positions = np.full(count + 1, self.num_tokens)
+        positions[inside] = self._offsets[sequences[inside]] // self.tokens.itemsize
+        return positions
+
+    def _in_order(self, start: int, end: int) -> bool:
+        """Whether sequences start, ..., end - 1 lie in the .bin file, each where the one before ends."""
+        size = self.num_tokens * self.tokens.itemsize
+        offsets = self._offsets[start : end + 1]
+        if end == len(self._offsets):
+            offsets = np.append(offsets, size)
+        lengths = self._lengths[start:end].astype(np.int64) * self.tokens.itemsize
+        inside = np.all(offsets >= 0) and np.all(offsets <= size) and not np.any(offsets % self.tokens.itemsize)
+        return bool(inside and np.all(lengths >= 0) and np.all(np.diff(offsets) == lengths))
+
+    def _corrupt(self, first: int, count: int) -> NoReturn:
+        which = f"document {first} lies" if count == 1 else f"documents {first} to {first + count - 1} lie"
+        raise UserError(f"{self.prefix}.idx is corrupt: {which} outside {self.prefix}.bin, or out of order")

@@ -1,0 +1,183 @@
+"""Reads all of every corpus of a manifest and compares it with what the manifest says."""
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.language_runs import LanguageRuns
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest
+from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.file_array import FileArray
+from megatron_lpr.files.folder_locks import FolderLocks
+from megatron_lpr.preprocess_options import REST
+from megatron_lpr.recipe.reading import load_recipe
+from megatron_lpr.reporting.byte_progress import byte_progress
+
+_CHUNK_BYTES = 8 << 20
+_DOCUMENTS = 1 << 16
+
+Advance = Callable[[int], None]  # takes the bytes that were read
+
+
+def find_manifest(path: str) -> str:
+    """The manifest that `path` is, or that the recipe there reads or writes.
+
+    Raises:
+        UserError: no such file, or a recipe without data.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            is_manifest = any(line.startswith("corpora:") for line in file)
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}; give a manifest or a recipe") from error
+    if is_manifest:
+        return path
+    recipe = load_recipe(path, under=REST)
+    if recipe.data is not None:
+        return recipe.data.manifest
+    if recipe.preprocess.output is not None:
+        return str(Path(recipe.preprocess.output) / "manifest.yaml")
+    raise UserError(f"{path} names no data: neither data.manifest nor preprocess.output; give a manifest or a recipe")
+
+
+def verify_data(manifest: Manifest, *, workers: int, show: bool = False) -> Iterator[tuple[str, str | None]]:
+    """Yields (file, what is wrong with it or None) for every file of every corpus, in order; `workers` read at once.
+
+    Of a .bin file the SHA-256, the number of tokens, and each token against the vocabulary; of an .idx file every
+    boundary and, where the manifest has it, the SHA-256; of a .lang file the SHA-256 and every run.
+    """
+    corpora = [
+        (corpus, suffix, check)
+        for corpus in manifest.corpora
+        for suffix, check in (("bin", _check_tokens), ("idx", _check_index), ("lang", _check_languages))
+        if suffix != "lang" or corpus.languages
+    ]
+    paths = [f"{corpus.prefix}.{suffix}" for corpus, suffix, _ in corpora]
+    lock = threading.Lock()
+    with (
+        byte_progress("verify-data", sum(map(_size, paths)), show=show) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        results = [pool.submit(_complaint, check, corpus, manifest, advance) for corpus, _, check in corpora]
+        for path, result in zip(paths, results, strict=True):
+            yield path, result.result()
+
+
+def record(manifest: Manifest) -> bool:
+    """Adds the checksums that a manifest of old lacks, as its files are now; whether it lacked any.
+
+    An entry that another process has written anew meanwhile stays as it is.
+    """
+    old = [corpus for corpus in manifest.corpora if not (corpus.spot_digests and corpus.index_digest)]
+    if not old:
+        return False
+    recorded = [(corpus, with_checksums(corpus)) for corpus in old]
+    with FolderLocks(os.path.dirname(manifest.path) or ".") as locks, locks.manifest():
+        now = Manifest.load(manifest.path)
+        now.with_corpora([new for corpus, new in recorded if corpus in now.corpora]).save()
+    return True
+
+
+def _size(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def _complaint(check: Callable, corpus: Corpus, manifest: Manifest, advance: Advance) -> str | None:
+    try:
+        check(corpus, manifest, advance)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _check_tokens(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    path, vocab_size = f"{corpus.prefix}.bin", manifest.tokenizer.vocab_size
+    total = hashlib.sha256()
+    outside = None
+    for first, data in _chunks(path, advance):
+        total.update(data)
+        if outside is None:
+            outside = _outside(corpus, first, data, vocab_size)
+    if total.hexdigest() != corpus.digest:
+        raise _other_bytes(path, total.hexdigest(), corpus.digest)
+    if outside is not None:
+        raise UserError(f"{path} {outside}, the vocabulary has {vocab_size}: it was made with another tokenizer")
+    files = IndexedCorpus(corpus.prefix)
+    if (files.num_tokens, files.num_documents) != (corpus.tokens, corpus.documents):
+        raise UserError(
+            f"{path} has {files.num_tokens} tokens in {files.num_documents} documents, in {manifest.path} it has "
+            f"{corpus.tokens} in {corpus.documents}"
+        )
+
+
+def _outside(corpus: Corpus, first: int, data: np.ndarray, vocab_size: int) -> str | None:
+    """Which token is none of the vocabulary; None where the index, which tells their type, cannot be read."""
+    try:
+        dtype = IndexedCorpus(corpus.prefix).tokens.dtype
+    except UserError:
+        return None
+    tokens = data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+    if not len(tokens) or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return None
+    wrong = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+    return f"holds token {int(tokens[wrong])} at place {first // dtype.itemsize + wrong}"
+
+
+def _check_index(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    path = f"{corpus.prefix}.idx"
+    digest = _digest(path, advance)
+    if corpus.index_digest is not None and digest != corpus.index_digest:
+        raise _other_bytes(path, digest, corpus.index_digest)
+    files = IndexedCorpus(corpus.prefix)
+    for first in range(0, len(files), _DOCUMENTS):
+        files.boundaries(first, min(_DOCUMENTS, len(files) - first))
+
+
+def _check_languages(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    path = f"{corpus.prefix}.lang"
+    digest = _digest(path, advance)
+    if digest != corpus.language_digest:
+        raise _other_bytes(path, digest, corpus.language_digest)
+    LanguageRuns(corpus.prefix, num_tokens=corpus.tokens, num_languages=len(corpus.languages)).check()
+
+
+def _digest(path: str, advance: Advance) -> str:
+    total = hashlib.sha256()
+    for _, data in _chunks(path, advance):
+        total.update(data)
+    return total.hexdigest()
+
+
+def _chunks(path: str, advance: Advance) -> Iterator[tuple[int, np.ndarray]]:
+    """(first byte, bytes) of a file, piece by piece."""
+    try:
+        size = os.path.getsize(path)
+    except OSError as error:
+        raise UserError(f"cannot open {path}: {error.strerror}") from error
+    content = FileArray(path, np.uint8, length=size)
+    for first in range(0, size, _CHUNK_BYTES):
+        data = content[first : first + _CHUNK_BYTES]
+        yield first, data
+        advance(len(data))
+
+
+def _other_bytes(path: str, digest: str, recorded: str) -> UserError:
+    return UserError(
+        f"{path} holds other bytes than were written: its SHA-256 is {digest[:12]}..., recorded is {recorded[:12]}...; "
+        "restore the file, or make the corpus again"
+    )

@@ -1,0 +1,230 @@
+"""One corpus from its text files: blocks, parts, merge."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+import tokenizers
+
+from megatron_lpr.data.corpus.indexed import IndexedWriter, token_dtype
+from megatron_lpr.data.corpus.language_runs import LanguageRunsWriter
+from megatron_lpr.data.corpus.manifest import Corpus, Source
+from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.data.preprocess.combine_parts import combine_parts, combined_parts, fan_in
+from megatron_lpr.data.preprocess.parts import Part
+from megatron_lpr.data.preprocess.shuffle import BUCKET_BYTES, merge
+from megatron_lpr.data.preprocess.tokenize_parts import PartJob, tokenize_parts
+from megatron_lpr.data.preprocess.work_folder import open_work_folder
+from megatron_lpr.data.text.documents import BadLines, OnBadLine, Reading
+from megatron_lpr.data.text.source_checks import tagger_settings
+from megatron_lpr.data.text.special_tokens import SpecialTokens
+from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
+from megatron_lpr.data.text.tokenize import Engine, Tokenizer
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.reporting.document_progress import Progress
+
+_LEAST_BLOCK_BYTES = 4 << 20
+
+
+def make_corpus(
+    source: SourceConfig,
+    *,
+    prefix: str,
+    tokenizer: Tokenizer,
+    tokenizer_dir: str,
+    sha256: str,
+    seed: int,
+    on_bad_line: OnBadLine,
+    max_document_bytes: int,
+    workers: int,
+    engine: Engine,
+    special: SpecialTokens,
+) -> Corpus:
+    """Writes `prefix`.bin, .idx and, where the corpus mixes languages, .lang; returns the manifest's entry.
+
+    Args:
+        source: its files are paths, without patterns.
+        sha256: of the text and of the way it is read.
+
+    Raises:
+        UserError: a bad line that is to be refused, no usable document, an unreadable file, a full disk.
+    """
+    size = sum(os.path.getsize(path) for path in source.files)
+    identity = {
+        "corpus_sha256": sha256,
+        "seed": seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
+        "parse_special_tokens": special.parse,
+        "tokenizers": tokenizers.__version__,
+        "engine": engine,
+        "max_document_bytes": max_document_bytes,
+    }
+    # Enough blocks to keep every process busy to the end, none so small that starting a process costs more.
+    block_bytes = min(max(size // (4 * workers), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
+    bad_lines = BadLines(on_bad_line)
+    try:
+        with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
+            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line, max_document_bytes)
+            parts = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
+            if not any(part.record.documents for part in parts):
+                raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
+            writer, language_digest = _merge(source, prefix, parts, tokenizer.vocab_size)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
+    entry = Corpus(
+        name=source.name,
+        prefix=prefix,
+        language=source.language,
+        role=source.role,
+        weight=float(source.weight),
+        documents=writer.documents,
+        tokens=writer.tokens,
+        digest=writer.digest,
+        source=Source(sha256=sha256, seed=seed, skipped_lines=bad_lines.count),
+        languages=dict(source.languages) or None,
+        language_digest=language_digest,
+    )
+    return with_checksums(entry)
+
+
+def _job(
+    source: SourceConfig,
+    tokenizer_dir: str,
+    engine: Engine,
+    special: SpecialTokens,
+    sha256: str,
+    seed: int,
+    folder: str,
+    on_bad_line: OnBadLine,
+    max_document_bytes: int,
+) -> PartJob:
+    reading = Reading(
+        format=source.format,
+        text_field=source.text_field,
+        language_field=source.language_field,
+        languages=tuple(source.languages),
+        sample_by=source.sample_by,
+        max_document_bytes=max_document_bytes,
+    )
+    return PartJob(
+        tokenizer=tokenizer_dir,
+        engine=engine,
+        special=special,
+        reading=reading,
+        tagger=tagger_settings(source),
+        seed=seed,
+        corpus_sha256=sha256,
+        folder=folder,
+        stop_at_bad_line=on_bad_line == "refuse",
+    )
+
+
+def _tokenize(
+    source: SourceConfig,
+    job: PartJob,
+    prefix: str,
+    block_bytes: int,
+    workers: int,
+    bad_lines: BadLines,
+    size: int,
+) -> list[Part]:
+    """All parts, in the order of the text."""
+    blocks = read_blocks(source.files, format=source.format, sample_by=source.sample_by, block_bytes=block_bytes)
+    progress = Progress(source.name)
+    parts = combined_parts(job.folder)
+    combined = {number for part in parts for number in range(part.first, part.last + 1)}
+    documents = tokens = kept = blocks_done = 0
+    with _bad_line_report(f"{prefix}.bad_lines.txt") as report:
+        for number, (block, record, was_there) in enumerate(tokenize_parts(blocks, job, workers, combined)):
+            for bad in record.bad_lines:
+                bad_lines.add(bad)
+                report.write(f"{bad}\n")
+            if number not in combined:
+                record = dataclasses.replace(record, bad_lines=())  # of a large corpus they may be many
+                parts.append(Part(folder=job.folder, first=number, last=number, record=record))
+            blocks_done += 1
+            documents += record.documents
+            tokens += record.tokens
+            share = block.position / max(size, 1)
+            if was_there:
+                kept += 1
+                progress.keep(share, tokens)
+            progress.update(share, documents, tokens)
+    if documents:
+        progress.close()
+    if kept:
+        print(f"{source.name}: {kept:,} of {blocks_done:,} parts were there from an earlier run", file=sys.stderr)
+    for reason, (count, first) in bad_lines.by_reason.items():
+        where = f"the first at {first.path}:{first.line}; all are listed in {prefix}.bad_lines.txt"
+        print(f"{source.name}: left out {count:,} lines ({reason}), {where}", file=sys.stderr)
+    return sorted(parts, key=lambda part: part.first)
+
+
+@contextlib.contextmanager
+def _bad_line_report(path: str) -> Iterator[TextIO]:
+    """A file for the bad lines; an empty one is removed, and so is that of a run that failed."""
+    try:
+        with open(f"{path}.partial", "w", encoding="utf-8", errors="backslashreplace") as report:
+            yield report
+            empty = report.tell() == 0
+        if empty:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        else:
+            os.replace(f"{path}.partial", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{path}.partial")
+
+
+def _merge(
+    source: SourceConfig, prefix: str, parts: Sequence[Part], vocab_size: int
+) -> tuple[IndexedWriter, str | None]:
+    """Writes the corpus' files; returns their closed writer and the digest of the .lang file."""
+    parts = _few_parts(source.name, parts, token_dtype(vocab_size))
+    runs = LanguageRunsWriter(prefix) if source.languages else None
+    try:
+        with IndexedWriter(prefix, vocab_size) as writer:
+            total = sum(part.record.tokens for part in parts)
+            progress = Progress(f"{source.name} shuffled")
+            for documents in merge(parts, writer.dtype, bucket_bytes=BUCKET_BYTES):
+                writer.add_documents(documents.tokens, documents.lengths)
+                if runs is not None:
+                    runs.add(documents.languages)
+                progress.update(writer.tokens / total, writer.documents, writer.tokens)
+            progress.close()
+            # Neither an old index nor old languages may ever stand beside new tokens.
+            for suffix in (".idx", ".lang"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(prefix + suffix)
+            if runs is not None:
+                runs.close()
+    except BaseException:
+        if runs is not None:
+            runs.discard()
+        raise
+    return writer, runs.digest if runs is not None else None
+
+
+def _few_parts(name: str, parts: Sequence[Part], dtype: type) -> Sequence[Part]:
+    """No more parts than may be open at once."""
+    if len(parts) <= fan_in():
+        return parts
+    progress, written = Progress(f"{name} combined"), 0
+    total, documents = (sum(getattr(part.record, count) for part in parts) for count in ("tokens", "documents"))
+
+    def done(tokens: int) -> None:
+        nonlocal written
+        written += tokens
+        progress.update(min(written / total, 1.0), documents, written)
+
+    parts = combine_parts(parts, fan_in(), dtype, bucket_bytes=BUCKET_BYTES, done=done)
+    progress.update(1.0, documents, written)  # of the last pass, it may be a few parts only
+    progress.close()
+    return parts

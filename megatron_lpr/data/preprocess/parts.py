@@ -1,0 +1,252 @@
+"""Parts of a corpus that is being made: tokenised documents, sorted by their shuffle keys.
+
+The key of a document is a hash of the seed, the corpus' text and the document's place in it; sorting a corpus by key
+shuffles it. That order knows nothing of parts, workers or memory, so any of them may change.
+
+A part is two files. `<number>.part`, column after column: keys u64 [D], lengths i32 [D], tokens [T], languages u16 [T]
+(mixed corpora only). `<number>.json`: its counts, sizes and SHA-256, and the bad lines; written last, it says that the
+part is finished. A part holds the documents of one block of text, or of several: `<first>-<last>` (combine_parts.py).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from megatron_lpr.data.text.documents import BadLine
+
+_KEYS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """What is known of a finished part: counts, bytes of each column, SHA-256 of the columns' SHA-256 sums."""
+
+    documents: int
+    tokens: int
+    columns: tuple[int, ...]
+    sha256: str
+    bad_lines: tuple[BadLine, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A finished part of the blocks `first` to `last`."""
+
+    folder: str
+    first: int
+    last: int
+    record: PartRecord
+
+    @property
+    def path(self) -> str:
+        """Without suffix."""
+        return part_path(self.folder, self.first, self.last)
+
+
+def part_path(folder: str, first: int, last: int) -> str:
+    return os.path.join(folder, f"{first:08}" if first == last else f"{first:08}-{last:08}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Documents in the order of their keys: keys uint64 [D], lengths int32 [D], tokens [T], languages uint16 [T]."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+    languages: np.ndarray | None
+
+
+class ShuffleKeys:
+    """Keys of documents, uint64: a keyed BLAKE2b of their places, so uniform and independent whatever the places."""
+
+    def __init__(self, seed: int, corpus_sha256: str):
+        self._key = struct.pack("<Q", seed) + bytes.fromhex(corpus_sha256)
+
+    def __call__(self, places: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Keys [D] of (file, offset) places."""
+        digests = (
+            hashlib.blake2b(struct.pack("<QQ", *place), key=self._key, digest_size=8).digest() for place in places
+        )
+        return np.frombuffer(b"".join(digests), np.uint64)
+
+
+class PartWriter:
+    """Writes a part of known size, its documents a few at a time in the order of their keys.
+
+    Args:
+        path: without suffix.
+        documents, tokens: how many there will be.
+        dtype: of the tokens.
+        mixed: whether each token has a language.
+    """
+
+    def __init__(self, path: str, *, documents: int, tokens: int, dtype: type, mixed: bool):
+        self._path = path
+        self._counts = documents, tokens
+        widths = [8 * documents, 4 * documents, np.dtype(dtype).itemsize * tokens] + [2 * tokens] * mixed
+        self._columns = tuple(widths)
+        self._ends = list(accumulate(widths))
+        self._places = [end - width for end, width in zip(self._ends, widths, strict=True)]
+        self._hashes = [hashlib.sha256() for _ in widths]
+        self._file = open(f"{path}.part.partial", "wb", buffering=0)
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+
+    def add(self, column: int, data: np.ndarray) -> None:
+        """Appends to a column: 0 keys, 1 lengths, 2 tokens, 3 languages."""
+        view = memoryview(np.ascontiguousarray(data)).cast("B") if len(data) else memoryview(b"")
+        self._hashes[column].update(view)
+        while len(view):
+            written = os.pwrite(self._file.fileno(), view, self._places[column])
+            self._places[column] += written
+            view = view[written:]
+
+    def add_documents(self, documents: Documents) -> None:
+        for column, data in enumerate((documents.keys, documents.lengths, documents.tokens, documents.languages)):
+            if data is not None:
+                self.add(column, data)
+
+    def finish(self, bad_lines: Sequence[BadLine] = (), *, durable: bool = False) -> PartRecord:
+        """Gives the files their names; `durable`: not before the data has reached the disk."""
+        assert self._places == self._ends, "a part of another size than was said"
+        if durable:
+            os.fsync(self._file.fileno())
+        os.replace(f"{self._path}.part.partial", f"{self._path}.part")
+        documents, tokens = self._counts
+        record = PartRecord(
+            documents=documents,
+            tokens=tokens,
+            columns=self._columns,
+            sha256=_total(self._hashes),
+            bad_lines=tuple(bad_lines),
+        )
+        with open(f"{self._path}.json.partial", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(record), file)
+        os.replace(f"{self._path}.json.partial", f"{self._path}.json")
+        return record
+
+
+def write_part(
+    path: str,
+    keys: np.ndarray,
+    documents: Sequence[np.ndarray],
+    languages: Sequence[np.ndarray] | None,
+    dtype: type,
+    bad_lines: Sequence[BadLine] = (),
+) -> PartRecord:
+    """Writes `documents`, token arrays [n] of `dtype`, in the order of their `keys` [D].
+
+    Args:
+        path: without suffix.
+        languages: uint16 [n] of each document's tokens, or None where the corpus has one language.
+    """
+    order = np.argsort(keys, kind="stable")
+    lengths = np.array([len(documents[index]) for index in order], np.int32)
+    total = int(lengths.sum(dtype=np.int64))
+    mixed = languages is not None
+    with PartWriter(path, documents=len(documents), tokens=total, dtype=dtype, mixed=mixed) as writer:
+        writer.add(0, keys[order])
+        writer.add(1, lengths)
+        for column, values in ((2, documents), (3, languages)):
+            if values:
+                writer.add(column, np.concatenate([values[index] for index in order]))
+        return writer.finish(bad_lines)
+
+
+def finished_part(path: str, *, combined: bool = False) -> PartRecord | None:
+    """The record of a part whose file is still what was written; None where it has to be made (again).
+
+    Args:
+        path: without suffix.
+        combined: its documents lie in a larger part, so that only its record is left.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with open(f"{path}.json", encoding="utf-8") as file:
+            fields = json.load(file)
+        bad_lines = tuple(BadLine(*bad) for bad in fields["bad_lines"])
+        record = PartRecord(**fields | {"bad_lines": bad_lines, "columns": tuple(fields["columns"])})
+        if combined or _is_intact(f"{path}.part", record):
+            return record
+    return None
+
+
+def _is_intact(path: str, record: PartRecord) -> bool:
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != sum(record.columns):
+            return False
+        hashes = [hashlib.sha256() for _ in record.columns]
+        for digest, left in zip(hashes, record.columns, strict=True):
+            while left:
+                data = file.read(min(left, 1 << 20))
+                digest.update(data)
+                left -= len(data)
+    return _total(hashes) == record.sha256
+
+
+def _total(hashes: Iterable) -> str:
+    return hashlib.sha256(b"".join(column.digest() for column in hashes)).hexdigest()
+
+
+class PartCursor:
+    """Reads a part once, in the order of its keys; its file stays open until `close`."""
+
+    def __init__(self, part: Part, dtype: type):
+        columns = part.record.columns
+        self._left = part.record.documents
+        self._places = [end - width for end, width in zip(accumulate(columns), columns, strict=True)]
+        self._dtype = np.dtype(dtype)
+        self._keys, self._lengths = np.empty(0, np.uint64), np.empty(0, np.int32)
+        self._file = os.open(f"{part.path}.part", os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    @property
+    def first_key(self) -> float:
+        """Of the next document, rounded; infinite where there is none."""
+        return float(self._keys[0]) if len(self._keys) or self._fill() else float("inf")
+
+    def below(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys uint64 [D] and lengths int32 [D] of the next documents, whose keys are below `limit`."""
+        keys, lengths = [], []
+        while len(self._keys) or self._fill():
+            end = len(self._keys) if limit >= 1 << 64 else int(np.searchsorted(self._keys, np.uint64(limit)))
+            keys.append(self._keys[:end])
+            lengths.append(self._lengths[:end])
+            self._keys, self._lengths = self._keys[end:], self._lengths[end:]
+            if len(self._keys):
+                break
+        if len(keys) == 1:
+            return keys[0], lengths[0]
+        return np.concatenate(keys or [self._keys]), np.concatenate(lengths or [self._lengths])
+
+    def read(self, column: int, values: np.ndarray) -> None:
+        """Fills `values` with what follows in a column: 2 tokens, 3 languages."""
+        view = memoryview(values).cast("B")
+        while len(view):
+            count = os.preadv(self._file, [view], self._places[column])
+            assert count > 0, "a part lost its end"
+            self._places[column] += count
+            view = view[count:]
+
+    def _fill(self) -> bool:
+        count = min(self._left, _KEYS_AT_ONCE)
+        if count:
+            self._left -= count
+            self._keys, self._lengths = np.empty(count, np.uint64), np.empty(count, np.int32)
+            self.read(0, self._keys)
+            self.read(1, self._lengths)
+        return count > 0

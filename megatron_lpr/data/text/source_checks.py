@@ -1,0 +1,120 @@
+"""What can be wrong with the sources of corpora, found before anything is written."""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
+from megatron_lpr.data.text.compressed import check_compression
+from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
+from megatron_lpr.data.text.text_files import format_of, parquet_file
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import EvaluationCorpus, PreprocessConfig, SourceConfig
+
+
+def check_sources(corpora: Sequence[SourceConfig], seed: int) -> None:
+    """Checks names, weights, and settings that contradict each other or have no effect.
+
+    Raises:
+        UserError: naming the corpus.
+    """
+    if not corpora:
+        raise UserError("no corpora to preprocess: name at least one")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"the shuffle's seed must be in [0, 2^63), not {seed}")
+    names = set()
+    for source in corpora:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source.name):
+            raise UserError(f"corpus name '{source.name}' is no file name: use letters, digits and . _ -")
+        if source.name in names:
+            raise UserError(f"two corpora are called '{source.name}'; give each its own name")
+        names.add(source.name)
+        if not (math.isfinite(source.weight) and source.weight > 0):
+            raise UserError(f"corpus '{source.name}': weight must be a positive number, not {source.weight}")
+        for problem in _contradictions(source):
+            raise UserError(f"corpus '{source.name}' {problem}")
+
+
+def _contradictions(source: SourceConfig) -> Iterator[str]:
+    if source.prefix is not None and source.files:
+        yield "has both a prefix and files; a corpus that exists is not made again"
+    if source.prefix is None and not source.files:
+        yield "names no text files"
+    tells_language = source.language_field is not None or source.tagger is not None
+    if source.language_field is not None and source.tagger is not None:
+        yield "has both a language_field and a tagger; one of them names the languages"
+    if tells_language and source.prefix is not None:
+        yield "has a prefix, so that its languages are in its .lang file; remove language_field and tagger"
+    if tells_language and not source.languages:
+        yield "has languages inside it; list them with their roles, as languages: {hu: expanded, en: original}"
+    if source.languages and not tells_language and source.prefix is None:
+        yield "lists languages, but neither a language_field nor a tagger says which text is in which"
+    if len(source.languages) > MAX_LANGUAGES:
+        yield f"lists {len(source.languages)} languages; a .lang file holds {MAX_LANGUAGES}"
+    if source.tagger is None and (source.sentence_splitter, source.sentence_model) != ("nltk", "english"):
+        yield "sets sentence_splitter or sentence_model, which have no effect without a tagger"
+    formats = {format_of(file, source.format) for file in source.files}
+    if formats == {"text"} and (source.text_field, source.language_field) != ("text", None):
+        yield "is plain text, which has no fields; remove text_field and language_field"
+    if formats and "text" not in formats and source.sample_by != "document":
+        yield "sets sample_by, which has an effect on plain text only"
+
+
+def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
+    """Looks for files that are there twice, under whatever names; the sources' patterns are replaced by paths.
+
+    Warns of a file in two corpora.
+
+    Raises:
+        UserError: a file twice in one corpus, or of a kind that is not read.
+    """
+    corpus_of: dict[tuple[int, int], str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for source in corpora:
+        paths: dict[tuple[int, int], str] = {}
+        for path in source.files:
+            check_compression(path)
+            file = os.stat(path)
+            identity = (file.st_dev, file.st_ino)
+            if identity in paths:
+                also = f", also as {paths[identity]}" if paths[identity] != path else ""
+                raise UserError(f"corpus '{source.name}' reads {path} twice{also}; list it once")
+            paths[identity] = path
+            if corpus_of.setdefault(identity, source.name) != source.name:
+                shared.setdefault((corpus_of[identity], source.name), []).append(path)
+    for (name, other), paths in shared.items():
+        more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+        print(f"warning: corpora '{name}' and '{other}' both read {paths[0]}{more}", file=sys.stderr)
+
+
+def check_plug_ins(source: SourceConfig) -> None:
+    """Finds a missing plug-in, library or column before hours of work do. UserError names it."""
+    tagger = tagger_settings(source)
+    if tagger is not None:
+        SentenceTagger(tagger, tuple(source.languages))
+    for path in source.files:
+        if format_of(path, source.format) == "parquet":
+            names = parquet_file(path).schema_arrow.names
+            for field in filter(None, (source.text_field, source.language_field)):
+                if field not in names:
+                    raise UserError(f"{path} has no column '{field}'; it has {', '.join(names)}")
+
+
+def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, object]:
+    """What, beside the bytes of the files, decides the tokens and their languages: all that is no default."""
+    fields = ("format", "text_field", "language_field", "sample_by", "tagger", "sentence_splitter", "sentence_model")
+    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+    settings = {name: getattr(source, name) for name in fields if getattr(source, name) != defaults[name]}
+    if max_document_bytes != PreprocessConfig.max_document_bytes:
+        settings["max_document_bytes"] = max_document_bytes
+    return settings | ({"languages": list(source.languages)} if source.languages else {})
+
+
+def tagger_settings(source: SourceConfig) -> TaggerSettings | None:
+    """The settings of the tagger, where a corpus has one."""
+    if source.tagger is None:
+        return None
+    return TaggerSettings(tagger=source.tagger, splitter=source.sentence_splitter, sentence_model=source.sentence_model)

@@ -1,0 +1,205 @@
+"""Text files on disk, cut into blocks of whole documents in bounded memory.
+
+    JSONL, plain text, each also as .gz, .zst, .bz2 or .xz  --decompress, cut at line ends-->  Block of bytes
+    Parquet                                                 --row groups, by number-->         Block without bytes
+
+A block says where its documents lie, so that a worker can name the line of a bad one, and so that a document has
+a place (file, offset) that depends on nothing but the files.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_lpr.data.text.compressed import decompressed, without_suffix
+from megatron_lpr.errors import UserError
+
+Format = Literal["auto", "jsonl", "parquet", "text"]
+SampleBy = Literal["document", "paragraph", "line"]
+
+BLOCK_BYTES = 16 << 20
+LONGEST_DOCUMENT = 128 << 20
+_READ_BYTES = 1 << 18
+_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Some documents of one file.
+
+    Attributes:
+        file, path: number of the file among its corpus' files, and its path.
+        format: jsonl, text or parquet.
+        offset: position of the block in the decompressed file, in bytes; of a Parquet file its first row.
+        line: number of its first line (row), from 1.
+        data: the bytes; None for Parquet, whose row group `row_group` the reader of the block opens itself.
+        position: bytes of all files read so far, as they lie on disk, for progress.
+    """
+
+    file: int
+    path: str
+    format: str
+    offset: int
+    line: int
+    data: bytes | None
+    row_group: int = 0
+    position: int
+
+
+def expand(files: Sequence[str]) -> tuple[str, ...]:
+    """Paths in order, shell patterns (text/hu/*.jsonl.gz) replaced by what they match, sorted.
+
+    Raises:
+        UserError: a file that is not there, or a pattern that matches none.
+    """
+    paths: list[str] = []
+    for file in files:
+        found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
+        if not found:
+            raise UserError(f"no file {file}")
+        paths += found
+    return tuple(paths)
+
+
+def format_of(path: str, wanted: Format = "auto") -> str:
+    """jsonl, text or parquet, by the file's name where `wanted` is auto; any unknown name is JSONL."""
+    if wanted != "auto":
+        return wanted
+    name = without_suffix(path)
+    return "text" if name.endswith(".txt") else "parquet" if name.endswith(".parquet") else "jsonl"
+
+
+def files_sha256(files: Sequence[str], settings: dict[str, Any] | None = None) -> str:
+    """SHA-256 over the files' own SHA-256 sums, in order, and over `settings` where there are any; hexadecimal."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        total = hashlib.sha256(b"".join(threads.map(_file_sha256, files)))
+    if settings:
+        total.update(json.dumps(settings, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def read_blocks(
+    files: Sequence[str],
+    *,
+    format: Format = "auto",
+    sample_by: SampleBy = "document",
+    block_bytes: int = BLOCK_BYTES,
+) -> Iterator[Block]:
+    """Cuts `files` into blocks of about `block_bytes`, the same ones each time, holding one at a time.
+
+    Args:
+        sample_by: what a document of a text file is (a word of Hugging Face's text loader): the whole file, a
+            paragraph (lines up to a blank one) or a line.
+
+    Raises:
+        UserError: a file is unreadable or incomplete, or holds a document above LONGEST_DOCUMENT bytes.
+    """
+    finished = 0
+    for number, path in enumerate(files):
+        kind = format_of(path, format)
+        try:
+            if kind == "parquet":
+                yield from _row_groups(number, path, finished)
+            else:
+                yield from _cut_file(number, path, kind, sample_by, block_bytes, finished)
+            finished += os.path.getsize(path)
+        except OSError as error:
+            raise UserError(f"cannot read the text file {path}: {error.strerror or error}") from error
+
+
+def parquet_file(path: str) -> Any:
+    """pyarrow's ParquetFile. UserError where pyarrow is missing or the file is none."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow; pip install 'megatron-lpr[parquet]'") from None
+    try:
+        return pyarrow.parquet.ParquetFile(path, memory_map=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a complete Parquet file: {' '.join(str(error).split())}") from error
+
+
+def _row_groups(number: int, path: str, finished: int) -> Iterator[Block]:
+    metadata = parquet_file(path).metadata
+    row, size = 0, os.path.getsize(path)
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        position = finished + size * (row + rows) // max(metadata.num_rows, 1)
+        yield Block(
+            file=number, path=path, format="parquet", offset=row, line=row + 1, data=None, row_group=group,
+            position=position,
+        )  # fmt: skip
+        row += rows
+
+
+def _cut_file(
+    number: int, path: str, kind: str, sample_by: SampleBy, block_bytes: int, finished: int
+) -> Iterator[Block]:
+    end_of = _end_of_lines
+    if kind == "text" and sample_by != "line":
+        end_of = _end_of_paragraphs if sample_by == "paragraph" else _never
+    with open(path, "rb") as raw:
+        offset, line = 0, 1
+        for data in _cut(decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
+            yield Block(
+                file=number, path=path, format=kind, offset=offset, line=line, data=data,
+                position=finished + raw.tell(),
+            )  # fmt: skip
+            offset += len(data)
+            line += data.count(b"\n")
+
+
+def _cut(
+    chunks: Iterator[bytes], end_of: Callable[[bytearray, int], int], block_bytes: int, path: str
+) -> Iterator[bytes]:
+    """Pieces of at least `block_bytes` that end where a document does."""
+    buffer, searched = bytearray(), 0
+    for chunk in chunks:
+        buffer += chunk
+        if len(buffer) < block_bytes:
+            continue
+        end = end_of(buffer, searched)
+        if end > 0:
+            with memoryview(buffer) as view:
+                data = bytes(view[:end])
+            del buffer[:end]
+            yield data
+        elif len(buffer) > LONGEST_DOCUMENT:
+            raise UserError(
+                f"{path} holds a document of more than {LONGEST_DOCUMENT >> 20} MiB; divide it "
+                "(a text file with sample_by: paragraph or line)"
+            )
+        searched = 0 if end > 0 else len(buffer)
+    if buffer or end_of is _never:  # an empty file is an empty document
+        yield bytes(buffer)
+
+
+def _end_of_lines(buffer: bytearray, searched: int) -> int:
+    return buffer.rfind(b"\n", searched) + 1
+
+
+def _end_of_paragraphs(buffer: bytearray, searched: int) -> int:
+    """Position after the last blank line. A blank line may straddle what was searched before: look back a little."""
+    last = 0
+    for match in _BLANK_LINE.finditer(buffer, max(searched - 1024, 0)):
+        last = match.end()
+    return last
+
+
+def _never(buffer: bytearray, searched: int) -> int:
+    return 0
+
+
+def _file_sha256(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error

@@ -1,0 +1,35 @@
+"""Model families, a table each. Nothing else in the package knows a Hugging Face tensor name."""
+
+from pathlib import Path
+
+from megatron_lpr.families.llama import LLAMA, MISTRAL
+from megatron_lpr.families.qwen import QWEN2, QWEN3
+from megatron_lpr.families.reading import read_model
+from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER, Architecture, Family, Shape
+
+__all__ = [
+    "EMBEDDING",
+    "FAMILIES",
+    "OUTPUT_LAYER",
+    "Architecture",
+    "Family",
+    "Shape",
+    "family_of",
+    "read_architecture",
+]
+
+# A MoE class that several families are exported to is read as the first of them.
+FAMILIES = {family.name: family for family in (MISTRAL, LLAMA, QWEN2, QWEN3)}
+
+
+def family_of(arch: Architecture) -> Family:
+    return FAMILIES[arch.family]
+
+
+def read_architecture(hf_dir: str | Path) -> Architecture:
+    """The architecture of a HF model folder, dense or already upcycled.
+
+    UserError: no folder, no config.json, an architecture that is not supported (the supported ones are
+    named), a field that is missing, or a feature that the family cannot carry.
+    """
+    return read_model(hf_dir, FAMILIES.values())

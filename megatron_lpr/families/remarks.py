@@ -1,0 +1,40 @@
+"""What a user should know of a conversion that works all the same: sentences for warnings."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_lpr.families import Architecture
+from megatron_lpr.files.safetensors_io import torch_dtype
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+# Every number of the first is one of the second.
+_EXACT = {("bfloat16", "float32"), ("float16", "float32")}
+_ROW_BYTES = 16  # torch.nn.functional.grouped_mm refuses matrices whose rows do not start at a multiple
+
+
+def remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str, num_experts: int) -> Iterator[str]:
+    """Of a model with `num_experts` experts (0: dense) that is written in `dtype`, with the tokenizer of `hf_dir`."""
+    yield from base_remarks(arch, hf_dir, dtype=dtype)
+    for name, size in (("expert width", arch.ffn_hidden_size), ("hidden size", arch.hidden_size)):
+        row_bytes = size * torch_dtype(dtype).itemsize
+        if num_experts and row_bytes % _ROW_BYTES:
+            yield (
+                f"the {name} {size} makes rows of {row_bytes} bytes in {dtype}, no multiple of {_ROW_BYTES}: "
+                "transformers' default kernel (grouped_mm) cannot run the export; load it with "
+                "from_pretrained(..., experts_implementation='eager')"
+            )
+
+
+def base_remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str) -> Iterator[str]:
+    """Of the base model alone, whose weights become `dtype`."""
+    if not any((Path(hf_dir) / name).is_file() for name in _TOKENIZER_FILES):
+        yield (
+            f"'{hf_dir}' holds no tokenizer ({', '.join(_TOKENIZER_FILES)}), and so will no export of it: copy the "
+            "tokenizer of the model there"
+        )
+    if dtype != arch.dtype and (arch.dtype, dtype) not in _EXACT:
+        exact = " or ".join(dict.fromkeys(("float32", arch.dtype)))
+        yield (
+            f"'{hf_dir}' is {arch.dtype} and {dtype} cannot hold all of its numbers: frozen tensors are the base's "
+            f"rounded, not its very numbers; {exact} keeps them"
+        )

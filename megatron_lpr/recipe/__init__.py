@@ -1,0 +1,1 @@
+"""The settings of every command: declared, read, checked."""

@@ -1,0 +1,164 @@
+"""Recipes from YAML and dotted overrides, and back; unknown keys and wrong types end in one sentence."""
+
+import copy
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
+from megatron_lpr.recipe.settings import Recipe
+
+T = TypeVar("T")
+
+
+def load_recipe(
+    path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
+) -> Recipe:
+    """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names and types.
+
+    All of it lies over `under`, which is the whole recipe where there is no `path`.
+
+    Raises:
+        UserError: no such file, no mapping, unknown key (names the nearest), wrong type, missing required key.
+    """
+    tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
+    for override in overrides:
+        _override(tree, override)
+    return from_tree(Recipe, tree, where=path or "command line")
+
+
+def to_tree(config: Any) -> Any:
+    """A dataclass as plain dicts and lists, for YAML and JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple | list):
+        return [to_tree(item) for item in config]
+    return dict(config) if isinstance(config, Mapping) else config
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"recipe {path}: a folder; name the YAML file in it")
+    if not path.exists():
+        raise UserError(f"recipe {path}: no such file")
+    if path.resolve() in including:
+        raise UserError(f"recipe {path}: includes itself")
+    tree = read_yaml(path, f"recipe {path}")
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
+    include = tree.pop("include", None)
+    if include is None:
+        return tree
+    if not isinstance(include, str):
+        raise UserError(f"recipe {path}: include names one file, as include: common.yaml, not {include!r}")
+    return _merge(_read(path.parent / include, (*including, path.resolve())), tree)
+
+
+def _merge(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    merged = under | over
+    return merged | {key: _merge(under[key], over[key]) for key in under.keys() & over.keys()}
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}': expected section.key=value, as optimizer.lr=1e-4")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+    tree[leaf] = parse_yaml(value, f"override '{override}'")
+
+
+def from_tree(cls: type[T], tree: Any, where: str) -> T:
+    """Build dataclass `cls` from plain dicts; `where` names the place in messages."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected a mapping, found {tree!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), fields)}")
+    for name, f in fields.items():
+        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in tree and no_default:
+            raise UserError(f"{where}: missing key '{name}' ({f.metadata['doc']})")
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint`; YAML reads 1e-4 as a string and 1 as an int, so numbers are converted, not only checked."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if isinstance(value, bool):
+            value = str(value).lower()  # YAML reads the word true as a bool
+        if value not in arguments:
+            raise UserError(f"{where}: unknown value '{value}'{nearest(str(value), arguments)}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_tree(hint, value, where)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a mapping, found {value!r}")
+        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    wrong = UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    if hint is bool or isinstance(value, bool):
+        if hint is bool and isinstance(value, bool):
+            return value
+        raise wrong
+    if hint is str:
+        if isinstance(value, str | int | float):
+            return str(value)
+        raise wrong
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        raise wrong
+    return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
+
+
+def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
+    """One line per setting, `section.key: type = default  # doc`: the body of `--help`."""
+    lines = []
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+        name = f"{prefix}{f.name}"
+        if nested is not None:
+            many = typing.get_origin(hint) is tuple
+            lines += describe(nested, f"{name}[]." if many else f"{name}.")
+            continue
+        if f.default is not dataclasses.MISSING:
+            default = f" = {f.default}"
+        elif f.default_factory is not dataclasses.MISSING:
+            default = f" = {f.default_factory()}"
+        else:
+            default = " (required)"
+        literal = typing.get_origin(hint) is typing.Literal
+        type_name = "|".join(map(str, typing.get_args(hint))) if literal else getattr(hint, "__name__", str(hint))
+        if typing.get_args(hint) and not literal:
+            type_name = str(hint).replace("typing.", "")
+        lines.append(f"  {name}: {type_name}{default}\n      {f.metadata['doc']}")
+    return lines

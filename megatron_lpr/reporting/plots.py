@@ -1,0 +1,118 @@
+"""Plots of a run: loss curves, and where each language's tokens go before and after review."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.reporting.metrics_log import StepMetrics
+
+LOSSES = {
+    "ntp_loss": ("Next-token prediction", "NTP loss (nats per token)"),
+    "balance_loss": ("Load balance (1: every expert gets the same)", "balance loss (no unit)"),
+    "lpr_loss": ("Language Priors Routing", "LPR loss, mean of -ln p$_0$ (nats)"),
+}
+
+
+def plot_losses(runs: Mapping[str, Sequence[StepMetrics]], path: str | Path) -> None:
+    """Write a PNG of the loss curves, one panel per loss that any run has, one line per run.
+
+    Args:
+        runs: records of a metrics.jsonl under the name of each run.
+        path: the PNG.
+
+    Raises:
+        UserError: no records at all.
+    """
+    panels = [key for key in LOSSES if any(record[key] is not None for run in runs.values() for record in run)]
+    if not panels:
+        raise UserError(f"no steps to plot in {path}: the runs {', '.join(runs) or '(none)'} logged nothing")
+    figure = Figure(figsize=(1 + 4.6 * len(panels), 3.8), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (name, records) in enumerate(runs.items()):
+            points = [(record["step"], record[key]) for record in records if record[key] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name, color=f"C{number}")
+        title, unit = LOSSES[key]
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    _save(figure, path)
+
+
+def plot_frozen_share(
+    shares: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, max_share: float
+) -> None:
+    """Write a PNG of heatmaps, one per moment: how much of the routing goes to the frozen experts.
+
+    Args:
+        shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
+            slots that frozen experts get in each MoE layer, 0..1. See `first_and_last`.
+        path: the PNG.
+        max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
+            a token takes an expert once.
+
+    Raises:
+        UserError: no shares at all.
+    """
+    if not any(shares.values()):
+        raise UserError(f"no router statistics to plot in {path}: the run logged none")
+    columns = list(dict.fromkeys(column for moment in shares.values() for column in moment))
+    layers = max(len(share) for moment in shares.values() for share in moment.values())
+    width, height = 2.2 + 0.9 * len(columns) * len(shares), 1.8 + 0.22 * layers
+    figure = Figure(figsize=(max(width, 5), max(height, 4)), layout="constrained")
+    panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
+    for axes, (moment, share_of) in zip(panels, shares.items(), strict=True):
+        share_LC = np.full((layers, len(columns)), np.nan)
+        for index, column in enumerate(columns):
+            if column in share_of:
+                share_LC[:, index] = share_of[column]
+        image = _heatmap(axes, share_LC, columns, max_share=max_share)
+        axes.set_title(moment)
+    panels[0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=list(panels), format=PercentFormatter(xmax=1, decimals=0))
+    bar.set_label(f"share of slots (at most {100 * max_share:.0f}%)")
+    figure.suptitle("Routing slots that go to frozen experts")
+    _save(figure, path)
+
+
+def first_and_last(records: Iterable[StepMetrics]) -> dict[str, dict[str, list[float]]]:
+    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics of the layers.
+
+    The first step's forward pass sees the routers as the run before left them. Holds two records at a time.
+    """
+    ends: list[StepMetrics] = []
+    for record in records:
+        if record.get("router"):
+            ends = [*ends[:1], record]
+    return {
+        f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
+        for record in ends
+    }
+
+
+def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:
+    """share_LC: layers x columns, NaN where a language had no tokens."""
+    axes.set_facecolor("0.85")
+    image = axes.imshow(share_LC, vmin=0, vmax=max_share, cmap="viridis", aspect="auto", origin="lower")
+    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+    axes.set_xticks(range(len(columns)), columns, **slanted)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(share_LC) <= 64:
+        for (layer, column), share in np.ndenumerate(share_LC):
+            dark = share < 0.5 * max_share
+            text = "" if np.isnan(share) else f"{100 * share:.0f}"
+            axes.text(column, layer, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    return image
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_figure(path, dpi=130)

@@ -1,0 +1,40 @@
+"""Preprocesses in small blocks, for tests that kill it or watch its memory.
+
+    preprocess_slowly.py TEXT TOKENIZER OUTPUT WORKERS BLOCK_BYTES [SECONDS per block]
+
+Prints the larger peak resident set size of this process and of its workers, in KiB. Ends with 130 at Ctrl-C.
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+from megatron_lpr.data.preprocess import make_corpus, tokenize_parts
+from megatron_lpr.data.preprocess.preprocess import preprocess
+from megatron_lpr.recipe.settings import SourceConfig
+
+
+def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str, seconds: str = "0") -> None:
+    make_corpus._LEAST_BLOCK_BYTES = make_corpus.BLOCK_BYTES = make_corpus.BUCKET_BYTES = int(block_bytes)
+    tokenize_parts._SMALL_BYTES = 0  # a worker even for one process
+    read_blocks = make_corpus.read_blocks
+
+    def slow_blocks(*arguments, **options):
+        for block in read_blocks(*arguments, **options):
+            time.sleep(float(seconds))
+            yield block
+
+    make_corpus.read_blocks = slow_blocks
+    source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")
+    try:
+        preprocess([source], tokenizer_dir=tokenizer, output_dir=output, workers=int(workers))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    # Not getrusage: its maximum starts with that of the process that forked this one.
+    peak = int(next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+    print(max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,276 @@
+"""Exact mixtures: counts of every prefix, against the weights and against a slow scheduler."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sampler_oracle import draws
+
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import MixturePiece
+
+# Corpora of one window each: the epoch of a pick is then its corpus' number of earlier picks.
+SEQ_LENGTH = 4
+
+
+@pytest.fixture
+def sampler_of(write_corpus):
+    prefix = write_corpus("one_window", [[5, 6, 7]])
+
+    def make(expanded: list[float], original: list[float], mixture: dict[str, float], schedule=()) -> ReplaySampler:
+        corpora = [
+            Corpus(
+                name=f"{role}{number}",
+                prefix=prefix,
+                language=f"{role}{number}",
+                role=role,
+                weight=weight,
+                documents=1,
+                tokens=3,
+                digest=f"{number:064x}",
+            )
+            for role, weights in (("expanded", expanded), ("original", original))
+            for number, weight in enumerate(weights)
+        ]
+        tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=2)
+        manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=tuple(corpora))
+        return ReplaySampler(manifest, seq_length=SEQ_LENGTH, seed=1, mixture=mixture, schedule=schedule)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "expanded, original, share",
+    [
+        ([1], [1], Fraction(1, 2)),
+        ([3, 1], [1], Fraction(9, 10)),
+        ([1, 1, 1], [5, 2], Fraction(1, 3)),
+        ([7, 5, 3, 1], [1, 99, 1], Fraction(99, 100)),
+        ([2, 4, 6], [10, 10], Fraction(123, 1000)),
+        # Any rounding of the deadlines but the exact one orders these differently.
+        ([7, 1, 5, 9, 8], [1], Fraction(3, 5)),
+    ],
+)
+def test_agrees_with_the_oracle(sampler_of, expanded, original, share):
+    sampler = sampler_of(expanded, original, {"expanded": float(share), "original": float(1 - share)})
+    picks = sampler.picks(0, 200)
+    assert [(int(corpus), int(epoch)) for corpus, _, epoch in picks] == draws(expanded, original, share, 200)
+
+
+def assert_exact_prefixes(sampler: ReplaySampler, length: int):
+    counts = [0] * len(sampler.shares)
+    expanded = 0
+    expanded_share = sum(
+        share for share, corpus in zip(sampler.shares, sampler.manifest.corpora, strict=True)
+        if corpus.role == "expanded"
+    )  # fmt: skip
+    for k, (corpus, _, index) in enumerate(sampler.picks(0, length).tolist(), start=1):
+        assert index == counts[corpus]
+        counts[corpus] += 1
+        expanded += sampler.manifest.corpora[corpus].role == "expanded"
+        for count, share in zip(counts, sampler.shares, strict=True):
+            assert abs(count * share.denominator - k * share.numerator) < share.denominator
+        assert abs(expanded - k * expanded_share) <= Fraction(1, 2)
+
+
+weights = st.lists(
+    st.one_of(st.integers(1, 9), st.floats(0.01, 10), st.sampled_from([0.001, 0.999, 1 / 3])),
+    min_size=1,
+    max_size=6,
+)
+shares = st.one_of(st.sampled_from([1e-6, 1 - 1e-6, 0.5, 1 / 3, 0.999]), st.floats(1e-6, 1 - 1e-6))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(expanded=weights, original=weights, share=shares)
+def test_every_prefix_is_within_one_of_its_share(sampler_of, expanded, original, share):
+    sampler = sampler_of(expanded, original, {"expanded": share, "original": 1 - share})
+    assert_exact_prefixes(sampler, 400)
+
+
+def test_many_corpora(sampler_of):
+    sampler = sampler_of([1 + number % 7 for number in range(300)], [1], {"expanded": 0.75, "original": 0.25})
+    counts = [0] * 301
+    for k, (corpus, _, index) in enumerate(sampler.picks(0, 5000).tolist(), start=1):
+        assert index == counts[corpus]
+        counts[corpus] += 1
+        assert abs(counts[corpus] - k * sampler.shares[corpus]) < 1
+    assert all(abs(count - 5000 * share) < 1 for count, share in zip(counts, sampler.shares, strict=True))
+
+
+@pytest.mark.parametrize("first", [10**6, 2**40 - 3, 2**61])
+def test_random_access_far_into_a_run(sampler_of, first):
+    sampler = sampler_of([0.7, 0.2, 0.1], [1, 2], {"expanded": 1 - 1e-6, "original": 1e-6})
+    for k, (corpus, _, index) in enumerate(sampler.picks(first, 200).tolist(), start=first + 1):
+        assert abs(index + 1 - k * sampler.shares[corpus]) < 1
+
+
+def test_shares_are_what_was_written(sampler_of):
+    sampler = sampler_of([0.1, 0.2], [3, 1], {"expanded": 0.001, "original": 0.999})
+    assert sampler.shares == (
+        Fraction(1, 3000), Fraction(2, 3000), Fraction(999 * 3, 4000), Fraction(999, 4000)
+    )  # fmt: skip
+
+
+def test_unrelated_weights_are_exact(sampler_of):
+    weights = (123456789, 987654321, 31415926.5)
+    sampler = sampler_of(list(weights), [], {"expanded": 1})
+    assert sampler.shares == tuple(Fraction(weight) / Fraction(sum(weights)) for weight in weights)
+    assert_exact_prefixes(sampler, 400)
+
+
+@pytest.mark.parametrize(
+    "expanded, original",
+    [
+        ([1e-6, 1 - 1e-6], [1]),
+        ([1e-6, 1 - 1e-6], [1 - 1e-6, 1e-6]),
+        ([0.999, 0.001, 0.0001], [1, 3]),
+        ([0.1234567890123, 0.7654321098765, 1e-6], [2.718281828459045, 3.141592653589793]),
+    ],
+)
+@pytest.mark.parametrize("share", [1e-6, 0.5, 1 - 1e-6])
+def test_adversarial_weights_at_both_levels_far_into_a_run(sampler_of, expanded, original, share):
+    """At samples far from 0, reached without those before: every count is within one of what was asked for."""
+    of_role = Fraction(str(share)), 1 - Fraction(str(share))
+    sampler = sampler_of(expanded, original, {"expanded": share, "original": float(of_role[1])})
+    asked = [
+        role_share * Fraction(str(weight)) / sum(Fraction(str(w)) for w in weights)
+        for role_share, weights in zip(of_role, (expanded, original), strict=True)
+        for weight in weights
+    ]
+    assert list(sampler.shares) == asked
+    for first in (0, 999_990, 10**9 + 7, 2**41 + 12345, 2**60):
+        counts = sampler.samples_before(first)
+        assert sum(counts) == first
+        for k, (corpus, _, index) in enumerate(sampler.picks(first, 2000).tolist(), start=first + 1):
+            assert index == counts[corpus]
+            counts[corpus] += 1
+            assert all(abs(count - k * share) < 1 for count, share in zip(counts, asked, strict=True))
+
+
+def test_blocks_join(sampler_of):
+    """Weights of a large common denominator are laid out block by block; no sample is lost or doubled between two."""
+    sampler = sampler_of([0.70000000001, 0.2, 0.09999999999], [1], {"expanded": 1.0})
+    assert_exact_prefixes(sampler, 13_000)
+    for first in (4095, 4096, 4097, 8191, 8192):
+        assert sampler.picks(first, 50).tolist() == sampler.picks(0, 9000)[first : first + 50].tolist()
+
+
+def test_a_role_without_share_is_never_read(sampler_of):
+    sampler = sampler_of([1], [1], {"expanded": 1.0})
+    assert set(sampler.picks(0, 100)[:, 0].tolist()) == {0}
+    sampler = sampler_of([1], [1], {"original": 2.0, "expanded": 0})
+    assert set(sampler.picks(0, 100)[:, 0].tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    "expanded, original, mixture, message",
+    [
+        (
+            [1],
+            [],
+            {"expanded": 0.5, "original": 0.5},
+            "review without original-language data.*role: original",
+        ),
+        ([], [1], {"expanded": 1.0}, "asks for expanded data.*role: expanded"),
+        ([1], [1], {"expandd": 1.0}, "did you mean 'expanded'"),
+        ([1], [1], {"expanded": -1.0}, "must be a number >= 0"),
+        ([1], [1], {"expanded": float("nan")}, "must be a number >= 0"),
+        ([1], [1], {}, "asks for no data"),
+        ([1], [1], {"expanded": 1.0, "original": 1e-30}, "original data is too small"),
+        ([1, 5e-8], [], {"expanded": 1.0}, "weight of corpus 'expanded1' is below 1 in 16,777,216"),
+    ],
+)
+def test_impossible_mixtures(sampler_of, expanded, original, mixture, message):
+    with pytest.raises(UserError, match=message):
+        sampler_of(expanded, original, mixture)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    weights=st.one_of(
+        st.lists(st.integers(10**5, 10**9), min_size=2, max_size=9),
+        st.lists(st.integers(1, 9), min_size=1, max_size=3).map(lambda n: [10**5 * w + 1 for w in n] + [99] * 8),
+        st.integers(2, 60).map(lambda n: [10**6 + (i % 3) for i in range(n)]),
+    ),
+    block=st.integers(0, 2**46),
+    before=st.integers(0, 3),
+)
+def test_every_count_in_a_role_is_within_its_tighter_bound(sampler_of, weights, block, before):
+    """|count - n w| < 1 - w / 2, which leaves room for the role's own half; around the border of two blocks."""
+    sampler = sampler_of(weights, [], {"expanded": 1.0})
+    first = max(0, 4096 * block - before)
+    counts = sampler.samples_before(first)
+    picked = [corpus for corpus, *_ in sampler.picks(first, 40).tolist()]
+    for n, corpus in enumerate([None, *picked], start=first):
+        if corpus is not None:
+            counts[corpus] += 1
+        for count, share in zip(counts, sampler.shares, strict=True):
+            assert abs(count - n * share) < 1 - share / 2
+
+
+def test_schedule_neither_repeats_nor_skips(sampler_of):
+    """Whatever the mixtures, each corpus' samples are its 0th, 1st, 2nd, ...; and each piece is exact in itself."""
+    schedule = (
+        MixturePiece(from_sample=101, mixture={"expanded": 0.01, "original": 0.99}),
+        MixturePiece(from_sample=350, weights={"expanded0": 0, "original1": 7.5}),
+        MixturePiece(from_sample=351, mixture={"original": 1.0}),
+        MixturePiece(from_sample=600, weights={"expanded1": 0.1}),
+    )
+    sampler = sampler_of([1, 2, 0.3], [5, 1], {"expanded": 0.7, "original": 0.3}, schedule)
+    assert [m.first_sample for m in sampler.mixtures] == [0, 101, 350, 351, 600]
+    picks = sampler.picks(0, 1000).tolist()
+    counts, before = [0] * 5, [0] * 5
+    for k, (corpus, _, index) in enumerate(picks):
+        mixture = [m for m in sampler.mixtures if m.first_sample <= k][-1]
+        if mixture.first_sample == k:
+            before = list(counts)
+        assert index == counts[corpus]
+        counts[corpus] += 1
+        here = k + 1 - mixture.first_sample
+        for corpus in range(5):
+            assert abs(counts[corpus] - before[corpus] - here * mixture.shares[corpus]) < 1
+        assert sampler.samples_before(k + 1) == counts
+    assert sampler.mixtures[2].shares[0] == 0 and sampler.mixtures[3].shares[:3] == (0, 0, 0)
+    for first in (0, 100, 101, 349, 350, 351, 352, 599, 999):
+        assert sampler.picks(first, 1000 - first).tolist() == picks[first:]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    expanded=weights,
+    original=weights,
+    pieces=st.lists(st.tuples(st.integers(1, 150), shares), max_size=4),
+    far=st.sampled_from([0, 10**12]),
+)
+def test_any_schedule_neither_repeats_nor_skips(sampler_of, expanded, original, pieces, far):
+    schedule, start = [], far
+    for length, share in pieces:
+        start += length
+        schedule.append(MixturePiece(from_sample=start, mixture={"expanded": share, "original": 1 - share}))
+    sampler = sampler_of(expanded, original, {"expanded": 0.5, "original": 0.5}, tuple(schedule))
+    counts = sampler.samples_before(far)
+    for corpus, _, index in sampler.picks(far, 700).tolist():
+        assert index == counts[corpus]
+        counts[corpus] += 1
+    assert counts == sampler.samples_before(far + 700)
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ([(5, {"expanded": 1}, {}), (5, {"expanded": 1}, {})], r"schedule\[1\].from_sample: 5 does not come after 5"),
+        ([(0, {"expanded": 1}, {})], "the mixture from sample 0 on is data.mixture"),
+        ([(5, {"expandd": 1}, {})], "did you mean 'expanded'"),
+        ([(5, None, {"expanded": 1})], "no corpus 'expanded' in .*did you mean 'expanded0'"),
+        ([(5, None, {"expanded0": -1})], "weight of corpus 'expanded0' must be a number >= 0"),
+        ([(5, None, {"expanded0": 0})], r"asks for expanded data, but no corpus .* has that role \(and a weight\)"),
+    ],
+)
+def test_impossible_schedules(sampler_of, schedule, message):
+    pieces = [MixturePiece(from_sample=start, mixture=mixture, weights=w) for start, mixture, w in schedule]
+    with pytest.raises(UserError, match=message):
+        sampler_of([1], [1], {"expanded": 0.5, "original": 0.5}, pieces)

@@ -1,0 +1,87 @@
+"""What the plots draw, read back from the figures and from the files."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.reporting import plots as routing_plots
+from megatron_lpr.reporting.plots import first_and_last, plot_frozen_share, plot_losses
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures in the order in which they were made."""
+    made = []
+
+    class Recorded(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(routing_plots, "Figure", Recorded)
+    return made
+
+
+def record(step, ntp, balance=None, lpr=None, **shares):
+    router = {language: {"frozen_share": share} for language, share in shares.items()}
+    return {"step": step, "ntp_loss": ntp, "balance_loss": balance, "lpr_loss": lpr, "router": router}
+
+
+def test_losses_have_a_panel_each_and_a_line_per_run(tmp_path, figures):
+    runs = {
+        "stage 1": [record(1, 3.0, balance=1.25), record(2, 2.0, balance=1.125)],
+        "stage 2": [record(1, 1.5, lpr=0.75), record(2, 1.25, lpr=0.5), record(3, 1.0, lpr=0.25)],
+    }
+    path = tmp_path / "plots" / "loss.png"
+    plot_losses(runs, path)
+    drawn = {
+        axes.get_ylabel().split()[0]: {
+            line.get_label(): list(zip(*(values.tolist() for values in line.get_data()), strict=True))
+            for line in axes.get_lines()
+        }
+        for axes in figures[0].axes
+    }
+    assert drawn == {
+        "NTP": {"stage 1": [(1, 3.0), (2, 2.0)], "stage 2": [(1, 1.5), (2, 1.25), (3, 1.0)]},
+        "balance": {"stage 1": [(1, 1.25), (2, 1.125)]},
+        "LPR": {"stage 2": [(1, 0.75), (2, 0.5), (3, 0.25)]},
+    }
+    assert imread(path).shape[0] > 300
+
+
+def test_loss_panels_that_no_run_has_are_left_out(tmp_path, figures):
+    plot_losses({"dense": [record(1, 3.0)]}, tmp_path / "loss.png")
+    assert [axes.get_ylabel() for axes in figures[0].axes] == ["NTP loss (nats per token)"]
+
+
+def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
+    records = [
+        record(1, 1.0, hu=[0.25, 0.375]),
+        record(2, 1.0, hu=[0.0, 0.0], en=[0.0, 0.0]),
+        record(3, 1.0, hu=[0.125, 0.25], en=[0.5, 0.5]),
+    ]
+    path = tmp_path / "heat.png"
+    plot_frozen_share(first_and_last(records), path, max_share=0.5)
+    before, after, bar = figures[0].axes
+    np.testing.assert_array_equal(before.images[0].get_array().filled(-1), [[0.25, -1], [0.375, -1]])
+    np.testing.assert_array_equal(after.images[0].get_array(), [[0.125, 0.5], [0.25, 0.5]])
+    assert [before.get_title(), after.get_title()] == ["step 1", "step 3"]
+    assert [label.get_text() for label in after.get_xticklabels()] == ["hu", "en"]
+    assert [axes.images[0].get_clim() for axes in (before, after)] == [(0, 0.5), (0, 0.5)]
+    assert "50%" in bar.get_ylabel()
+    assert [text.get_text() for text in after.texts] == ["12", "50", "25", "50"]
+    assert imread(path).shape[0] > 300
+
+
+def test_first_and_last_skip_steps_without_router_statistics():
+    records = [record(1, 1.0), record(2, 1.0, hu=[0.25]), record(3, 1.0, hu=[0.5]), record(4, 1.0)]
+    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
+
+
+def test_nothing_to_plot_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no steps to plot"):
+        plot_losses({"stage 1": []}, tmp_path / "loss.png")
+    with pytest.raises(UserError, match="no router statistics"):
+        plot_frozen_share(first_and_last([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)
