@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from megatron_lpr.data.text.compressed import decompressed, without_suffix
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 
 Format = Literal["auto", "jsonl", "parquet", "text"]
 SampleBy = Literal["document", "paragraph", "line"]
@@ -78,7 +79,7 @@ def format_of(path: str, wanted: Format = "auto") -> str:
 def files_sha256(files: Sequence[str], settings: dict[str, Any] | None = None) -> str:
     """SHA-256 over the files' own SHA-256 sums, in order, and over `settings` where there are any; hexadecimal."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        total = hashlib.sha256(b"".join(threads.map(_file_sha256, files)))
+        total = hashlib.sha256(b"".join(map(bytes.fromhex, threads.map(file_sha256, files))))
     if settings:
         total.update(json.dumps(settings, sort_keys=True).encode())
     return total.hexdigest()
@@ -195,11 +196,3 @@ def _end_of_paragraphs(buffer: bytearray, searched: int) -> int:
 
 def _never(buffer: bytearray, searched: int) -> int:
     return 0
-
-
-def _file_sha256(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error

@@ -1,6 +1,5 @@
 """One face for the two kinds of tokenizer files: Hugging Face's tokenizer.json and SentencePiece's .model."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ from megatron_lpr.data.text.special_tokens import (
     sentencepiece_bos,
 )
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 
 _REMEMBERED_WORDS = 1 << 18
 Engine = Literal["tokenizers", "fastokens"]
@@ -131,7 +131,7 @@ class HFTokenizer:
         self.eod_id = hf_eod(self._tokenizer, file.parent)
         self.bos_id = hf_bos(self._tokenizer, file.parent, special.bos)
         self.parses_special_tokens = special.parse
-        self.sha256 = _sha256(file)
+        self.sha256 = file_sha256(file)
         self._tokenizer.encode_special_tokens = not special.parse
         if not special.parse:
             check_text_stays_text(self._tokenizer, file)
@@ -170,7 +170,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{file} has no end-of-sentence piece to end documents with")
         self.bos_id = sentencepiece_bos(self._processor, file.parent, special.bos)
         self.parses_special_tokens = False
-        self.sha256 = _sha256(file)
+        self.sha256 = file_sha256(file)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
@@ -204,8 +204,3 @@ class SentencePieceTokenizer:
             [1 if processor.is_byte(i) else len(processor.id_to_piece(i).encode()) for i in range(self.vocab_size)],
             np.int64,
         )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
