@@ -71,9 +71,9 @@ def read_yaml(path: str | Path, where: str) -> Any:
     return parse_yaml(text, where)
 
 
-def dump_yaml(content: Any, file) -> None:
-    """Writes plain types to an open text file, keys in their order."""
-    yaml.dump(content, file, _Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(content: Any) -> str:
+    """Plain types as YAML, keys in their order."""
+    return yaml.dump(content, None, _Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _check_keys(loader: _Loader, root: yaml.Node, where: str) -> None:
