@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +177,7 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.evaluation.evaluate import plan_evaluation
+    from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
     from megatron_lpr.evaluation.retention import check_result_file
 
     _single_process("evaluate")
@@ -191,7 +190,7 @@ def evaluate(
         names = ", ".join(corpus.name for corpus in recipe.evaluation.corpora)
         print(f"would evaluate {evaluation.folder} on {names} into {out}")
         return
-    result = evaluation.run(name, report=lambda line: print(line, file=sys.stderr, flush=True))
+    result = evaluation.run(name, print_progress)
     result.save(out)
     print(f"{result} -> {out}")
 

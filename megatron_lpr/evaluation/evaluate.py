@@ -1,5 +1,6 @@
 """Score one model on held-out text, and say where its routers send each language."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_lpr.evaluation.held_out import HeldOut, check_evaluation, read_hel
 from megatron_lpr.evaluation.hf_model import hf_nll_fn
 from megatron_lpr.evaluation.perplexity import CorpusScore, NllFn, evaluate_corpora
 from megatron_lpr.evaluation.retention import EvaluationResult
-from megatron_lpr.platform import device, megatron
+from megatron_lpr.platform import device, megatron, single_process
 from megatron_lpr.recipe.settings import Recipe
 
 Report = Callable[[str], object]
@@ -126,6 +127,7 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
     Raises:
         UserError: it is none of these, or a Hugging Face model without a recipe.
     """
+    single_process("evaluate")
     if (Path(model) / "config.json").is_file():
         if recipe is None:
             raise UserError(
@@ -135,6 +137,11 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
         return Evaluation(recipe=recipe, folder=Path(model), is_hf=True)
     folder = checkpoint_folder(str(model))
     return Evaluation(recipe=recipe or own_recipe(folder), folder=folder, is_hf=False)
+
+
+def print_progress(line: str) -> None:
+    """On stderr, as a `report` of `Evaluation.run`."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
