@@ -177,19 +177,22 @@ def evaluate(
     recipe: Recipe, *, name: str, out: str, checkpoint: str | None = None, hf: str | None = None, dry_run: bool = False
 ) -> None:
     """Bits per byte on the held-out corpora, of a checkpoint, a HF model, or (without either) the base model."""
-    from megatron_lpr.checkpoint.run_state import checkpoint_folder
-    from megatron_lpr.evaluation.evaluate import check, evaluate_model
+    from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
+    from megatron_lpr.evaluation.retention import check_result_file
 
     _single_process("evaluate")
     if checkpoint and hf:
         raise UserError("evaluate: give --checkpoint or --hf, not both")
-    source = str(checkpoint_folder(checkpoint)) if checkpoint else None
-    hf = hf or (None if source else recipe.model.base)
+    evaluation = plan_evaluation(checkpoint or hf or recipe.model.base, recipe)
+    check_result_file(out)
     if dry_run:
-        check(recipe, out=Path(out), checkpoint=source, hf=hf)
-        print(f"would evaluate {source or hf} on {', '.join(c.name for c in recipe.evaluation.corpora)} into {out}")
+        evaluation.check()
+        names = ", ".join(corpus.name for corpus in recipe.evaluation.corpora)
+        print(f"would evaluate {evaluation.folder} on {names} into {out}")
         return
-    evaluate_model(recipe, name=name, out=Path(out), checkpoint=source, hf=hf)
+    result = evaluation.run(name, print_progress)
+    result.save(out)
+    print(f"{result} -> {out}")
 
 
 def compare(files: list[str]) -> None:

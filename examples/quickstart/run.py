@@ -120,7 +120,7 @@ class Quickstart:
         run()
 
     def plot(self) -> None:
-        from megatron_lpr.evaluation.evaluate import read_routing
+        from megatron_lpr.evaluation.retention import read_routing
         from megatron_lpr.reporting.metrics_log import read_metrics
         from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses
 

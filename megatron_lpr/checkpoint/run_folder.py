@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_lpr.checkpoint.run_state import find_checkpoint, step_folders, step_of, what_is_missing
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
-from megatron_lpr.files.run_lock import run_lock
+from megatron_lpr.files.locks import run_lock
 from megatron_lpr.platform import Ranks, together
 
 _LEAVINGS = (".writing_*", ".dropping_*", ".latest*")

@@ -71,6 +71,9 @@ class Plan:
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
 
+    def __str__(self) -> str:
+        return describe(self)
+
     @property
     def train(self) -> TrainConfig:
         assert self.recipe.train is not None  # plan_training has seen to it
