@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,11 +138,18 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
 
 
-def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """One line per setting, `section.key: type = default  # doc`: the body of `--help`."""
-    lines = []
+def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None = None) -> list[str]:
+    """For each setting `section.key: type = default` and, in a line below, its sentence: the body of `--help`.
+
+    Args:
+        only: the fields of `cls` (sections, of a recipe) that are described; all without it.
+    """
+    lines: list[str] = []
     hints = typing.get_type_hints(cls)
+    assert only is None or set(only) <= hints.keys(), f"{cls.__name__} has no {set(only) - hints.keys()}"
     for f in dataclasses.fields(cls):
+        if only is not None and f.name not in only:
+            continue
         hint = hints[f.name]
         nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         name = f"{prefix}{f.name}"
