@@ -7,7 +7,8 @@
 
     Trainer(plan, hooks=[Halfway()]).run()
 
-Hooks of your own (Weights & Biases, a watchdog, a profiler) are called after those that every run has.
+Hooks of your own (Weights & Biases, a watchdog, a profiler) are called after those that every run has. This module can
+be imported before Megatron.
 """
 
 import contextlib
@@ -15,24 +16,26 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.distributed as dist
 import yaml
-from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_lpr.checkpoint.same_run import changed_settings
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import tensor_bytes
-from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.reporting.metrics_log import MetricsLog, StepMetrics, each_record
 from megatron_lpr.reporting.progress import Progress
-from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.starts import record_start
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+    from megatron_lpr.model.lpr_router import LPRRouter
 
 
 class RunningTrainer(Protocol):
@@ -41,8 +44,8 @@ class RunningTrainer(Protocol):
     plan: Plan
     recipe: Recipe
     chunks: list[torch.nn.Module]
-    routers: list[LPRRouter]
-    optimizer: MegatronOptimizer
+    routers: list["LPRRouter"]
+    optimizer: "MegatronOptimizer"
     hooks: list["Hook"]
     step: int
     consumed_samples: int
@@ -114,6 +117,8 @@ class Announcement(Hook):
     """Writes the resolved recipe, and prints what a resumed run changes and how much this rank learns."""
 
     def start(self, trainer: RunningTrainer) -> None:
+        from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
+
         if dist.get_rank() != 0:
             return
         plan, recipe = trainer.plan, trainer.recipe

@@ -1,5 +1,7 @@
 """What is called around the loop, in which order, and what the hooks that every run has do."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,11 @@ from harness import make_plan, make_recipe, mixed_batch
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting.metrics_log import each_record, read_metrics
+
+
+def test_a_script_can_write_a_hook_before_it_has_megatron():
+    look = "import sys, megatron_lpr.training.hooks; sys.exit('megatron.core' in sys.modules)"
+    subprocess.run([sys.executable, "-c", look], check=True)
 
 
 def metrics(step, **changes):
