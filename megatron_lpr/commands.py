@@ -23,20 +23,11 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     from megatron_lpr.data.preprocess.preprocess import check
     from megatron_lpr.data.preprocess.preprocess import preprocess as run
     from megatron_lpr.data.text.special_tokens import special_tokens
+    from megatron_lpr.recipe.checks import check_preprocessing
 
     settings = recipe.preprocess
-    if not settings.corpora:
-        raise UserError("preprocess.corpora: empty; name at least one corpus")
-    if settings.workers < 0:
-        raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
-    if settings.max_document_bytes < 0:
-        raise UserError(f"preprocess.max_document_bytes: {settings.max_document_bytes}; give bytes, or 0: no limit")
-    if settings.output is None:
-        raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
-    if settings.tokenizer is None and not recipe.model.base:
-        raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
-    if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
-        raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
+    check_preprocessing(recipe)
+    assert settings.output is not None
     tokenizer = settings.tokenizer or recipe.model.base
     special = special_tokens(settings)
     if dry_run:

@@ -12,6 +12,7 @@ from megatron_lpr.data.text.source_checks import check_files
 from megatron_lpr.data.text.text_files import expand, format_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
@@ -34,10 +35,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     """
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
-    for field in ("window", "batch", "max_bytes"):
-        value = getattr(settings, field)
-        if value is not None and value < 1:
-            raise UserError(f"evaluation.{field}: {value}; at least 1")
+    check_section(settings, "evaluation")
     positions = _positions(model_dir)
     if positions is not None and settings.window > positions:
         raise UserError(

@@ -9,8 +9,7 @@ import pytest
 from megatron_lpr import cli
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out
-from megatron_lpr.recipe.reading import from_tree
-from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe
+from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus
 
 
 def corpus(*files, **more) -> EvaluationCorpus:
@@ -117,7 +116,6 @@ def recipe(tmp_path):
             "model": {"base": str(base)},
             "evaluation": {"window": 16, "corpora": [entry]} | evaluation,
         }
-        from_tree(Recipe, tree, where="test")
         path = tmp_path / "r.json"
         path.write_text(json.dumps(tree))
         return str(path)
