@@ -5,10 +5,14 @@ import dataclasses
 import pytest
 import yaml
 from harness import make_plan, make_recipe, mixed_batch
+from safetensors.torch import load_file, save_file
 
+from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
-from megatron_lpr.recipe.reading import to_tree
-from megatron_lpr.training.plan import describe
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import load_recipe, to_tree
+from megatron_lpr.testing.toy_models import write_toy_project
+from megatron_lpr.training.plan import describe, plan_training
 
 
 @pytest.fixture
@@ -50,3 +54,20 @@ def test_description_of_a_finished_run(plan, tmp_path):
     done = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert done.finished and not plan.finished
     assert describe(done).startswith("nothing to do: the run in ") and "\n" not in describe(done)
+
+
+def test_what_would_stop_a_fresh_run_stops_its_plan(tmp_path):
+    path = str(write_toy_project(tmp_path)["stage1"])
+    assert cli.main(["preprocess", path]) == 0
+    fresh = ["model.load=null"]
+    assert plan_training(load_recipe(path, fresh), 2).source is None
+    (tmp_path / "file").touch()
+    for output, expected in (("file/out", "cannot be made: .*file' is a file"), ("base/out", "lies in .*base'")):
+        with pytest.raises(UserError, match=f"output folder .*{expected}"):
+            plan_training(load_recipe(path, [*fresh, f"output={tmp_path}/{output}"]), 2)
+    weights = tmp_path / "base/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight"):
+        plan_training(load_recipe(path, fresh), 2)
