@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
 from megatron_lpr.platform import device
-from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 
 
