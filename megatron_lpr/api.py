@@ -6,7 +6,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_lpr.checkpoint.own_recipe import own_recipe
@@ -58,18 +58,27 @@ def train(run: Plan) -> None:
 
 
 def upcycle(
-    recipe: Recipe, *, hf: str | Path | None = None, progress: bool = False, command: str | None = None
+    recipe: Recipe,
+    *,
+    hf: str | Path | None = None,
+    progress: bool = False,
+    command: str | None = None,
+    dry_run: bool = False,
+    on_verified: Callable[[VerifyReport], object] = lambda report: None,
 ) -> Path:
     """Write the base model with experts, as a checkpoint in the recipe's output; returns its folder.
 
     Args:
         hf: a new folder for a stock Hugging Face model instead, the same that an export of the checkpoint would be.
         command: what the model card says that it was made with.
+        dry_run: check everything, write nothing.
+        on_verified: gets the report on a Hugging Face folder, before it appears.
     """
-    check_experts(recipe)
+    if not recipe.model.num_experts:
+        raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")
     if hf is None:
-        return import_hf(recipe, progress=progress)
-    single_process("upcycle --hf")
+        return import_hf(recipe, dry_run=dry_run, progress=progress)
+    together(lambda: single_process("upcycle --hf"))
     model, settings = recipe.model, recipe.export
     return upcycle_hf(
         model.base,
@@ -84,16 +93,11 @@ def upcycle(
         shared_expert_size=settings.shared_expert_size,
         max_shard_bytes=parse_size(settings.max_shard_size),
         processes=settings.processes,
-        on_verified=lambda report: None,
+        on_verified=on_verified,
         command=command,
         progress=progress,
+        dry_run=dry_run,
     )
-
-
-def check_experts(recipe: Recipe) -> None:
-    """UserError where there is nothing to upcycle to."""
-    if not recipe.model.num_experts:
-        raise UserError("model.num_experts: 0; upcycling needs at least 2 experts")
 
 
 def evaluate(

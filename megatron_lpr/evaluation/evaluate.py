@@ -128,7 +128,7 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
         UserError: it is none of these, or a Hugging Face model without a recipe.
     """
     single_process("evaluate")
-    if (Path(model) / "config.json").is_file():
+    if is_hf_model(model):
         if recipe is None:
             raise UserError(
                 f"evaluate {model}: a Hugging Face model does not say on which text; give a recipe with "
@@ -137,6 +137,11 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
         return Evaluation(recipe=recipe, folder=Path(model), is_hf=True)
     folder = checkpoint_folder(str(model))
     return Evaluation(recipe=recipe or own_recipe(folder), folder=folder, is_hf=False)
+
+
+def is_hf_model(model: str | Path) -> bool:
+    """Whether a folder is a Hugging Face model's, and not a checkpoint's or a run's."""
+    return (Path(model) / "config.json").is_file() and not (Path(model) / "run.json").is_file()
 
 
 def print_progress(line: str) -> None:

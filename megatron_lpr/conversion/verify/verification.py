@@ -79,20 +79,21 @@ def plan_verification(
     checkpoint: str | Path | None = None,
     base: str | Path | None = None,
     recipe: Recipe | None = None,
+    own: Recipe | None = None,
     logits: bool = True,
     graft_delta: Sequence[str | Path] | None = None,
     num_frozen: int | None = None,
 ) -> Verification:
     """The base model is `base`, or else that of `recipe`, or of the checkpoint's own.
 
-    recipe: in place of the checkpoint's own. logits: compare them too, where there is a checkpoint and nothing was
-    grafted (no Megatron model has that delta).
+    recipe: in place of the checkpoint's own. own: the checkpoint's own, where settings of it were changed.
+    logits: compare them too, where there is a checkpoint and nothing was grafted (no Megatron model has that delta).
 
     Raises:
         UserError: there is no base, nothing to compare logits on, or a folder without a config that can be read.
     """
     folder = checkpoint_folder(str(checkpoint)) if checkpoint else None
-    used = recipe or (own_recipe(folder) if folder else None)
+    used = recipe or own or (own_recipe(folder) if folder else None)
     base = base or (used.model.base if used else None) or (graft_delta[0] if graft_delta else None)
     if base is None:
         raise UserError(
