@@ -5,6 +5,7 @@ Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabu
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class MegatronModel:
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, self.arch)
         fill(recipe, self.arch, chunks)
-        self.module = chunks[0].eval()
+        self.module: Any = chunks[0]  # a GPTModel, which ships no types
+        self.module.eval()
         if self.module.config.bf16:
             self.module.bfloat16()
 

@@ -46,7 +46,7 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
         return results
     finally:
         for process in processes:
-            if process.exitcode is None:
+            if process.exitcode is None and process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
