@@ -20,7 +20,7 @@ REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
 
 
 def load_recipe(
-    path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
+    path: str | Path | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
 ) -> Recipe:
     """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names and types.
 
@@ -32,7 +32,7 @@ def load_recipe(
     tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
         _override(tree, override)
-    return from_tree(Recipe, tree, where=path or "command line")
+    return from_tree(Recipe, tree, where=str(path or "command line"))
 
 
 def to_tree(config: Any) -> Any:
