@@ -39,7 +39,7 @@ def test_a_closed_pipe():
     """As of `megatron-lpr inspect-data recipe.yaml | head`."""
     code = (
         "import sys\n"
-        "from megatron_lpr.stopping import status_of\n"
+        "from megatron_lpr.platform.stopping import status_of\n"
         "sys.exit(status_of('x', lambda: [print('line ' * 100) for _ in range(1000)] and 0))\n"
     )
     process = subprocess.Popen(
@@ -84,7 +84,7 @@ def test_processes_that_share_the_work_are_not_reached():
 
 SLOW = """
 import runpy, sys, time
-from megatron_lpr.conversion.sources import UpcycledSource
+from megatron_lpr.conversion.export.sources import UpcycledSource
 stream = UpcycledSource.stream
 def slow(self, units):
     for item in stream(self, units):
