@@ -15,6 +15,9 @@ from megatron_lpr.recipe.settings import Recipe
 
 T = TypeVar("T")
 
+# Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
+REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
+
 
 def load_recipe(
     path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
@@ -138,8 +141,11 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
 
 
-def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """One line per setting, `section.key: type = default  # doc`: the body of `--help`."""
+def describe(cls: type = Recipe, prefix: str = "", only: Sequence[str] | None = None) -> list[str]:
+    """One line per setting, `section.key: type = default  # doc`: the body of `--help`.
+
+    only: settings and sections that are shown, by their dotted names; None: all.
+    """
     lines = []
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -148,7 +154,9 @@ def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
         name = f"{prefix}{f.name}"
         if nested is not None:
             many = typing.get_origin(hint) is tuple
-            lines += describe(nested, f"{name}[]." if many else f"{name}.")
+            lines += describe(nested, f"{name}[]." if many else f"{name}.", only)
+            continue
+        if only is not None and not any(name == one or name.startswith((f"{one}.", f"{one}[].")) for one in only):
             continue
         if f.default is not dataclasses.MISSING:
             default = f" = {f.default}"

@@ -17,8 +17,7 @@ from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_array import FileArray
 from megatron_lpr.files.folder_locks import FolderLocks
-from megatron_lpr.preprocess_options import REST
-from megatron_lpr.recipe.reading import load_recipe
+from megatron_lpr.recipe.reading import REST, load_recipe
 from megatron_lpr.reporting.byte_progress import byte_progress
 
 _CHUNK_BYTES = 8 << 20

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import pytest
 
@@ -140,5 +141,7 @@ def test_the_command_refuses_before_it_reads_a_model(recipe, tmp_path, monkeypat
 
     monkeypatch.setattr("megatron_lpr.evaluation.evaluate.hf_nll_fn", reads)
     for dry_run in ([], ["--dry-run"]):
-        arguments = ["evaluate", recipe(**evaluation), "--name", "n", "--out", str(tmp_path / out), *dry_run]
+        path = recipe(**evaluation)
+        base = json.loads(Path(path).read_text())["model"]["base"]
+        arguments = ["evaluate", base, "--recipe", path, "--name", "n", "--out", str(tmp_path / out), *dry_run]
         assert cli.main(arguments) == 2 and message in capsys.readouterr().err
