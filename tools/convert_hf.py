@@ -118,7 +118,7 @@ def hf_to_megatron(options: argparse.Namespace) -> None:
     }
     parallel = {size: getattr(options, size) for size in LAYOUT}
     tree = {"name": "convert_hf", "output": options.checkpoints, "model": model, "parallel": parallel}
-    import_hf(from_tree(Recipe, tree, where=options.command_line), dry_run=options.dry_run)
+    import_hf(from_tree(Recipe, tree, where=options.command_line), dry_run=options.dry_run, progress=True)
 
 
 def _refuse_what_has_no_effect(options: argparse.Namespace, num_experts: int, of_base: int) -> None:

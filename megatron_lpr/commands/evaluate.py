@@ -1,16 +1,14 @@
 """`megatron-lpr evaluate`: bits per byte on held-out text."""
 
 import argparse
-from pathlib import Path
 
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import (
     add_gone,
     add_own_recipe,
-    found_checkpoint,
     recipe_of,
     refuse_file,
-    single_process,
     typed_recipe,
 )
 from megatron_lpr.errors import UserError
@@ -36,29 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Score a checkpoint or a Hugging Face model on the held-out corpora of a recipe."""
+    from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation, print_progress
+    from megatron_lpr.evaluation.retention import check_result_file
+
     refuse_file(options.model, SPELLING)
-    if _is_hf(Path(options.model)):
-        _run(options, _recipe_for_hf(options), checkpoint=None, hf=options.model)
+    if is_hf_model(options.model):
+        recipe = _recipe_for_hf(options)
     else:
-        checkpoint = found_checkpoint(options.model, SPELLING)
-        _run(options, recipe_of(checkpoint, options, READS), checkpoint=str(checkpoint), hf=None)
-
-
-def _run(options: argparse.Namespace, recipe: Recipe, *, checkpoint: str | None, hf: str | None) -> None:
-    from megatron_lpr.evaluation.evaluate import check, evaluate_model
-
-    single_process("evaluate")
-    out = Path(options.out)
+        recipe = recipe_of(checkpoint_folder(options.model), options, READS)
+    evaluation = plan_evaluation(options.model, recipe)
+    check_result_file(options.out)
     if options.dry_run:
-        check(recipe, out=out, checkpoint=checkpoint, hf=hf)
+        evaluation.check()
         names = ", ".join(corpus.name for corpus in recipe.evaluation.corpora)
-        print(f"would evaluate {checkpoint or hf} on {names} into {out}")
+        print(f"would evaluate {evaluation.folder} on {names} into {options.out}")
         return
-    evaluate_model(recipe, name=options.name, out=out, checkpoint=checkpoint, hf=hf)
-
-
-def _is_hf(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "run.json").is_file()
+    result = evaluation.run(options.name, print_progress)
+    result.save(options.out)
+    print(f"{result} -> {options.out}")
 
 
 def _recipe_for_hf(options: argparse.Namespace) -> Recipe:

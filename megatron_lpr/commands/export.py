@@ -10,7 +10,6 @@ from megatron_lpr.commands.options import (
     add_own_recipe,
     found_checkpoint,
     recipe_of,
-    single_process,
 )
 
 SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export.export import export_checkpoint
+    from megatron_lpr.platform.distributed import single_process
 
     single_process("export")
     source = found_checkpoint(options.checkpoint, SPELLING)

@@ -104,12 +104,3 @@ def with_base(options: argparse.Namespace) -> argparse.Namespace:
     """--base as an override."""
     base = [] if options.base is None else [f"model.base={json.dumps(options.base)}"]
     return argparse.Namespace(**vars(options) | {"set": [*options.set, *base], "base": None})
-
-
-def single_process(command: str) -> None:
-    """Raises UserError under a launcher of several processes."""
-    from megatron_lpr.platform.distributed import Ranks
-
-    world_size = Ranks.from_environment().world_size
-    if world_size > 1:
-        raise UserError(f"{command} runs in one process, not in {world_size}; it reads checkpoints of any layout")

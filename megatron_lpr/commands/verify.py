@@ -1,8 +1,6 @@
 """`megatron-lpr verify`: an export against its base model and its checkpoint."""
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import (
@@ -11,16 +9,11 @@ from megatron_lpr.commands.options import (
     found_checkpoint,
     recipe_of,
     refuse_file,
-    single_process,
     typed_recipe,
     with_base,
 )
-from megatron_lpr.conversion.verify.report import Check
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import Recipe
-
-if TYPE_CHECKING:  # imports torch
-    from megatron_lpr.conversion.record import Made
 
 SPELLING = (
     "the export comes first and a checkpoint brings its recipe, "
@@ -46,11 +39,36 @@ def run(options: argparse.Namespace) -> None:
 
     What is frozen and how tokens are routed is the checkpoint's record or the export's, not what a recipe says.
     """
+    from megatron_lpr.conversion.verify.verification import plan_verification
+
     refuse_file(options.export, SPELLING)
     _refuse_what_has_no_effect(options)
-    checks = _with_checkpoint(options) if options.checkpoint else _without(options)
-    if not all(check.ok for check in checks):
+    planned = plan_verification(
+        options.export,
+        checkpoint=options.checkpoint,
+        base=options.base,
+        recipe=typed_recipe(with_base(options)) if options.recipe else None,
+        own=_own_recipe(options),
+        logits=options.logits,
+        graft_delta=options.graft_delta,
+        num_frozen=options.num_frozen,
+    )
+    if options.dry_run:
+        checkpoint = f" and {planned.checkpoint}" if planned.checkpoint else ""
+        print(f"would verify {options.export} against {planned.base_dir}{checkpoint}")
+        return
+    report = planned.run(lambda check: print(check, flush=True), progress=True)
+    if planned.checkpoint and not planned.text:
+        why = "no Megatron model has the delta that was grafted on" if options.graft_delta else "--no-logits"
+        print(f"      logits         not compared: {why}")
+    if not report.ok:
         raise UserError(f"verify {options.export}: failed (see above)")
+
+
+def _own_recipe(options: argparse.Namespace) -> Recipe | None:
+    if not options.checkpoint or options.recipe:
+        return None
+    return recipe_of(found_checkpoint(options.checkpoint, SPELLING), options, READS)
 
 
 def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
@@ -60,83 +78,6 @@ def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
         raise UserError(f"--num-frozen {options.num_frozen}: has no effect beside --checkpoint or --recipe")
     if options.set and not (options.checkpoint or options.recipe):
         raise UserError(f"--set {options.set[0]}: has no effect without --checkpoint or --recipe")
-
-
-def _without(options: argparse.Namespace) -> Sequence[Check]:
-    """The checks without a checkpoint."""
-    recipe = typed_recipe(with_base(options)) if options.recipe else None
-    base = recipe.model.base if recipe else options.base or (options.graft_delta and options.graft_delta[0])
-    if base is None:
-        raise UserError(
-            f"verify {options.export}: against what? Give --checkpoint CHECKPOINT, which knows its base model, or "
-            "--base BASE"
-        )
-    return () if _is_dry(options, base) else _against_base(options, base, recipe=recipe)
-
-
-def _with_checkpoint(options: argparse.Namespace) -> Sequence[Check]:
-    """The same, and tensors and logits of the checkpoint."""
-    from megatron_lpr.conversion.record import made_of
-    from megatron_lpr.conversion.verify.against_checkpoint import compare_with_checkpoint
-    from megatron_lpr.platform import distributed
-
-    checkpoint = found_checkpoint(options.checkpoint, SPELLING)
-    recipe = recipe_of(checkpoint, options, READS)
-    base, graft_delta = recipe.model.base, options.graft_delta
-    with_logits = options.logits and not graft_delta
-    if with_logits:
-        single_process("verify --checkpoint")
-        if not recipe.evaluation.corpora:
-            raise UserError(
-                "evaluation.corpora: empty; comparing logits needs some held-out text (--recipe), or --no-logits"
-            )
-    if _is_dry(options, base, f" and {checkpoint}"):
-        return ()
-    made = made_of(checkpoint)
-    checks = [*_against_base(options, base, recipe=recipe if options.recipe else None, checkpoint=made)]
-    checks.append(compare_with_checkpoint(checkpoint, made, options.export, base, graft_delta=graft_delta))
-    print(checks[-1], flush=True)
-    if with_logits:
-        with distributed.megatron():
-            from megatron_lpr.conversion.verify.against_logits import compare_logits
-
-            checks.append(compare_logits(recipe, str(checkpoint), options.export))
-        print(checks[-1])
-    else:
-        why = "no Megatron model has the delta that was grafted on" if graft_delta else "--no-logits"
-        print(f"      logits         not compared: {why}")
-    return checks
-
-
-def _is_dry(options: argparse.Namespace, base: str, more: str = "") -> bool:
-    """For a dry run says what would be done."""
-    from megatron_lpr.families import read_architecture
-    from megatron_lpr.families.hf_config import read_config
-
-    if options.dry_run:
-        read_config(options.export), read_architecture(base)
-        print(f"would verify {options.export} against {base}{more}")
-    return options.dry_run
-
-
-def _against_base(
-    options: argparse.Namespace, base: str, *, recipe: Recipe | None, checkpoint: "Made | None" = None
-) -> Sequence[Check]:
-    from megatron_lpr.conversion.record import Made
-    from megatron_lpr.conversion.verify.verify import verify_export
-
-    grafted_on, hf_dir = options.graft_delta or (None, base)
-    report = verify_export(
-        options.export,
-        hf_dir,
-        checkpoint=checkpoint,
-        recipe=Made.of_recipe(recipe) if recipe else None,
-        num_frozen=options.num_frozen,
-        grafted_on=grafted_on,
-        progress=True,
-    )
-    print(report, flush=True)
-    return report.checks
 
 
 COMMAND = Command(

@@ -160,7 +160,7 @@ def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):
 
 def test_one_rank_of_several_tells_a_refusal(project, trained, tmp_path):
     """Started by torchrun, with a mistake that every rank sees, and with one that rank 0 alone meets: the lock."""
-    from megatron_lpr.files.run_lock import run_lock
+    from megatron_lpr.files.locks import run_lock
 
     def torchrun(*assignments):
         return subprocess.run(

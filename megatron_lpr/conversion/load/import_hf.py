@@ -1,6 +1,7 @@
-"""A Hugging Face model, upcycled or as it is, becomes a checkpoint: each rank reads its part from the files."""
+"""A Hugging Face model, upcycled or as it is, as a checkpoint: each rank reads its part straight from the files."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
@@ -8,14 +9,15 @@ from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
-from megatron_lpr.platform import distributed
-from megatron_lpr.platform.meeting import together
+from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
 
 
-def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
-    """Write the model of a recipe as a checkpoint (step 0) in its output; says so on rank 0.
+def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) -> Path:
+    """Write the model of a recipe as a checkpoint (step 0) in its output; returns its folder.
+
+    progress: show a bar, and say what was done. A dry run says what would be done, and returns the output.
 
     Raises:
         UserError: before any process group: the model, a size or the output folder cannot be.
@@ -27,8 +29,8 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
         print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
-        return
-    with run_folder(recipe.output, resume=None), distributed.megatron() as ranks:
+        return Path(recipe.output)
+    with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.conversion.load.weights import fill_weights
@@ -38,12 +40,13 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
         total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
-        with byte_progress("convert", total, show=ranks.rank == 0) as bar:
+        with byte_progress("convert", total, show=progress and ranks.rank == 0) as bar:
             fill_weights(recipe, arch, chunks, None, progress=bar.update)
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
         folder = checkpointing.save(recipe.output, state, chunks)
-        if ranks.rank == 0:
+        if progress and ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
+        return folder
 
 
 def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
@@ -55,7 +58,7 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     from megatron_lpr.files.output_place import check_place
     from megatron_lpr.recipe.checks import check_recipe
 
-    model, ranks = recipe.model, distributed.Ranks.from_environment()
+    model, ranks = recipe.model, Ranks.from_environment()
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
     check_recipe(recipe, arch, ranks.world_size)
     check_checkpoint(SafetensorsReader(model.base), arch)
