@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; tiny tensors gain nothing from threads
 
+import gc
 import sys
 from pathlib import Path
 from types import CodeType
@@ -74,8 +75,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="session")
+def megatron_imported():
+    """Whenever Megatron is left, garbage is collected: a third of a second, if all that is imported is looked at."""
+    from megatron_lpr.platform import prepare
+
+    prepare()
+    import megatron_lpr.training.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def megatron():
+def megatron(megatron_imported):
     """Megatron in this process, a run of one rank. Commands (cli.main) enter and leave by themselves instead."""
     from megatron_lpr.platform import megatron
 

@@ -1,6 +1,7 @@
 """Run a function on several ranks of this machine: processes that know each other through torchrun's variables."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -118,6 +119,8 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
         except BaseException:
             outcome = (False, traceback.format_exc())
         pipe.send(outcome)
+        gc.collect()
+        gc.freeze()  # what is imported stays: collections in the next call need not look at it
 
 
 def _free_port() -> int:
