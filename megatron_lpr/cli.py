@@ -118,7 +118,6 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     for name, metavar, help_text in (
         ("dtype", "DTYPE", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
         ("max-shard-size", "SIZE", "largest safetensors file, as 500MB or 4GB"),
-        ("processes", "N", "processes that share the work"),
     ):
         parser.add_argument(f"--{name}", metavar=metavar, help=f"{help_text} (export.{name.replace('-', '_')})")
     parser.add_argument(
@@ -136,7 +135,7 @@ def _add_graft_delta(parser: argparse.ArgumentParser) -> None:
 
 def export_settings(options: dict) -> dict:
     """Takes the settings of a recipe's `export` section out of parsed options, those that were given."""
-    names = ("dtype", "max_shard_size", "processes", "results")
+    names = ("dtype", "max_shard_size", "results")
     return {name: value for name in names if (value := options.pop(name, None)) is not None}
 
 

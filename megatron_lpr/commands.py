@@ -10,8 +10,8 @@ import yaml
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
-from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, together
 from megatron_lpr.recipe.reading import to_tree
@@ -138,8 +138,7 @@ def _check_import(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
     from megatron_lpr.checkpoint.run_state import find_checkpoint
     from megatron_lpr.checkpoint.same_run import base_identity
-    from megatron_lpr.families.remarks import base_remarks
-    from megatron_lpr.families.sizes import model_bytes
+    from megatron_lpr.families.remarks import base_remarks, model_bytes
     from megatron_lpr.files.output_place import check_place
     from megatron_lpr.recipe.checks import check_recipe
 
@@ -244,7 +243,7 @@ def verify(
     """
     from megatron_lpr.checkpoint.run_state import checkpoint_folder
     from megatron_lpr.conversion.record import Made, made_of
-    from megatron_lpr.conversion.verify.against_checkpoint import compare_with_checkpoint
+    from megatron_lpr.conversion.verify.tensors import compare_with_checkpoint
     from megatron_lpr.conversion.verify.verify import verify_export
 
     base = recipe.model.base

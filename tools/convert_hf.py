@@ -16,7 +16,7 @@ from megatron_lpr import cli
 from megatron_lpr.errors import AlreadyTold, UserError, warn
 from megatron_lpr.platform.stopping import status_of
 from megatron_lpr.recipe.reading import from_tree, to_tree
-from megatron_lpr.recipe.settings import ModelConfig, ParallelConfig, Recipe
+from megatron_lpr.recipe.settings import ExportConfig, ModelConfig, ParallelConfig, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
@@ -46,7 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     upcycle.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: that of BASE)")
     upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
-    upcycle.add_argument("--processes", metavar="N", type=int, default=1, help=f"processes that share the work {SAYS}")
     upcycle.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
     what = "HF model, upcycled or as it is -> distributed checkpoint"
@@ -102,22 +101,32 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
 def upcycle(options: dict, command_line: str) -> int:
     from megatron_lpr.conversion.export.export import upcycle_hf
     from megatron_lpr.families import read_architecture
-    from megatron_lpr.families.sizes import parse_size
+    from megatron_lpr.families.expansion import Expansion
 
-    base, out, verify = options.pop("base"), options.pop("out"), options.pop("verify")
-    max_shard_bytes = parse_size(options.pop("max_shard_size"))
-    topk = _topk(options.pop("topk"), read_architecture(base).topk)
+    expansion = Expansion(
+        num_experts=options["num_experts"],
+        num_frozen=options["num_frozen"],
+        topk=_topk(options["topk"], read_architecture(options["base"]).topk),
+        mlp_only_layers=tuple(options["mlp_only_layers"]),
+        router_std=options["router_std"],
+        router_seed=options["seed"],
+    )
+    settings = ExportConfig(
+        dtype=options["dtype"] or "auto",
+        max_shard_size=options["max_shard_size"],
+        shared_expert_size=options["shared_expert_size"],
+    )
     upcycle_hf(
-        base,
-        out,
-        **options,
-        topk=topk,
-        max_shard_bytes=max_shard_bytes,
-        on_verified=print if verify else None,
+        options["base"],
+        options["out"],
+        expansion,
+        settings=settings,
+        on_verified=print if options["verify"] else None,
         command=command_line,
         progress=True,
+        dry_run=options["dry_run"],
     )
-    print(f"{'would write' if options['dry_run'] else 'wrote'} {out}")
+    print(f"{'would write' if options['dry_run'] else 'wrote'} {options['out']}")
     return 0
 
 

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_lpr.checkpoint.dist_metadata import read_metadata
+from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
 from megatron_lpr.checkpoint.folders import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.errors import UserError

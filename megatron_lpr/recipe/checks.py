@@ -6,8 +6,8 @@ import torch
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
-from megatron_lpr.families.origins import check_upcycling
-from megatron_lpr.recipe.settings import ParallelConfig, Recipe
+from megatron_lpr.families.expansion import Expansion, check_upcycling
+from megatron_lpr.recipe.settings import ModelConfig, ParallelConfig, Recipe
 
 
 def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
@@ -17,13 +17,24 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         UserError: names the field, the value and the nearest valid ones.
     """
     _check_experts(recipe)
-    model = recipe.model
-    check_upcycling(arch, num_experts=model.num_experts, num_frozen=model.num_frozen_experts, topk=model.topk)
+    check_upcycling(arch, expansion_of(recipe.model))
     _check_sizes(recipe, arch, world_size)
     _check_dispatcher(recipe)
     _check_overlap(recipe.parallel)
     if recipe.train is not None:
         _check_training(recipe, arch, world_size)
+
+
+def expansion_of(model: ModelConfig) -> Expansion:
+    """The expansion that a recipe asks for."""
+    return Expansion(
+        num_experts=model.num_experts,
+        num_frozen=model.num_frozen_experts,
+        topk=model.topk,
+        mlp_only_layers=model.mlp_only_layers,
+        router_std=model.router_init_std,
+        router_seed=model.router_init_seed,
+    )
 
 
 def _check_experts(recipe: Recipe) -> None:

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.errors import UserError, nearest, warn
 from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
 from megatron_lpr.recipe.settings import Recipe
 
 T = TypeVar("T")
+
+# Settings that are no more, with the value that they had unless somebody chose another: older checkpoints and recipes
+# name them. (section, setting) -> (value, why it may be left out)
+_REMOVED = {("export", "processes"): (1, "one process writes as fast as several")}
 
 
 def load_recipe(
@@ -80,6 +84,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def from_tree(cls: type[T], tree: Any, where: str) -> T:
     """Build dataclass `cls` from plain dicts; `where` names the place in messages."""
+    if cls is Recipe:
+        tree = _without_removed(tree, where)
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected a mapping, found {tree!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -92,6 +98,16 @@ def from_tree(cls: type[T], tree: Any, where: str) -> T:
         if name not in tree and no_default:
             raise UserError(f"{where}: missing key '{name}' ({f.metadata['doc']})")
     return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
+
+
+def _without_removed(tree: Any, where: str) -> Any:
+    for (section, name), (value, why) in _REMOVED.items():
+        settings = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(settings, dict) and name in settings:
+            if settings[name] != value:
+                warn(f"{where}: {section}.{name} is no setting any more and does nothing: {why}")
+            tree = tree | {section: {key: settings[key] for key in settings if key != name}}
+    return tree
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

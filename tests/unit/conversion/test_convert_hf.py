@@ -13,6 +13,7 @@ from toy_run import write_run
 
 from megatron_lpr import cli, commands
 from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files import output_place
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -126,7 +127,7 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 
 
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4, topk=3)
+    upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4, topk=3))
     recipes = []
     monkeypatch.setattr(commands, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0

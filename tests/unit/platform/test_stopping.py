@@ -84,7 +84,7 @@ def test_processes_that_share_the_work_are_not_reached():
 
 SLOW = """
 import runpy, sys, time
-from megatron_lpr.conversion.sources import UpcycledSource
+from megatron_lpr.conversion.export.sources import UpcycledSource
 stream = UpcycledSource.stream
 def slow(self, units):
     for item in stream(self, units):

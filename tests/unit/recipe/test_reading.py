@@ -159,3 +159,11 @@ def test_every_setting_is_described():
     assert lines.count("(required)") == sum(
         f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in names.values()
     )
+
+
+@pytest.mark.parametrize("value", [1, 4])
+def test_a_setting_that_is_no_more_is_passed_over(value, capsys):
+    """Older checkpoints name it in their run.json; only one that somebody chose is worth a word."""
+    tree = {"name": "x", "output": "o", "model": {"base": "b"}, "export": {"processes": value, "dtype": "bfloat16"}}
+    assert from_tree(Recipe, tree, where="old").export.dtype == "bfloat16"
+    assert ("old: export.processes is no setting any more" in capsys.readouterr().err) == (value != 1)
