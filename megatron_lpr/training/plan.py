@@ -20,7 +20,7 @@ from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks

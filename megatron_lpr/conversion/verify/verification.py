@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.conversion.record import Made, made_of
-from megatron_lpr.conversion.verify.against_checkpoint import compare_with_checkpoint
 from megatron_lpr.conversion.verify.report import Check, VerifyReport
+from megatron_lpr.conversion.verify.tensors import compare_with_checkpoint
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
