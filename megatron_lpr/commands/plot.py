@@ -47,8 +47,7 @@ def _losses(runs: list[str], path: Path) -> None:
 
 
 def _frozen_share(results: list[str], path: Path, max_share: float) -> None:
-    from megatron_lpr.evaluation.evaluate import read_routing, routing_file
-    from megatron_lpr.evaluation.retention import EvaluationResult
+    from megatron_lpr.evaluation.retention import EvaluationResult, read_routing, routing_file
     from megatron_lpr.reporting.plots import plot_frozen_share
 
     names = {result: EvaluationResult.load(result).model for result in dict.fromkeys(results)}
