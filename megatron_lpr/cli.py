@@ -98,8 +98,7 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
 
 def _all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
     """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
-    from megatron_lpr.platform.distributed import Ranks
-    from megatron_lpr.platform.meeting import meeting
+    from megatron_lpr.platform import Ranks, meeting
 
     ranks = Ranks.from_environment()
     return meeting(ranks.rank, ranks.world_size, report)

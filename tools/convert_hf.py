@@ -149,7 +149,7 @@ def _topk(asked: int | None, of_base: int) -> int:
 
 def _trainable(dtype: str, base: str) -> str:
     """The dtype of the base's checkpoint: its own, but for float16, in which nothing is trained here."""
-    from megatron_lpr.platform.distributed import Ranks
+    from megatron_lpr.platform import Ranks
 
     if dtype != "float16":
         return dtype

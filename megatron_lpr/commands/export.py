@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export.export import export_checkpoint
-    from megatron_lpr.platform.distributed import single_process
+    from megatron_lpr.platform import single_process
 
     single_process("export")
     source = found_checkpoint(options.checkpoint, SPELLING)

@@ -17,7 +17,7 @@ from megatron_lpr.recipe.settings import Recipe
 def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) -> Path:
     """Write the model of a recipe as a checkpoint (step 0) in its output; returns its folder.
 
-    progress: show a bar, and say what was done. A dry run says what would be done, and returns the output.
+    progress: show a bar, and say what was done, or in a dry run, which returns the output, what would be.
 
     Raises:
         UserError: before any process group: the model, a size or the output folder cannot be.
@@ -28,7 +28,8 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
     arch, base = together(lambda: _check(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
-        print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
+        if progress:
+            print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.checkpoint.run_state import RunState

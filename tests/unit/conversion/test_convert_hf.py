@@ -132,7 +132,7 @@ def test_help_of_the_tool(convert_hf, capsys):
 def test_a_float16_base_becomes_float32(convert_hf, tmp_path, monkeypatch, capsys):
     base = write_toy_model(tmp_path / "base", dtype="float16")
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     for options in ([], ["--dtype", "bfloat16"]):
         assert convert_hf(["hf-to-megatron", str(base), str(tmp_path / "out"), *options]) == 0
     assert [recipe.model.dtype for recipe in recipes] == ["float32", "bfloat16"]
@@ -153,7 +153,7 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
     upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4, topk=3))
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out"), "--topk", "2"]) == 0
     assert [recipe.model.topk for recipe in recipes] == [3, 2]  # import_hf refuses the second
@@ -164,7 +164,7 @@ def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, mo
 
 
 def test_dry_runs_check_and_write_nothing(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     write_run(toy_base, tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     base, run, out = str(toy_base), str(tmp_path / "run"), str(tmp_path / "out")
@@ -187,7 +187,7 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
     base = write_toy_model(tmp_path / "base")
     write_run(base, tmp_path / "run")
     (tmp_path / "file").touch()
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     before = sorted(tmp_path.rglob("*"))
     for command in (["hf-to-hf", str(base)], ["hf-to-megatron", str(base)]):
         assert convert_hf([*command, str(tmp_path / out), "--num-experts", "3"]) == 2
@@ -198,7 +198,7 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
 
 
 def test_import_without_space(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     for door in ("hf-to-megatron", "hf-to-hf"):
         assert convert_hf([door, str(toy_base), str(tmp_path / "out"), "--num-experts", "3"]) == 2

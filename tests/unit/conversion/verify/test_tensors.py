@@ -35,7 +35,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def verify(root, capsys, monkeypatch):
     """verify(export, *options) -> (status, printed); Megatron is not there."""
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
 
     def run(export, *options):
         status = cli.main(["verify", str(export), "--checkpoint", str(root / "run"), *options])
