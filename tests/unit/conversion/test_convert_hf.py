@@ -131,7 +131,7 @@ def test_help_of_the_tool(convert_hf, capsys):
 def test_a_float16_base_becomes_float32(convert_hf, tmp_path, monkeypatch, capsys):
     base = write_toy_model(tmp_path / "base", dtype="float16")
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **_: recipes.append(recipe))
     for options in ([], ["--dtype", "bfloat16"]):
         assert convert_hf(["hf-to-megatron", str(base), str(tmp_path / "out"), *options]) == 0
     assert [recipe.model.dtype for recipe in recipes] == ["float32", "bfloat16"]
@@ -152,7 +152,7 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
     upcycle_hf(toy_base, tmp_path / "moe", num_experts=4, topk=3)
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **_: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out"), "--topk", "2"]) == 0
     assert [recipe.model.topk for recipe in recipes] == [3, 2]  # import_hf refuses the second
