@@ -103,7 +103,9 @@ def plan_verification(
     if folder and used and logits and not graft_delta:
         single_process("verify --checkpoint")
         if not used.evaluation.corpora:
-            raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
+            raise UserError(
+                "evaluation.corpora: empty; comparing logits needs some held-out text (--recipe), or --no-logits"
+            )
         text = dataclasses.replace(used, model=dataclasses.replace(used.model, base=str(base)))
     read_config(export_dir), read_architecture(base)
     return Verification(
