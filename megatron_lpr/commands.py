@@ -22,7 +22,6 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess.preprocess import check
     from megatron_lpr.data.preprocess.preprocess import preprocess as run
-    from megatron_lpr.data.text.special_tokens import special_tokens
 
     settings = recipe.preprocess
     if not settings.corpora:
@@ -37,31 +36,12 @@ def preprocess(recipe: Recipe, *, dry_run: bool = False, overwrite: bool = False
         raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
     if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
         raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
-    tokenizer = settings.tokenizer or recipe.model.base
-    special = special_tokens(settings)
+    complete = dataclasses.replace(settings, tokenizer=settings.tokenizer or recipe.model.base)
     if dry_run:
-        check(
-            settings.corpora,
-            tokenizer_dir=tokenizer,
-            output_dir=settings.output,
-            seed=settings.seed,
-            engine=settings.engine,
-            special=special,
-        )
+        check(complete)
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
-    manifest = run(
-        settings.corpora,
-        tokenizer_dir=tokenizer,
-        output_dir=settings.output,
-        seed=settings.seed,
-        on_bad_line=settings.on_bad_line,
-        max_document_bytes=settings.max_document_bytes,
-        workers=settings.workers,
-        engine=settings.engine,
-        special=special,
-        overwrite=overwrite,
-    )
+    manifest = run(complete, overwrite=overwrite)
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
@@ -121,7 +101,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False) -> None:
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.reporting.byte_progress import byte_progress
+        from megatron_lpr.reporting.progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)

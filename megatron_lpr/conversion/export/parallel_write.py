@@ -12,7 +12,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.files.new_folder import hold_folder
 from megatron_lpr.files.safetensors_io import ShardedWriter
 from megatron_lpr.platform.stopping import not_for_children
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 
 def filling(source: Source, what: str, *, processes: int, progress: bool) -> Callable[[ShardedWriter], None]:

@@ -15,7 +15,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families.origins import Origin
 from megatron_lpr.files.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 
 def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -90,7 +90,7 @@ def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
 
 def check_plug_ins(source: SourceConfig) -> None:
     """Finds a missing plug-in, library or column before hours of work do. UserError names it."""
-    tagger = tagger_settings(source)
+    tagger = TaggerSettings.of(source)
     if tagger is not None:
         SentenceTagger(tagger, tuple(source.languages))
     for path in source.files:
@@ -109,10 +109,3 @@ def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, o
     if max_document_bytes != PreprocessConfig.max_document_bytes:
         settings["max_document_bytes"] = max_document_bytes
     return settings | ({"languages": list(source.languages)} if source.languages else {})
-
-
-def tagger_settings(source: SourceConfig) -> TaggerSettings | None:
-    """The settings of the tagger, where a corpus has one."""
-    if source.tagger is None:
-        return None
-    return TaggerSettings(tagger=source.tagger, splitter=source.sentence_splitter, sentence_model=source.sentence_model)
