@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
+from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES
 from megatron_lpr.data.text.compressed import check_compression
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text.text_files import format_of, parquet_file

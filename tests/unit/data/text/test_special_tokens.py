@@ -9,8 +9,8 @@ import tokenizers
 import yaml
 from tokenizers import AddedToken, pre_tokenizers, processors
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.text.special_tokens import SpecialTokens
