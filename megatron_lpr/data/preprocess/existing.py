@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Corpus, TokenizerRecord
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError

@@ -9,8 +9,7 @@ from typing import Any, TextIO
 
 import tokenizers
 
-from megatron_lpr.data.corpus.indexed import IndexedWriter, token_dtype
-from megatron_lpr.data.corpus.language_runs import LanguageRunsWriter
+from megatron_lpr.data.corpus.indexed import IndexedWriter, LanguageRunsWriter, token_dtype
 from megatron_lpr.data.corpus.manifest import Corpus, Source
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge

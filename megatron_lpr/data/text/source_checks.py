@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
+from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
 from megatron_lpr.errors import UserError, warn

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from preprocessing import preprocess
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess import make_corpus
 from megatron_lpr.data.text.tokenize import load_tokenizer

@@ -10,8 +10,8 @@ import yaml
 from preprocessing import preprocess
 from tokenizers import AddedToken, pre_tokenizers, processors
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.text.special_tokens import SpecialTokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
