@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_lpr.checkpoint.folders import clear_leavings, set_future_aside
 from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.run_lock import run_lock
+from megatron_lpr.files.locks import run_lock
 from megatron_lpr.platform import Ranks, together
 
 

@@ -48,7 +48,7 @@ class SDPACoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        documents_BK: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
@@ -56,12 +56,10 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N*D].
 
-        The mask is causal. In the place of Megatron's `attention_mask` come the document numbers of the whole sequence,
-        integers [B, K], or None: with them a position attends to those of its own document only. As rotary embeddings
-        know distances alone, each document is then computed as if it stood alone at position 0.
+        The mask is causal. With document numbers (passengers.py) a position attends to those of its own document only.
+        As rotary embeddings know distances alone, each document is then computed as if it stood alone at position 0.
         """
         assert attention_bias is None and packed_seq_params is None
-        documents_BK = attention_mask
         if self.cp_group.size() == 1:
             return self._attend(query, key, value, documents_BK)
         key, value = self._gather_keys_and_values(key, value)

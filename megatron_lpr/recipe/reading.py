@@ -19,9 +19,12 @@ from megatron_lpr.recipe.settings import Recipe
 
 T = TypeVar("T")
 
+# Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
+REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
+
 
 def load_recipe(
-    path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
+    path: str | Path | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
 ) -> Recipe:
     """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names, types and ranges.
 
@@ -33,7 +36,7 @@ def load_recipe(
     tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
         _override(tree, override)
-    return from_tree(Recipe, tree, where=path or "command line")
+    return from_tree(Recipe, tree, where=str(path or "command line"))
 
 
 def to_tree(config: Any) -> Any:
@@ -169,20 +172,19 @@ def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None 
     """For each setting `section.key: type = default (range)` and, below, its sentence: the body of `--help`.
 
     Args:
-        only: the fields of `cls` (sections, of a recipe) that are described; all without it.
+        only: what is described, sections or single settings by their dotted names; all without it.
     """
     lines: list[str] = []
     hints = typing.get_type_hints(cls)
-    assert only is None or set(only) <= hints.keys(), f"{cls.__name__} has no {set(only) - hints.keys()}"
     for f in dataclasses.fields(cls):
-        if only is not None and f.name not in only:
-            continue
         hint = hints[f.name]
         nested = next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
         name = f"{prefix}{f.name}"
         if nested is not None:
             many = typing.get_origin(hint) is tuple
-            lines += describe(typing.cast(type, nested), f"{name}[]." if many else f"{name}.")
+            lines += describe(typing.cast(type, nested), f"{name}[]." if many else f"{name}.", only)
+            continue
+        if only is not None and not any(name == one or name.startswith((f"{one}.", f"{one}[].")) for one in only):
             continue
         if f.default is not dataclasses.MISSING:
             default = f" = {f.default}"

@@ -46,6 +46,9 @@ class Plan:
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
 
+    def __str__(self) -> str:
+        return describe(self)
+
     @property
     def first_step(self) -> int:
         return self.state.step if self.state else 0

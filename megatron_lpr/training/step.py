@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
+from megatron_lpr.model.passengers import passengers
 from megatron_lpr.platform import device
 from megatron_lpr.platform.cpu_shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
@@ -84,10 +85,8 @@ def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.n
     token_loss_BS = model(
         input_ids=_on_device(batch.tokens_BS),
         position_ids=None,  # rotary embeddings count for themselves
-        # causal; with document numbers, of the whole sequence and on every pipeline stage, inside documents only
-        attention_mask=None if batch.documents_BS is None else _on_device(batch.documents_BS),
         labels=_on_device(batch.labels_BS),
-        padding_mask=tags_BS,
+        **passengers(tags_BS, None if batch.documents_BS is None else _on_device(batch.documents_BS)),
     )
     return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS), tags_BS)
 

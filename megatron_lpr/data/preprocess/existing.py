@@ -11,6 +11,7 @@ from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Corpus, TokenizerRecord
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.recipe.settings import SourceConfig
 
 _CHUNK = 1 << 22
@@ -35,8 +36,7 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
     if source.languages:
         runs = LanguageRuns(source.prefix, num_tokens=corpus.num_tokens, num_languages=len(source.languages))
         runs.check()
-        with open(runs.path, "rb") as file:
-            language_digest = hashlib.file_digest(file, "sha256").hexdigest()
+        language_digest = file_sha256(runs.path)
     entry = Corpus(
         name=source.name,
         prefix=source.prefix,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, check_language_roles, language_roles
 from megatron_lpr.data.preprocess.work_folder import work_folder
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.folder_locks import FolderLocks
+from megatron_lpr.files.locks import FolderLocks
 
 _SHARE_OF_TIME = 0.1
 

@@ -27,7 +27,7 @@ from megatron_lpr.data.text.special_tokens import AS_THE_TOKENIZER_DOES, Special
 from megatron_lpr.data.text.text_files import expand, files_sha256
 from megatron_lpr.data.text.tokenize import Engine, Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.folder_locks import FolderLocks
+from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
 
 

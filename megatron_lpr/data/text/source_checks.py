@@ -3,14 +3,12 @@
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 
 from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
-from megatron_lpr.data.text.compressed import check_compression
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
-from megatron_lpr.data.text.text_files import format_of, parquet_file
-from megatron_lpr.errors import UserError
+from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import EvaluationCorpus, PreprocessConfig, SourceConfig
 
@@ -82,9 +80,9 @@ def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
             paths[identity] = path
             if corpus_of.setdefault(identity, source.name) != source.name:
                 shared.setdefault((corpus_of[identity], source.name), []).append(path)
-    for (name, other), paths in shared.items():
-        more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-        print(f"warning: corpora '{name}' and '{other}' both read {paths[0]}{more}", file=sys.stderr)
+    for (name, other), both in shared.items():
+        more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+        warn(f"corpora '{name}' and '{other}' both read {both[0]}{more}")
 
 
 def check_plug_ins(source: SourceConfig) -> None:

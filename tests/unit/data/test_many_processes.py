@@ -16,7 +16,7 @@ from megatron_lpr.data.preprocess import preprocess as module
 from megatron_lpr.data.preprocess.pending_entries import PendingEntries
 from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.folder_locks import FolderLocks
+from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.settings import SourceConfig
 
 TEXTS = [f"the quick fox number {number} árvíz" for number in range(30)]

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.run_lock import LOCK_FILE, run_lock
+from megatron_lpr.files.locks import LOCK_FILE, FolderLocks, run_lock
 
 
 def hold(output, pipe):
@@ -68,10 +68,10 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_the_lock(tmp_path, monkey
     """Its holder removes it between our open and our lock: we would hold a file that nobody else can see."""
     real, removed = fcntl.lockf, []
 
-    def lockf(file, operation):
+    def lockf(*arguments):
         if not removed:
-            removed.append(os.unlink(file.name))
-        return real(file, operation)
+            removed.append(os.unlink(tmp_path / LOCK_FILE))
+        return real(*arguments)
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with run_lock(str(tmp_path)):
@@ -79,13 +79,24 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_the_lock(tmp_path, monkey
 
 
 def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
-    def lockf(file, operation):
+    def lockf(*arguments):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with run_lock(str(tmp_path / "run")):
         pass
     assert "file system without locks" in capsys.readouterr().err
+
+
+def test_a_lock_that_fails_is_told(tmp_path, monkeypatch):
+    def lockf(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with FolderLocks(str(tmp_path)) as locks:
+        for lock in (run_lock(str(tmp_path)), locks.manifest()):
+            with pytest.raises(UserError, match=r"cannot be locked .Input/output error.; choose another folder"), lock:
+                pass
 
 
 def test_folder_that_cannot_be_written(tmp_path):
