@@ -82,8 +82,8 @@ def trained_on(recipe: Recipe) -> Iterator[str]:
         where = f"evaluation.corpora: {corpus.name}"
         files = _files(corpus)
         if shared := next((file for file in files if os.path.realpath(file) in sources), None):
-            name = sources[os.path.realpath(shared)]
-            yield f"{where}: {shared} is training text too, of preprocess.corpora {name}; its score says little"
+            source = sources[os.path.realpath(shared)]
+            yield f"{where}: {shared} is training text too, of preprocess.corpora {source}; its score says little"
         elif digests and (name := digests.get(files_sha256(files, _way_of_reading(corpus, recipe)))):
             yield f"{where}: has the very text that corpus {name} of the manifest was made from; its score says little"
 
