@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from megatron_lpr import __version__
 from megatron_lpr.commands.command import Command, all_commands
+from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.errors import AlreadyTold, UserError, nearest
-from megatron_lpr.platform.stopping import status_of
 from megatron_lpr.recipe.reading import describe
 
 

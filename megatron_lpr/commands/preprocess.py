@@ -1,7 +1,6 @@
 """`megatron-lpr preprocess`: text becomes corpora; without a recipe one corpus, described on the command line."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,21 +26,12 @@ def run(options: argparse.Namespace) -> None:
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess.preprocess import check, preprocess
     from megatron_lpr.data.text.special_tokens import special_tokens
+    from megatron_lpr.recipe.checks import check_preprocessing
 
     recipe = typed_recipe(options, _under(options))
     settings = recipe.preprocess
-    if not settings.corpora:
-        raise UserError("preprocess.corpora: empty; name at least one corpus")
-    if settings.workers < 0:
-        raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
-    if settings.max_document_bytes < 0:
-        raise UserError(f"preprocess.max_document_bytes: {settings.max_document_bytes}; give bytes, or 0: no limit")
-    if settings.output is None:
-        raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
-    if settings.tokenizer is None and not recipe.model.base:
-        raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
-    if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
-        raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
+    check_preprocessing(recipe)
+    assert settings.output is not None
     tokenizer = settings.tokenizer or recipe.model.base
     special = special_tokens(settings)
     if options.dry_run:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lpr.checkpoint import checkpointing
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.origins import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
@@ -45,7 +45,7 @@ class MegatronModel:
         layers = tuple(saved.get("mlp_only_layers", ()))
         model = dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers)
         recipe = dataclasses.replace(recipe, model=model)
-        return cls(recipe, lambda recipe, arch, chunks: checkpointing.load(source, chunks))
+        return cls(recipe, lambda recipe, arch, chunks: load_checkpoint(source, chunks))
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:

@@ -99,6 +99,10 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     assert sorted(run.folder.rglob("*")) == before
     status, _, error = run("optimizer.lr=0.5")
     assert status == 2 and "optimizer.lr: 0.5, but the run in" in error
+    (run.checkpoints / "latest").write_text("step_00000008")
+    status, printed, _ = run()
+    assert status == 0 and printed.startswith("nothing to do: the run in ")
+    assert "latest names step_00000008, which is not there: takes step_00000006, the newest complete" in printed
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     assert "tokenizer of another vocabulary" in error and str(base) in error
 
 
+@pytest.mark.parametrize("place", ["", "/run"])
+def test_output_inside_the_base_model(refused, project, tmp_path, place):
+    base = copy_of_base(project, tmp_path / "base")
+    error = refused("train", "stage1", *changed("model.load=null", f"model.base={base}", f"output={base}{place}"))
+    assert f"output folder '{base}{place}' is or lies in '{base}', which is read" in error
+
+
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_corpus_that_was_altered_after_it_was_written(refused, project, tmp_path, suffix):
     with open(project.recipes["stage1"]) as file:

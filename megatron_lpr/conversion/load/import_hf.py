@@ -32,8 +32,8 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
             print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
-        from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.reporting.byte_progress import byte_progress
@@ -44,7 +44,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         with byte_progress("convert", total, show=progress and ranks.rank == 0) as bar:
             fill_weights(recipe, arch, chunks, None, progress=bar.update)
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
-        folder = checkpointing.save(recipe.output, state, chunks)
+        folder = save_checkpoint(recipe.output, state, chunks)
         if progress and ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
         return folder

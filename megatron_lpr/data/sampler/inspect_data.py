@@ -38,9 +38,6 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
 def _sampler(recipe: Recipe) -> ReplaySampler:
     if recipe.data is None or recipe.train is None:
         raise UserError("inspect-data: the recipe describes no training run (it needs the sections data and train)")
-    for field in ("steps", "global_batch_size"):
-        if getattr(recipe.train, field) < 1:
-            raise UserError(f"train.{field}: {getattr(recipe.train, field)}; at least 1")
     return ReplaySampler.of(Manifest.load(recipe.data.manifest), recipe.data, recipe.train.seed, document_ids=True)
 
 

@@ -26,18 +26,14 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
     """The subset of every corpus. Documents of a language are shared out over its corpora by their numbers.
 
     Raises:
-        UserError: an unknown language, a number below 1, a share outside (0, 1], or both for one language.
+        UserError: an unknown language, or both for one language.
     """
     languages = {corpus.language: corpus.role for corpus in manifest.corpora}
     for field, limits in (("documents", replay.documents), ("tokens", replay.tokens)):
-        for key, value in limits.items():
+        for key in limits:
             known = (*ROLES, *languages)
             if key not in known:
                 raise UserError(f"data.replay.{field}: no role or language '{key}'{nearest(key, known)}")
-            if field == "documents" and value < 1:
-                raise UserError(f"data.replay.documents.{key}: {value}; at least 1, or leave it out to read all")
-            if field == "tokens" and not 0 < value <= 1:
-                raise UserError(f"data.replay.tokens.{key}: {value} is no share of the tokens in (0, 1]")
     parts: dict[str, Subset] = {}
     for language, role in languages.items():
         corpora = [corpus for corpus in manifest.corpora if corpus.language == language]

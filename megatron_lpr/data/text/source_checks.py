@@ -1,7 +1,6 @@
 """What can be wrong with the sources of corpora, found before anything is written."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import EvaluationCorpus, PreprocessConfig, SourceConfig
 
 
@@ -21,8 +21,7 @@ def check_sources(corpora: Sequence[SourceConfig], seed: int) -> None:
     """
     if not corpora:
         raise UserError("no corpora to preprocess: name at least one")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"the shuffle's seed must be in [0, 2^63), not {seed}")
+    check_section(PreprocessConfig(corpora=tuple(corpora), seed=seed), "preprocess")
     names = set()
     for source in corpora:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source.name):
@@ -30,8 +29,6 @@ def check_sources(corpora: Sequence[SourceConfig], seed: int) -> None:
         if source.name in names:
             raise UserError(f"two corpora are called '{source.name}'; give each its own name")
         names.add(source.name)
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            raise UserError(f"corpus '{source.name}': weight must be a positive number, not {source.weight}")
         for problem in _contradictions(source):
             raise UserError(f"corpus '{source.name}' {problem}")
 

@@ -57,7 +57,13 @@ def test_include_cycle(write):
 
 
 @pytest.mark.parametrize(
-    "content, expected", [("- 1", "found list"), ("", "found NoneType"), ("a: [", "not valid YAML"), (None, "no such")]
+    "content, expected",
+    [
+        ("- 1", "found list"),
+        ("", "is empty; a recipe has at least name, output and model"),
+        ("a: [", "not valid YAML"),
+        (None, "no such"),
+    ],
 )
 def test_file_that_is_no_recipe(write, content, expected):
     assert expected in refused("nowhere.yaml" if content is None else write("r.yaml", content))

@@ -185,9 +185,9 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
         "language 'hu' is expanded in corpus 'hu' and original in 'en'",
         source(path, name="en", role="original"),
     )
-    refused("weight must be a positive number", source(path, **english, weight=0))
+    refused(r"preprocess.corpora\[1\].weight: 0; above 0", source(path, **english, weight=0))
     refused("no tokenizer at", tokenizer_dir=str(tmp_path / "nowhere"))
-    refused("seed must be in", seed=-1)
+    refused("preprocess.seed: -1; at least 0", seed=-1)
     with pytest.raises(UserError, match="no corpora to preprocess"):
         run()
     with pytest.raises(UserError, match="cannot make the output folder .*a.jsonl/out"):
