@@ -91,6 +91,14 @@ def test_a_hugging_face_folder_instead_of_a_checkpoint(project):
         assert new.bits_per_byte == pytest.approx(old.bits_per_byte, rel=1e-5)
 
 
+def test_a_trainer_outside_a_session_is_told(project, tmp_path):
+    from megatron_lpr import Trainer, load_recipe, plan
+
+    run = plan(load_recipe(project / "stage1.yaml", ["model.load=null", f"output={tmp_path}/run"]))
+    with pytest.raises(UserError, match="no rank of a run: make a Trainer in `with session"):
+        Trainer(run)
+
+
 def test_what_is_wrong_is_a_user_error(project, tmp_path, megatron):
     from megatron_lpr import evaluate, export, load_recipe, plan, session, upcycle, verify
 
