@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
 from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS

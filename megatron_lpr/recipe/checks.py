@@ -5,10 +5,10 @@ from pathlib import Path
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
-from megatron_lpr.families.origins import check_upcycling
+from megatron_lpr.families.expansion import Expansion, check_upcycling
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.sections import check_section
-from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
+from megatron_lpr.recipe.settings import DataConfig, ModelConfig, Recipe, TrainConfig
 
 
 def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
@@ -21,9 +21,8 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         raise UserError(f"the number of ranks: {world_size}; at least 1")
     check_section(recipe)
     _check_experts(recipe)
-    model = recipe.model
-    use_transformer_engine(model.spec)
-    check_upcycling(arch, num_experts=model.num_experts, num_frozen=model.num_frozen_experts, topk=model.topk)
+    use_transformer_engine(recipe.model.spec)
+    check_upcycling(arch, expansion_of(recipe.model))
     check_layout(recipe, arch, world_size)
     if recipe.train is not None:
         if recipe.data is None:
@@ -52,6 +51,18 @@ def use_transformer_engine(spec: str) -> bool:
     if spec == "te" and not installed:
         raise UserError("model.spec: te needs Transformer Engine: pip install 'megatron-lpr[te]', or use local")
     return installed and spec != "local"
+
+
+def expansion_of(model: ModelConfig) -> Expansion:
+    """The expansion that a recipe asks for."""
+    return Expansion(
+        num_experts=model.num_experts,
+        num_frozen=model.num_frozen_experts,
+        topk=model.topk,
+        mlp_only_layers=model.mlp_only_layers,
+        router_std=model.router_init_std,
+        router_seed=model.router_init_seed,
+    )
 
 
 def _check_experts(recipe: Recipe) -> None:

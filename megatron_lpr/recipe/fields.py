@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LARGEST_INT = (1 << 63) - 1  # of a whole number without another upper bound: what C++, torch and files hold
-MOST_SAMPLES = 1 << 62  # of a run, in csrc/mixture.h
+MOST_SAMPLES = 1 << 62  # of a run, in csrc/schedule.h
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

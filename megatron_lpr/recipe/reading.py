@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.errors import UserError, nearest, warn
 from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
 from megatron_lpr.recipe.fields import Range
 from megatron_lpr.recipe.sections import check_section
@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 # Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
 REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
+# Settings that are no more, with the value that they had unless somebody chose another: older checkpoints and recipes
+# name them. (section, setting) -> (value, why it may be left out)
+_REMOVED = {("export", "processes"): (1, "one process writes as fast as several")}
 
 
 def load_recipe(
@@ -94,6 +97,8 @@ def from_tree(cls: type[T], tree: Any, where: str) -> T:
     Raises:
         UserError: unknown key (names the nearest), wrong type, missing required key, and as `check_section`.
     """
+    if cls is Recipe:
+        tree = _without_removed(tree, where)
     built: T = _build(cls, tree, where, "")
     try:
         check_section(built)
@@ -117,6 +122,16 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
         if name not in tree and no_default:
             raise UserError(f"{section}: missing key '{name}' ({f.metadata['doc']})")
     return cls(**{key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _without_removed(tree: Any, where: str) -> Any:
+    for (section, name), (value, why) in _REMOVED.items():
+        settings = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(settings, dict) and name in settings:
+            if settings[name] != value:
+                warn(f"{where}: {section}.{name} is no setting any more and does nothing: {why}")
+            tree = tree | {section: {key: settings[key] for key in settings if key != name}}
+    return tree
 
 
 def _convert(hint: Any, value: Any, where: str, name: str) -> Any:

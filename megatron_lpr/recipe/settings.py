@@ -200,7 +200,6 @@ class ExportConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "`auto` is the dtype that was trained")
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
-    processes: int = opt(1, "processes that read the checkpoint and write the shards", at_least=1, at_most=1024)
     results: tuple[str, ...] = opt((), "evaluation results (JSON) for the model card, the base model's first")
     base_model: str | None = opt(
         None, "hub id (organisation/name) of the base for the model card; without it as its folder tells, if it does"

@@ -4,6 +4,7 @@ import pytest
 from layouts import recipe_of, write_source
 
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.platform import leave_layout
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -72,7 +73,7 @@ def in_memory(base, source, out):
 
     model = MegatronModel.of_checkpoint(recipe_of(base, "stage1", out, {}), str(source))
     parameters = model.module.named_parameters()
-    return export_model(parameters, model.arch, base_dir=base, out_dir=out, num_experts=5, num_frozen=1)
+    return export_model(parameters, model.arch, Expansion(num_experts=5, num_frozen=1), base_dir=base, out_dir=out)
 
 
 @pytest.mark.parametrize("model", MODELS)

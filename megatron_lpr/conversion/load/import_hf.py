@@ -7,7 +7,7 @@ from typing import Any
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe.reading import to_tree
@@ -36,7 +36,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.reporting.byte_progress import byte_progress
+        from megatron_lpr.reporting.progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
@@ -54,8 +54,7 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
     from megatron_lpr.checkpoint.run_state import find_checkpoint
     from megatron_lpr.checkpoint.same_run import base_identity
-    from megatron_lpr.families.remarks import base_remarks
-    from megatron_lpr.families.sizes import model_bytes
+    from megatron_lpr.families.remarks import base_remarks, model_bytes
     from megatron_lpr.files.output_place import check_place
     from megatron_lpr.recipe.checks import check_recipe
 

@@ -14,6 +14,7 @@ from toy_run import write_run
 from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.conversion.load import import_hf
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files import output_place
 from megatron_lpr.platform import distributed
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -104,7 +105,7 @@ def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
-@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"]])
 def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
     write_run(toy_base, tmp_path / "run")
     assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2
@@ -150,7 +151,7 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 
 
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4, topk=3)
+    upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4, topk=3))
     recipes = []
     monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
