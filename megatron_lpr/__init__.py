@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
     from megatron_lpr.errors import UserError
     from megatron_lpr.recipe.reading import load_recipe
+    from megatron_lpr.training.hooks import Hook
     from megatron_lpr.training.train import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "Hook",
     "Manifest",
     "ReplaySampler",
     "Trainer",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
+    "Hook": "training.hooks",
     "Manifest": "data.corpus.manifest",
     "ReplaySampler": "data.sampler.replay_sampler",
     "Trainer": "training.train",

@@ -7,7 +7,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_lpr.checkpoint.own_recipe import own_recipe
@@ -23,6 +23,7 @@ from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, single_process, together
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.training.hooks import Hook
 from megatron_lpr.training.plan import Plan, plan_training
 
 
@@ -48,14 +49,17 @@ def session(run: Plan) -> Iterator[None]:
         yield
 
 
-def train(run: Plan) -> None:
-    """Train to the last step; a finished run has nothing to do."""
+def train(run: Plan, hooks: Iterable[Hook] = ()) -> None:
+    """Train to the last step; a finished run has nothing to do.
+
+    hooks: what is called around the loop, after what every run does.
+    """
     if run.finished:
         return
     with session(run):
         from megatron_lpr.training.train import Trainer
 
-        Trainer(run).run()
+        Trainer(run, hooks).run()
 
 
 def upcycle(

@@ -29,10 +29,9 @@ class MegatronModel:
         self.recipe = recipe = dataclasses.replace(recipe, parallel=ParallelConfig(), train=None)
         self.arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
-        chunks = build_model(recipe, self.arch)
+        chunks: list[Any] = build_model(recipe, self.arch)  # GPTModels, which ship no types
         fill(recipe, self.arch, chunks)
-        self.module: Any = chunks[0]  # a GPTModel, which ships no types
-        self.module.eval()
+        self.module = chunks[0].eval()
         if self.module.config.bf16:
             self.module.bfloat16()
 

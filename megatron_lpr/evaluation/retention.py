@@ -39,7 +39,7 @@ class EvaluationResult:
         return f"{self.model}: {scores} bits per byte"
 
     def save(self, path: str | Path) -> None:
-        """Write the result as JSON, and its routing, where it has any, to `routing_file(path)`.
+        """Write the result as JSON, and its routing, where it has any, to `_routing_file(path)`.
 
         Raises:
             UserError: as `check_result_file`.
@@ -49,9 +49,9 @@ class EvaluationResult:
         routing = tree.pop("routing")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        routing_file(path).unlink(missing_ok=True)  # of an earlier result
+        _routing_file(path).unlink(missing_ok=True)  # of an earlier result
         if routing:
-            routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
+            _routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
@@ -65,7 +65,7 @@ class EvaluationResult:
             corpora = tuple(CorpusScore(**corpus) for corpus in tree["corpora"])
             more = {key: tree.get(key) for key in ("tokenizer", "bos_id", "parse_special_tokens")}
             return cls(
-                model=tree["model"], window=tree["window"], corpora=corpora, **more, routing=read_routing(Path(path))
+                model=tree["model"], window=tree["window"], corpora=corpora, **more, routing=_read_routing(Path(path))
             )
         except OSError as error:
             raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
@@ -83,14 +83,14 @@ def check_result_file(out: str | Path) -> None:
         raise UserError(f"--out {out}: cannot be written in {there}")
 
 
-def routing_file(out: Path) -> Path:
+def _routing_file(out: Path) -> Path:
     """Where the routing of a result lies beside it."""
     return out.with_suffix(".routing.json")
 
 
-def read_routing(out: Path) -> dict[str, list[float]]:
+def _read_routing(out: Path) -> dict[str, list[float]]:
     """`EvaluationResult.routing` of the result in `out`."""
-    file = routing_file(out)
+    file = _routing_file(out)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -4,6 +4,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.losses import GlobalCounts
 from megatron_lpr.model.layer_specs import block_spec
@@ -17,7 +18,13 @@ from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 
 def init_model_parallel(sizes: ParallelConfig) -> None:
-    """Megatron's process groups (needs the default group) and its CUDA generator states."""
+    """Megatron's process groups (needs the default group) and its CUDA generator states.
+
+    Raises:
+        UserError: there is no default group.
+    """
+    if not torch.distributed.is_initialized():
+        raise UserError("this process is no rank of a run: make a Trainer in `with session(plan)`, or call train(plan)")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,

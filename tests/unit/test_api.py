@@ -69,7 +69,8 @@ def test_the_page(project, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"starts from +checkpoint .*upcycle", printed)
     assert "| stage1 vs base |" in printed and re.search(r"ok +logits", printed)
-    assert namespace["metrics"]["step"] == 5
+    assert namespace["metrics"]["step"] == 5 and len(namespace["losses"].seen) == 2
+    assert namespace["losses"].seen[0] == namespace["metrics"]["ntp_loss"]  # the same step, by hand and by the loop
     result, report = namespace["stage1"], namespace["report"]
     assert result.model == "stage1" and len(result.routing["qaa"]) == 2
     assert result.parse_special_tokens is False
@@ -88,6 +89,14 @@ def test_a_hugging_face_folder_instead_of_a_checkpoint(project):
     assert [before.model, after.model] == ["base", "moe"]
     for old, new in zip(before.corpora, after.corpora, strict=True):
         assert new.bits_per_byte == pytest.approx(old.bits_per_byte, rel=1e-5)
+
+
+def test_a_trainer_outside_a_session_is_told(project, tmp_path):
+    from megatron_lpr import Trainer, load_recipe, plan
+
+    run = plan(load_recipe(project / "stage1.yaml", ["model.load=null", f"output={tmp_path}/run"]))
+    with pytest.raises(UserError, match="no rank of a run: make a Trainer in `with session"):
+        Trainer(run)
 
 
 def test_what_is_wrong_is_a_user_error(project, tmp_path, megatron):
@@ -111,12 +120,13 @@ def test_what_is_wrong_is_a_user_error(project, tmp_path, megatron):
 TYPED = """
     from pathlib import Path
     from megatron_lpr import (
-        Manifest, ReplaySampler, Trainer, compare, evaluate, export, load_recipe, plan, session, train, upcycle, verify
+        Hook, Manifest, ReplaySampler, Trainer, compare, evaluate, export, load_recipe, plan, session, train, upcycle,
+        verify,
     )
 
     recipe = load_recipe(Path("stage1.yaml"), ["train.steps=10"])
     run = plan(recipe, world_size=2)
-    train(run)
+    train(run, hooks=[Hook()])
     with session(run):
         trainer: Trainer = Trainer(run)
     folder: Path = upcycle(recipe, hf="out")
