@@ -61,7 +61,7 @@ def test_options_of_experts_on_a_dense_import(convert_hf, toy_base, tmp_path, ca
         assert convert_hf(["hf-to-megatron", base, out, option, "2", "--dry-run"]) == 2
         error = capsys.readouterr().err
         assert f"{option} 2" in error and "has no effect, for a dense import has no experts" in error
-    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4)
+    upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4))
     again = ["hf-to-megatron", str(tmp_path / "moe"), out, "--dry-run"]
     assert convert_hf([*again, "--seed", "2"]) == 2
     assert "--seed 2: has no effect, for no expert is new" in capsys.readouterr().err
