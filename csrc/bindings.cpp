@@ -21,27 +21,6 @@ namespace lpr = megatron_lpr;
 
 namespace {
 
-using CorpusTuple =
-    std::tuple<std::string, std::uint64_t, bool, std::vector<std::int64_t>, bool, std::uint64_t, std::uint64_t>;
-using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::vector<std::uint64_t>>;
-
-std::shared_ptr<lpr::Sampler> make_sampler(const std::vector<CorpusTuple>& corpora,
-                                           const std::vector<PieceTuple>& pieces, std::uint64_t seq_length,
-                                           std::uint64_t seed, std::int64_t eod_id, std::uint64_t vocab_size,
-                                           std::uint64_t num_languages, bool one_document, bool shift_windows,
-                                           bool document_ids) {
-  std::vector<lpr::CorpusSpec> specs;
-  for (const auto& [prefix, stream, expanded, tags, sidecar, documents, tokens] : corpora)
-    specs.push_back({prefix, stream, expanded, tags, sidecar, documents, tokens});
-  std::vector<lpr::MixtureSpec> mixtures;
-  for (const auto& [first_sample, numerator, denominator, weights] : pieces)
-    mixtures.push_back({first_sample, lpr::RoleSplit(numerator, denominator), weights});
-  const lpr::SamplerSettings settings{{seq_length, one_document, shift_windows}, seed, eod_id, vocab_size,
-                                      num_languages, document_ids};
-  const py::gil_scoped_release unlocked;
-  return std::make_shared<lpr::Sampler>(specs, mixtures, settings);
-}
-
 template <typename T>
 using Rows = py::array_t<T, py::array::c_style>;
 
@@ -162,6 +141,33 @@ py::dict inspect(const std::string& prefix) {
   return result;
 }
 
+// What a sampler is made of; their fields are described in corpus.h, mixture.h and sampler.h.
+void define_settings(py::module_& module) {
+  py::class_<lpr::CorpusSpec>(module, "CorpusSpec")
+      .def(py::init([](std::string prefix, std::uint64_t stream, bool expanded, std::vector<std::int64_t> tags,
+                       bool sidecar, std::uint64_t documents, std::uint64_t tokens) {
+             return lpr::CorpusSpec{std::move(prefix), stream, expanded, std::move(tags), sidecar, documents, tokens};
+           }),
+           py::kw_only(), py::arg("prefix"), py::arg("stream"), py::arg("expanded"), py::arg("tags"),
+           py::arg("sidecar"), py::arg("documents"), py::arg("tokens"));
+  py::class_<lpr::MixtureSpec>(module, "MixtureSpec")
+      .def(py::init([](std::uint64_t first_sample, std::uint64_t numerator, std::uint64_t denominator,
+                       std::vector<std::uint64_t> weights) {
+             return lpr::MixtureSpec{first_sample, lpr::Split(numerator, denominator), std::move(weights)};
+           }),
+           py::kw_only(), py::arg("first_sample"), py::arg("expanded_numerator"), py::arg("expanded_denominator"),
+           py::arg("weights"));
+  py::class_<lpr::SamplerSettings>(module, "SamplerSettings")
+      .def(py::init([](std::uint64_t seq_length, bool one_document, bool shift_windows, std::uint64_t seed,
+                       std::int64_t eod_id, std::uint64_t vocab_size, std::uint64_t num_languages,
+                       bool document_ids) {
+             return lpr::SamplerSettings{
+                 {seq_length, one_document, shift_windows}, seed, eod_id, vocab_size, num_languages, document_ids};
+           }),
+           py::kw_only(), py::arg("seq_length"), py::arg("one_document"), py::arg("shift_windows"), py::arg("seed"),
+           py::arg("eod_id"), py::arg("vocab_size"), py::arg("num_languages"), py::arg("document_ids"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_replay_sampler, module) {
@@ -175,12 +181,11 @@ PYBIND11_MODULE(_replay_sampler, module) {
              py::arg("first"), py::arg("count"), py::arg("inverse") = false,
              "Images of first, ..., first + count - 1 under the keyed permutation of range(size), uint64 [count].");
 
+  define_settings(module);
   py::class_<lpr::Sampler, std::shared_ptr<lpr::Sampler>>(module, "Sampler")
-      .def(py::init(&make_sampler), py::arg("corpora"), py::arg("pieces"), py::arg("seq_length"), py::arg("seed"),
-           py::arg("eod_id"), py::arg("vocab_size"), py::arg("num_languages"), py::arg("one_document"),
-           py::arg("shift_windows"), py::arg("document_ids"),
-           "corpora: (prefix, stream, expanded, tags, sidecar, documents, tokens) tuples (corpus.h). pieces: "
-           "(first sample, numerator and denominator of the expanded share, weights) tuples (mixture.h).")
+      .def(py::init<const std::vector<lpr::CorpusSpec>&, const std::vector<lpr::MixtureSpec>&,
+                    const lpr::SamplerSettings&>(),
+           py::arg("corpora"), py::arg("mixtures"), py::arg("settings"), py::call_guard<py::gil_scoped_release>())
       .def("num_windows", [](const lpr::Sampler& self, std::size_t corpus) { return self.corpus(corpus).samples(); })
       .def("num_tokens", [](const lpr::Sampler& self, std::size_t corpus) { return self.corpus(corpus).tokens(); })
       .def("samples_before", &lpr::Sampler::samples_before, py::arg("k"), "Samples of each corpus among the first k.")

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,12 @@ from megatron_lpr.recipe.settings import Recipe
 
 T = TypeVar("T")
 
+# Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
+REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
+
 
 def load_recipe(
-    path: str | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
+    path: str | Path | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
 ) -> Recipe:
     """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names and types.
 
@@ -29,7 +32,7 @@ def load_recipe(
     tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
         _override(tree, override)
-    return from_tree(Recipe, tree, where=path or "command line")
+    return from_tree(Recipe, tree, where=str(path or "command line"))
 
 
 def to_tree(config: Any) -> Any:
@@ -138,9 +141,13 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
     return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
 
 
-def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
-    """One line per setting, `section.key: type = default  # doc`: the body of `--help`."""
-    lines = []
+def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None = None) -> list[str]:
+    """For each setting `section.key: type = default` and, in a line below, its sentence: the body of `--help`.
+
+    Args:
+        only: what is described, sections or single settings by their dotted names; all without it.
+    """
+    lines: list[str] = []
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
@@ -148,7 +155,9 @@ def describe(cls: type = Recipe, prefix: str = "") -> list[str]:
         name = f"{prefix}{f.name}"
         if nested is not None:
             many = typing.get_origin(hint) is tuple
-            lines += describe(nested, f"{name}[]." if many else f"{name}.")
+            lines += describe(nested, f"{name}[]." if many else f"{name}.", only)
+            continue
+        if only is not None and not any(name == one or name.startswith((f"{one}.", f"{one}[].")) for one in only):
             continue
         if f.default is not dataclasses.MISSING:
             default = f" = {f.default}"

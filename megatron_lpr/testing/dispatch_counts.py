@@ -118,7 +118,7 @@ def _count(layer: torch.nn.Module, chosen_TE: Tensor) -> LayerCounts:
         counts.computed_rows += len(inputs[0])
 
     layer.eval()
-    layer.route = lambda hidden_states, padding_mask=None: (chosen_TE / TOPK, chosen_TE)
+    layer.route = lambda hidden_states, tags_SB=None: (chosen_TE / TOPK, chosen_TE)
     experts = (layer.experts, *getattr(layer, "frozen_experts", ()))
     hooks = [module.register_forward_pre_hook(computes) for module in experts]
     with _all_to_all_counted(counts, hidden):

@@ -79,8 +79,8 @@ def assert_all_written(chunks) -> None:
 def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
-        from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
 
@@ -93,7 +93,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             fill_weights(recipe, arch, chunks, None)
             assert_all_written(chunks)
             state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
-            checkpointing.save(recipe.output, state, chunks)
+            save_checkpoint(recipe.output, state, chunks)
             del chunks
             leave_layout()
 

@@ -32,8 +32,8 @@ def rewrite(root, models):
 
 
 def rewrite_one(base, source, out, parallel):
-    from megatron_lpr.checkpoint import checkpointing
     from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+    from megatron_lpr.checkpoint.save_and_load import save_checkpoint
     from megatron_lpr.conversion.load.weights import fill_weights
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -42,7 +42,7 @@ def rewrite_one(base, source, out, parallel):
     init_model_parallel(recipe.parallel)
     chunks = build_model(recipe, arch)
     fill_weights(recipe, arch, chunks, checkpoint_folder(source))
-    checkpointing.save(str(out), read_run_state(checkpoint_folder(source)), chunks)
+    save_checkpoint(str(out), read_run_state(checkpoint_folder(source)), chunks)
 
 
 MODELS = {"untied": False, "tied": True}

@@ -59,12 +59,12 @@ std::unique_ptr<Sampler> make_sampler(const unsigned char* settings) {
     weights.push_back(1 + own[5] % 7);
   }
   const std::uint64_t share = !original ? 8 : !expanded ? 0 : 1 + settings[2] % 7;
-  std::vector<MixtureSpec> pieces{{0, RoleSplit(share, 8), weights}};
+  std::vector<MixtureSpec> mixtures{{0, Split(share, 8), weights}};
   std::reverse(weights.begin(), weights.end());
-  if (settings[3] % 2 == 1) pieces.push_back({1 + settings[3] % 16u, RoleSplit(share, 8), weights});
+  if (settings[3] % 2 == 1) mixtures.push_back({1 + settings[3] % 16u, Split(share, 8), weights});
   const WindowRule windows{1 + settings[4] % 12u, settings[5] % 3 == 0, settings[5] % 3 == 1};
   return std::make_unique<Sampler>(
-      specs, pieces, SamplerSettings{windows, settings[6], 0, kVocabulary, kLanguages, settings[7] % 2 == 1});
+      specs, mixtures, SamplerSettings{windows, settings[6], 0, kVocabulary, kLanguages, settings[7] % 2 == 1});
 }
 
 // Batches of their exact size, so that AddressSanitizer sees a position too many; returns what `count` should.

@@ -10,10 +10,8 @@ from megatron_lpr.data.corpus.manifest import ROLES, Manifest
 from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.recipe.settings import MixturePiece
 
-# Limits of csrc/quota.h and csrc/roles.h: the sum of the weights in a role, the smallest weight's part of that sum, and
-# the denominator of a role's share.
+# Limits of csrc/mixture.h and csrc/split.h: the sum of the weights in a role, and the denominator of a role's share.
 _MAX_TOTAL = 1 << 60
-_MAX_RATIO = 1 << 24
 _MAX_DENOMINATOR = 1 << 62
 
 
@@ -116,7 +114,7 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
         overrides: weights of corpora by name, instead of the manifest's; 0 leaves a corpus out.
 
     Raises:
-        UserError: an unknown corpus, a weight that is no number >= 0, or one below 2^-24 of its role.
+        UserError: an unknown corpus, a weight that is no number >= 0, or one below 2^-60 of its role.
     """
     names = [corpus.name for corpus in manifest.corpora]
     for name, weight in overrides.items():
@@ -128,12 +126,11 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
     for role in ROLES:
         members = [index for index, corpus in enumerate(manifest.corpora) if corpus.role == role]
         exact = [_exact(overrides.get(names[index], manifest.corpora[index].weight)) for index in members]
-        total = sum(exact)
         for index, weight, integer in zip(members, exact, _coprime_integers(exact), strict=True):
-            if 0 < weight < total / _MAX_RATIO:
+            if weight and not integer:
                 raise UserError(
-                    f"{manifest.path}: the weight of corpus '{names[index]}' is below 1 in {_MAX_RATIO:,} of its "
-                    "role; give it more, or take the corpus out"
+                    f"{manifest.path}: the weight of corpus '{names[index]}' is below 1 in 2^60 of its role; give it "
+                    "more, or take the corpus out"
                 )
             weights[index] = integer
     return weights

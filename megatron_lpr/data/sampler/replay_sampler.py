@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_lpr._replay_sampler import Prefetcher, Sampler
+from megatron_lpr._replay_sampler import CorpusSpec, MixtureSpec, Prefetcher, Sampler, SamplerSettings
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.data_state import DataState
 from megatron_lpr.data.sampler.mixture import mixtures
@@ -126,15 +126,25 @@ class ReplaySampler:
         self._subset = subset
         self._sampler = Sampler(
             _corpus_specs(manifest, subset),
-            [(m.first_sample, m.expanded.numerator, m.expanded.denominator, m.weights) for m in self.mixtures],
-            seq_length,
-            seed,
-            manifest.tokenizer.eod_id,
-            manifest.tokenizer.vocab_size,
-            len(manifest.languages),
-            windows == "document",
-            windows == "packed",
-            document_ids,
+            [
+                MixtureSpec(
+                    first_sample=piece.first_sample,
+                    expanded_numerator=piece.expanded.numerator,
+                    expanded_denominator=piece.expanded.denominator,
+                    weights=piece.weights,
+                )
+                for piece in self.mixtures
+            ],
+            SamplerSettings(
+                seq_length=seq_length,
+                one_document=windows == "document",
+                shift_windows=windows == "packed",
+                seed=seed,
+                eod_id=manifest.tokenizer.eod_id,
+                vocab_size=manifest.tokenizer.vocab_size,
+                num_languages=len(manifest.languages),
+                document_ids=document_ids,
+            ),
         )
 
     @staticmethod
@@ -245,21 +255,20 @@ class ReplaySampler:
         )
 
 
-def _corpus_specs(manifest: Manifest, subset: Sequence[Subset]) -> list[tuple]:
-    """The tuples that csrc/bindings.cpp takes."""
+def _corpus_specs(manifest: Manifest, subset: Sequence[Subset]) -> list[CorpusSpec]:
     roles = manifest.language_roles
     tags = {
         language: index * (-1 if roles[language] == "expanded" else 1) for index, language in enumerate(roles, start=1)
     }
     return [
-        (
-            corpus.prefix,
-            int(corpus.digest[:16], 16),
-            corpus.role == "expanded",
-            [tags[language] for language in corpus.languages or (corpus.language,)],
-            corpus.languages is not None,
-            part.documents,
-            part.tokens,
+        CorpusSpec(
+            prefix=corpus.prefix,
+            stream=int(corpus.digest[:16], 16),
+            expanded=corpus.role == "expanded",
+            tags=[tags[language] for language in corpus.languages or (corpus.language,)],
+            sidecar=corpus.languages is not None,
+            documents=part.documents,
+            tokens=part.tokens,
         )
         for corpus, part in zip(manifest.corpora, subset, strict=True)
     ]

@@ -192,8 +192,8 @@ def test_a_disk_that_fills_up_with_the_last_file(run, toy_base, tmp_path, monkey
 
 KILLED = """
 import sys, time
-from megatron_lpr.conversion import export, sources
-from megatron_lpr.conversion.sources import CheckpointSource
+from megatron_lpr.conversion.export import export, sources
+from megatron_lpr.conversion.export.sources import CheckpointSource
 stream = CheckpointSource.stream
 def slow(self, units):
     for item in stream(self, units):

@@ -1,5 +1,6 @@
 """Ctrl-C and a closed pipe end every command in one sentence, with the exit status that shells know."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -7,39 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lpr import cli, commands
+from megatron_lpr import cli
+from megatron_lpr.commands.command import all_commands
 from megatron_lpr.platform.stopping import not_for_children, status_of
 from megatron_lpr.testing.toy_models import write_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMANDS = {
-    "preprocess": [],
-    "upcycle": [],
-    "train": [],
-    "inspect-data": [],
-    "evaluate": ["--name", "n", "--out", "o"],
-    "export": ["--checkpoint", "c", "--out", "o"],
-    "verify": ["e"],
-}
+MORE = {"evaluate": ["--name", "n", "--out", "o"], "export": ["o"], "plot": ["--out", "o"]}
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "compare"])
-def test_ctrl_c(command, tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments, **options):
+@pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.name)
+def test_ctrl_c(command, monkeypatch, capsys):
+    def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, command.replace("-", "_"), interrupted)
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("{name: x, output: o, model: {base: b}}")
-    assert cli.main([command, str(recipe), *COMMANDS.get(command, [])]) == 130
-    assert capsys.readouterr() == ("", f"megatron-lpr {command}: interrupted\n")
+    monkeypatch.setattr(cli, "all_commands", lambda: [dataclasses.replace(command, run=interrupted)])
+    assert cli.main([command.name, "x", *MORE.get(command.name, [])]) == 130
+    assert capsys.readouterr() == ("", f"megatron-lpr {command.name}: interrupted\n")
 
 
 def test_a_closed_pipe():
     """As of `megatron-lpr inspect-data recipe.yaml | head`."""
     code = (
         "import sys\n"
-        "from megatron_lpr.stopping import status_of\n"
+        "from megatron_lpr.platform.stopping import status_of\n"
         "sys.exit(status_of('x', lambda: [print('line ' * 100) for _ in range(1000)] and 0))\n"
     )
     process = subprocess.Popen(
@@ -84,7 +76,7 @@ def test_processes_that_share_the_work_are_not_reached():
 
 SLOW = """
 import runpy, sys, time
-from megatron_lpr.conversion.sources import UpcycledSource
+from megatron_lpr.conversion.export.sources import UpcycledSource
 stream = UpcycledSource.stream
 def slow(self, units):
     for item in stream(self, units):
@@ -101,13 +93,20 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path):
     base = write_toy_model(tmp_path / "base")
     (tmp_path / "given").mkdir()
     for out in ("out", "given"):
-        arguments = [str(ROOT / "tools/convert_hf.py"), "upcycle", str(base), str(tmp_path / out), "--num-experts", "3"]
+        arguments = [
+            str(ROOT / "tools/convert_hf.py"),
+            "hf-to-hf",
+            str(base),
+            str(tmp_path / out),
+            "--num-experts",
+            "3",
+        ]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], **pipes, text=True, cwd=ROOT)
         assert process.stdout.readline() == "one\n"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
-        assert process.returncode == 130 and error.splitlines()[-1] == "convert_hf.py: interrupted"
+        assert process.returncode == 130 and error.splitlines()[-1] == "convert_hf.py hf-to-hf: interrupted"
         assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "given"]
     assert not list((tmp_path / "given").iterdir())

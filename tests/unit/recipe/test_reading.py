@@ -159,3 +159,10 @@ def test_every_setting_is_described():
     assert lines.count("(required)") == sum(
         f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in names.values()
     )
+
+
+def test_a_part_of_the_settings_is_described():
+    lines = describe(only=("name", "optimizer"))
+    names = {line.split(":")[0].strip() for line in lines}
+    assert names == {"name"} | {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
+    assert [line for line in describe() if line in lines] == lines

@@ -5,14 +5,14 @@ nothing that a later run could mistake for one.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import megatron.core
 import torch
 import torch.distributed as dist
+from megatron.core import __version__ as installed
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -25,19 +25,23 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.checkpoint.dist_metadata import read_metadata
-from megatron_lpr.checkpoint.folders import drop_old, publish
+from megatron_lpr.checkpoint.run_folder import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.cpu_shims import cuda_type_names
 
 EXTRA_STATE = "_extra_state"
+Chunks = Sequence[torch.nn.Module]
 
 
-def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, keep: int = 0) -> Path:
+def save_checkpoint(
+    output: str, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, keep: int = 0
+) -> Path:
     """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
     root = Path(output) / "checkpoints"
     folder, writing = root / f"step_{state.step:08d}", root / f".writing_step_{state.step:08d}"
@@ -64,7 +68,7 @@ def save(output: str, state: RunState, chunks, optimizer=None, scheduler=None, k
     return folder
 
 
-def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
+def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None) -> None:
     """Fill the model, and the optimizer and schedule where they are given, from a checkpoint of any layout.
 
     Raises:
@@ -85,7 +89,7 @@ def load(folder: Path, chunks, optimizer=None, scheduler=None) -> None:
     except (CheckpointingException, CheckpointException, UnpicklingError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
-        differing = _unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        differing = unwrap_model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
@@ -120,7 +124,7 @@ def _check_common_state(folder: Path, metadata: Metadata) -> None:
         return
     if any(key.startswith("common_state/") for key in metadata.state_dict_metadata):
         raise UserError(
-            f"checkpoint {folder}: was written by a newer megatron-core than this one ({megatron.core.__version__}), "
+            f"checkpoint {folder}: was written by a newer megatron-core than this one ({installed}), "
             "which cannot load it; install megatron-core 0.19"
         )
     raise UserError(f"checkpoint {folder}: common.pt is missing; copy the checkpoint again")
@@ -144,14 +148,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
-def _model_state(chunks) -> dict[str, Any]:
-    return {f"model{index}": _unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+def _model_state(chunks: Chunks) -> dict[str, Any]:
+    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
 def _optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:

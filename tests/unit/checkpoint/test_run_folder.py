@@ -5,8 +5,8 @@ import shutil
 import pytest
 from fake_checkpoints import write_fake_checkpoint
 
-from megatron_lpr.checkpoint import folders as checkpoint_folders
-from megatron_lpr.checkpoint.folders import clear_leavings, drop_old, publish, set_future_aside
+from megatron_lpr.checkpoint import run_folder as module
+from megatron_lpr.checkpoint.run_folder import clear_leavings, drop_old, publish, set_future_aside
 from megatron_lpr.checkpoint.run_state import find_checkpoint
 from megatron_lpr.files import durable
 
@@ -96,7 +96,7 @@ def test_a_kill_while_dropping_leaves_nothing_that_looks_like_a_checkpoint(root,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folders.shutil, "rmtree", killed)
+        patch.setattr(module.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             drop_old(root / "step_00000002", keep=1)
     assert steps(root) == [2]

@@ -1,16 +1,53 @@
-"""How many floating-point operations a training step takes, in closed form.
+"""What a run costs, in closed form: parameters, bytes on the disk, floating-point operations of a step.
 
-Matrix products of weights only (2 operations per multiply-add); attention scores are left out. A product x W^T with n
-rows and a weight of m elements takes 2 n m operations forward, as many again for the gradient of x where something
-below learns, and as many again for the gradient of W where W learns.
+Operations are those of matrix products of weights (2 per multiply-add); attention scores are left out. A product
+x W^T with n rows and a weight of m elements takes 2 n m operations forward, as many again for the gradient of x where
+something below learns, and as many again for the gradient of W where W learns.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_lpr.families import Architecture
-from megatron_lpr.model.freezing import is_trainable
-from megatron_lpr.recipe.settings import ModelConfig
+from megatron_lpr.files.safetensors_io import torch_dtype
+from megatron_lpr.model.parameters import is_trainable, padded_vocab_size, parameter_sizes
+from megatron_lpr.recipe.settings import ModelConfig, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """Parameters of the whole model, each counted once on however many ranks, and bytes of its checkpoints."""
+
+    trainable: int
+    frozen: int
+    weight_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint from which the run can go on; one without optimizer state has `weight_bytes`."""
+        return self.weight_bytes + self.optimizer_bytes
+
+
+def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
+    """The size of a recipe's model, from numbers alone."""
+    model, sizes = recipe.model, recipe.parallel
+    # AdamW's two moments in fp32; and the weight, where the model's is bf16 or each rank has a shard of its own
+    keeps_weight = model.dtype != "float32" or sizes.distributed_optimizer
+    elements = {True: 0, False: 0}
+    for name, size in parameter_sizes(
+        arch,
+        num_experts=model.num_experts,
+        num_frozen=model.num_frozen_experts,
+        vocab_size=padded_vocab_size(arch.vocab_size, sizes.tensor),
+    ):
+        elements[recipe.train is not None and is_trainable(name, recipe.train.trainable)] += size
+    return ModelSize(
+        trainable=elements[True],
+        frozen=elements[False],
+        weight_bytes=(elements[True] + elements[False]) * torch_dtype(model.dtype).itemsize,
+        optimizer_bytes=elements[True] * 4 * (2 + keeps_weight),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def test_oldest_checkpoints_are_dropped_and_leavings_replaced(make_trainer, tmp_
     (root / ".writing_step_00000002/part").touch()
     for step in (1, 2, 3):
         trainer.step = step
-        trainer.save(last=True)
+        trainer.save(with_optimizer=False)
     assert names(root) == ["latest", "step_00000002", "step_00000003"]
     assert (root / "latest").read_text() == "step_00000003"
     assert not (root / "step_00000002/part").exists()
@@ -55,7 +55,7 @@ def test_oldest_checkpoints_are_dropped_and_leavings_replaced(make_trainer, tmp_
 def test_weights_come_back_as_they_were(make_trainer, tmp_path):
     trainer = make_trainer(train={"trainable": "all"})
     trainer.train_step()
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     saved = {name: p.detach().clone() for name, p in unwrapped(trainer).named_parameters()}
     loaded = make_trainer(source=tmp_path / "run/checkpoints/step_00000001")
     for name, parameter in unwrapped(loaded).named_parameters():
@@ -67,30 +67,30 @@ def test_changed_frozen_weight_stops_the_save(make_trainer, tmp_path):
     with torch.no_grad():
         unwrapped(trainer).decoder.layers[1].mlp.frozen_experts[0].linear_fc2.weight[3, 4] += 1e-6
     with pytest.raises(AssertionError, match="a frozen weight has changed"):
-        trainer.save(last=True)
+        trainer.save(with_optimizer=False)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_trained_weights_are_not_in_the_digest(make_trainer):
-    from megatron_lpr.conversion.load.weights import frozen_digest
+    from megatron_lpr.training.hooks import fingerprint
 
     trainer = make_trainer(train=ROUTERS)
-    before = frozen_digest(trainer.chunks)
+    before = fingerprint(trainer.chunks)
     trainer.train_step()
-    assert frozen_digest(trainer.chunks) == before
+    assert fingerprint(trainer.chunks) == before
     for name in ("decoder.final_layernorm.weight", "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"):
         parameter = dict(unwrapped(trainer).named_parameters())[name]
         with torch.no_grad():
             parameter.view(-1)[-1].neg_()
-        assert frozen_digest(trainer.chunks) != before
+        assert fingerprint(trainer.chunks) != before
         with torch.no_grad():
             parameter.view(-1)[-1].neg_()
-    assert frozen_digest(trainer.chunks) == before
+    assert fingerprint(trainer.chunks) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
 def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, damage):
-    make_trainer(train=ROUTERS).save(last=True)
+    make_trainer(train=ROUTERS).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     model = {}
     match damage:
@@ -108,7 +108,7 @@ def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, d
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_common_state_that_this_megatron_does_not_find(make_trainer, tmp_path, newer):
-    make_trainer(train=ROUTERS).save(last=True)
+    make_trainer(train=ROUTERS).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     if not (folder / "common.pt").exists():
         pytest.skip("this Megatron-Core reads both forms")
@@ -144,7 +144,7 @@ def test_extra_state_is_never_asked_for(make_trainer, tmp_path, monkeypatch, wri
     equip(written_with)
     trainer = make_trainer(train={"trainable": "all"})
     trainer.train_step()
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     saved = {name: p.detach().clone() for name, p in unwrapped(trainer).named_parameters()}
     equip(read_with)
     loaded = unwrapped(make_trainer(source=tmp_path / "run/checkpoints/step_00000001"))
@@ -155,7 +155,7 @@ def test_extra_state_is_never_asked_for(make_trainer, tmp_path, monkeypatch, wri
 
 
 def test_a_checkpoint_whose_metadata_runs_code_is_refused_before_it_does(make_trainer, tmp_path):
-    make_trainer(train=ROUTERS).save(last=True)
+    make_trainer(train=ROUTERS).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     (folder / ".metadata").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
     with pytest.raises(UserError, match=r"its .metadata names '_?io.open', which no checkpoint needs"):
@@ -166,7 +166,7 @@ def test_a_checkpoint_whose_metadata_runs_code_is_refused_before_it_does(make_tr
 def test_an_object_in_a_checkpoint_that_runs_code_is_refused_before_it_does(make_trainer, tmp_path):
     """The scheduler's state, where it lies: in common.pt (0.16) or among the other objects (0.19)."""
     trainer = make_trainer(train=ROUTERS)
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     planted = io.BytesIO()
     torch.save([RunsCode(tmp_path / "ran")], planted)
@@ -183,7 +183,7 @@ def test_every_object_of_a_checkpoint_is_loaded_without_running_it(make_trainer,
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    make_trainer(train=ROUTERS).save(last=True)
+    make_trainer(train=ROUTERS).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     planted = io.BytesIO()
     torch.save([RunsCode(tmp_path / "ran")], planted)
@@ -199,7 +199,7 @@ def test_names_are_those_of_the_transformer_engine_spec(make_trainer, tmp_path):
     from megatron.core import dist_checkpointing
 
     trainer = make_trainer(train=ROUTERS)
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     metadata = dist_checkpointing.load_tensors_metadata(str(tmp_path / "run/checkpoints/step_00000000"))
     assert set(metadata) == {
         "embedding.word_embeddings.weight",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from harness import make_batch, make_plan, make_recipe, unwrapped
 
-from megatron_lpr.model.freezing import POLICIES
+from megatron_lpr.model.parameters import POLICIES
 
 LAYER = "decoder.layers.3."
 GROUPS = {

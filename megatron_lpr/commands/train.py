@@ -1,0 +1,59 @@
+"""`megatron-lpr train`: post-pretraining, review, or a baseline."""
+
+import argparse
+import functools
+
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import add_recipe, typed_recipe
+from megatron_lpr.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--ranks", metavar="N", type=int, help="with --dry-run: check a run of this many ranks")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a training recipe; resumes where an earlier run stopped."""
+    from megatron_lpr.checkpoint.run_folder import run_folder
+    from megatron_lpr.platform import distributed
+    from megatron_lpr.platform.meeting import same_on_all_ranks, together
+    from megatron_lpr.training.plan import describe, plan_training
+
+    recipe = together(functools.partial(typed_recipe, options))
+    ranks = distributed.Ranks.from_environment()
+    world_size = _ranks(options, ranks.world_size)
+    plan = together(lambda: plan_training(recipe, world_size))
+    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
+    if ranks.rank == 0:
+        print(describe(plan), flush=True)
+    if options.dry_run or plan.finished:
+        return
+    with run_folder(recipe.output, plan.resume), distributed.megatron():
+        from megatron_lpr.training.train import Trainer
+
+        Trainer(plan).run()
+
+
+def _ranks(options: argparse.Namespace, there: int) -> int:
+    if options.ranks is None:
+        return there
+    if not options.dry_run:
+        raise UserError(f"--ranks {options.ranks}: only with --dry-run; a run's ranks are started by torchrun or srun")
+    if options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: at least 1")
+    return options.ranks
+
+
+COMMAND = Command(
+    name="train",
+    about="post-pretraining, review, or a baseline, as the recipe says; resumes by itself",
+    add_arguments=add_arguments,
+    run=run,
+    reads=(
+        *("name", "output", "model", "data", "train", "parallel", "balance", "lpr", "optimizer", "checkpoint"),
+        *("logging", "preprocess.bos", "preprocess.parse_special_tokens"),
+    ),
+    place=5,
+    distributed=True,
+)
