@@ -105,7 +105,8 @@ def test_corpora_are_checked(tmp_path, more, message):
 
 @pytest.mark.parametrize("how", ["the same file", "another name for it", "the manifest alone", "neither"])
 def test_training_text_among_the_held_out_is_told(tmp_path, how):
-    from megatron_lpr.data.preprocess.preprocess import preprocess
+    from preprocessing import preprocess
+
     from megatron_lpr.testing.toy_models import write_toy_text, write_toy_tokenizer
 
     (tmp_path / "tokenizer").mkdir()
@@ -128,7 +129,7 @@ def test_training_text_among_the_held_out_is_told(tmp_path, how):
     }
     recipe = from_tree(Recipe, tree, where="test")
     sources = recipe.preprocess.corpora
-    preprocess(sources, tokenizer_dir=str(tmp_path / "tokenizer"), output_dir=str(tmp_path / "data"), workers=1)
+    preprocess(sources, tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "data"), workers=1)
     sentences = list(trained_on(recipe))
     if how == "neither":
         shutil.rmtree(tmp_path / "data")
