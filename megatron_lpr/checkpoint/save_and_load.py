@@ -29,11 +29,11 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_lpr.checkpoint.dist_metadata import read_metadata
+from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
 from megatron_lpr.checkpoint.run_folder import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.platform.shims import cuda_type_names
 
 EXTRA_STATE = "_extra_state"
 Chunks = Sequence[torch.nn.Module]

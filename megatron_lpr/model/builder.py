@@ -6,12 +6,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.losses import GlobalCounts
-from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
+from megatron_lpr.model.layer_specs import block_spec
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel
+from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 

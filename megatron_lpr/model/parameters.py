@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from megatron_lpr.families import EMBEDDING, OUTPUT_LAYER, Architecture
+from megatron_lpr.families import Architecture
+from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 
 POLICIES: dict[str, Callable[[str], bool]] = {
     "new_experts_and_routers": lambda name: ".mlp.router." in name or ".mlp.experts." in name,

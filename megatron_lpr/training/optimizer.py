@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config
 
 from megatron_lpr.model.parameters import freeze
 from megatron_lpr.platform import on_leave
-from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 

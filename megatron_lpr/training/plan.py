@@ -10,6 +10,7 @@ import yaml
 
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, locate, read_run_state
+from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
@@ -19,8 +20,9 @@ from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
+from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
 from megatron_lpr.recipe.reading import to_tree
@@ -136,6 +138,8 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
         source = locate(recipe.model.load)
         same_run.check_source(recipe, source.folder, base)
         origin = same_run.source_identity(source.folder)
+    else:
+        check_checkpoint(SafetensorsReader(recipe.model.base), arch)
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)

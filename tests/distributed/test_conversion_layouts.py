@@ -12,11 +12,10 @@ from tiny_models import rewrite, save_tiny, train_a_little
 
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.families import read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import Expansion, with_layers_kept_dense
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
-from megatron_lpr.testing.run_distributed import run_distributed
 
 FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3")
 LAYOUTS = {
@@ -99,21 +98,28 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(on_ranks, tmp_path_factory):
     """<root>/<family>/dense and /moe, the latter with experts that differ; a checkpoint of every case beside them."""
     root = tmp_path_factory.mktemp("conversion")
     for family in FAMILIES:
         save_tiny(family, root / family / "dense", num_hidden_layers=4)
-        rewrite(upcycle_hf(root / family / "dense", root / family / "moe", num_experts=5), train_a_little)
+        rewrite(upcycle_hf(root / family / "dense", root / family / "moe", Expansion(num_experts=5)), train_a_little)
         for source, (base, num_experts, num_frozen) in SOURCES.items():
             if source == "mixed" and not family.startswith("qwen"):
                 continue
             upcycle_hf(
-                root / family / base, root / family / f"expected_{source}", num_experts=num_experts,
-                num_frozen=num_frozen, router_std=0.1, seed=3, mlp_only_layers=mlp_only_layers(source),
-            )  # fmt: skip
+                root / family / base,
+                root / family / f"expected_{source}",
+                Expansion(
+                    num_experts=num_experts,
+                    num_frozen=num_frozen,
+                    router_std=0.1,
+                    router_seed=3,
+                    mlp_only_layers=mlp_only_layers(source),
+                ),
+            )
     for world_size, layouts in LAYOUTS.items():
-        run_distributed(convert, world_size, root, [case for case in CASES if case[1] in layouts])
+        on_ranks(convert, world_size, root, [case for case in CASES if case[1] in layouts])
     return root
 
 

@@ -4,8 +4,8 @@ import pytest
 from layouts import recipe_of, write_source
 
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.platform import leave_layout
-from megatron_lpr.testing.run_distributed import run_distributed
 from megatron_lpr.testing.toy_models import write_toy_model
 
 LAYOUTS = {
@@ -49,7 +49,7 @@ MODELS = {"untied": False, "tied": True}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(on_ranks, tmp_path_factory):
     """Of each model: base, checkpoints by layout, and the export that one process wrote from its memory."""
     from megatron_lpr.platform import megatron
 
@@ -64,7 +64,7 @@ def root(tmp_path_factory):
             source = write_source(base, root / model / "source")
             leave_layout()
             in_memory(base, source, root / model / "expected")
-    run_distributed(rewrite, 4, root, list(MODELS))
+    on_ranks(rewrite, 4, root, list(MODELS))
     return root
 
 
@@ -73,7 +73,7 @@ def in_memory(base, source, out):
 
     model = MegatronModel.of_checkpoint(recipe_of(base, "stage1", out, {}), str(source))
     parameters = model.module.named_parameters()
-    return export_model(parameters, model.arch, base_dir=base, out_dir=out, num_experts=5, num_frozen=1)
+    return export_model(parameters, model.arch, Expansion(num_experts=5, num_frozen=1), base_dir=base, out_dir=out)
 
 
 @pytest.mark.parametrize("model", MODELS)

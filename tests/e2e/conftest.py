@@ -28,7 +28,7 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Project:
+def project(megatron_imported, tmp_path_factory) -> Project:
     """Preprocessed and upcycled."""
     root = tmp_path_factory.mktemp("project")
     project = Project(root, write_toy_project(root, dtype="bfloat16"))

@@ -19,7 +19,7 @@ def refused(project, tmp_path, monkeypatch, capsys):
     def no_work(*arguments):
         raise AssertionError("joined the process group")
 
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
 
     def run(command, recipe, *arguments):
         before = sorted(tmp_path.rglob("*"))
@@ -279,6 +279,6 @@ def test_several_processes_for_one(refused, project, trained, tmp_path, monkeypa
 
 @pytest.mark.parametrize("command", ["train", "upcycle"])
 def test_dry_run_writes_nothing(project, tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     printed = project.run(command, "stage1", "--dry-run", *changed(f"output={tmp_path}/out"))
     assert not list(tmp_path.iterdir()) and printed

@@ -19,7 +19,7 @@ from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
 from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.reading import REST, load_recipe
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 _CHUNK_BYTES = 8 << 20
 _DOCUMENTS = 1 << 16

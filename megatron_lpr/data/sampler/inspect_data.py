@@ -74,9 +74,6 @@ def short_windows(manifest: Manifest, sampler: ReplaySampler) -> list[str]:
 def _sections(recipe: Recipe) -> tuple[TrainConfig, DataConfig]:
     if recipe.data is None or recipe.train is None:
         raise UserError("inspect-data: the recipe describes no training run (it needs the sections data and train)")
-    for field in ("steps", "global_batch_size"):
-        if getattr(recipe.train, field) < 1:
-            raise UserError(f"train.{field}: {getattr(recipe.train, field)}; at least 1")
     return recipe.train, recipe.data
 
 

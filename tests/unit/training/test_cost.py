@@ -6,7 +6,7 @@ import pytest
 from harness import EXPANDED, ORIGINAL, make_batch, make_plan, make_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_lpr.checkpoint.dist_metadata import read_metadata
+from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.training.cost import model_size, step_flops
 

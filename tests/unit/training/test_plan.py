@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 import yaml
 from harness import FixedSampler, make_plan, make_recipe, mixed_batch
+from safetensors.torch import load_file, save_file
 
+from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.reading import from_tree, load_recipe
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.testing.toy_models import write_toy_project
 from megatron_lpr.training.cost import model_size
-from megatron_lpr.training.plan import ReplayBudget, describe, replay_budget
+from megatron_lpr.training.plan import ReplayBudget, describe, plan_training, replay_budget
 
 
 @pytest.fixture
@@ -108,3 +111,20 @@ def test_replay_without_a_stage_1_has_no_limit(budget_of):
     budget = budget_of()
     budget.check()
     assert "stage 1 not known" in str(budget)
+
+
+def test_what_would_stop_a_fresh_run_stops_its_plan(tmp_path):
+    path = str(write_toy_project(tmp_path)["stage1"])
+    assert cli.main(["preprocess", path]) == 0
+    fresh = ["model.load=null"]
+    assert plan_training(load_recipe(path, fresh), 2).source is None
+    (tmp_path / "file").touch()
+    for output, expected in (("file/out", "cannot be made: .*file' is a file"), ("base/out", "lies in .*base'")):
+        with pytest.raises(UserError, match=f"output folder .*{expected}"):
+            plan_training(load_recipe(path, [*fresh, f"output={tmp_path}/{output}"]), 2)
+    weights = tmp_path / "base/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight"):
+        plan_training(load_recipe(path, fresh), 2)

@@ -61,6 +61,7 @@ def test_refuses_impossible_documents(tmp_path, tokens):
     writer.discard()
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
 def test_megatron_reads_what_we_write(write_corpus, vocab_size):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
@@ -69,6 +70,7 @@ def test_megatron_reads_what_we_write(write_corpus, vocab_size):
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_we_read_what_megatron_writes(tmp_path, dtype):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")

@@ -8,7 +8,7 @@ from tiny_models import save_tiny
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
-from megatron_lpr.families.origins import check_upcycling, origins, router_rows, source_expert
+from megatron_lpr.families.expansion import Expansion, check_upcycling, origins, router_rows, source_expert
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def test_old_experts_stay_and_new_ones_are_copies_of_the_first(dense):
 def test_old_router_rows_stay_and_new_ones_are_row_0_with_noise(dense):
     old = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
 
-    def rows(**changes):
-        asked = {"layer": 1, "num_experts": 64, "router_std": 0.05, "seed": 0, "old": old} | changes
-        return router_rows(dense, **asked)
+    def rows(layer=1, **changes):
+        expansion = Expansion(**{"num_experts": 64, "router_std": 0.05} | changes)
+        return router_rows(dense, expansion, layer=layer, old=old)
 
     assert torch.equal(rows()[:3], old.float()) and rows().dtype == torch.float32
     noise = rows()[3:] - old[0].float()
     assert abs(noise.std() - 0.05) < 5e-3 and abs(noise.mean()) < 5e-3
     assert torch.equal(rows(), rows())
-    assert not torch.equal(rows(), rows(seed=1)) and not torch.equal(rows(), rows(layer=0))
+    assert not torch.equal(rows(), rows(router_seed=1)) and not torch.equal(rows(), rows(layer=0))
     assert torch.equal(rows(router_std=0.0)[3:], old[:1].float().expand(61, -1))
     assert torch.equal(rows(num_experts=3), old.float())
 
@@ -59,7 +59,7 @@ def test_old_router_rows_stay_and_new_ones_are_row_0_with_noise(dense):
 @pytest.mark.parametrize(
     "asked,message",
     [
-        ({"num_experts": 0, "num_frozen": 0}, "has 3 experts already, so num_experts cannot be 0"),
+        ({"num_experts": 0}, "has 3 experts already, so num_experts cannot be 0"),
         ({"num_experts": 4, "num_frozen": 2}, "to 3, not 2"),
         ({"num_experts": 4, "num_frozen": 4}, "at least one must be frozen and one new"),
         ({"num_experts": 4, "num_frozen": 3, "topk": 3}, "its top 2 experts; top-3"),
@@ -67,10 +67,10 @@ def test_old_router_rows_stay_and_new_ones_are_row_0_with_noise(dense):
 )
 def test_what_a_model_of_three_experts_cannot_become(dense, asked, message):
     with pytest.raises(UserError, match=message):
-        check_upcycling(with_experts(dense), **asked)
+        check_upcycling(with_experts(dense), Expansion(**asked))
 
 
 def test_what_it_can_become(dense):
     for asked in ((3, 1), (3, 2), (4, 3), (9, 3)):
-        check_upcycling(with_experts(dense), num_experts=asked[0], num_frozen=asked[1], topk=2)
-    check_upcycling(dense, num_experts=0, num_frozen=0)
+        check_upcycling(with_experts(dense), Expansion(num_experts=asked[0], num_frozen=asked[1]))
+    check_upcycling(dense, Expansion())

@@ -16,7 +16,7 @@ matter which copy is.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,8 +24,45 @@ from torch import Tensor
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, family_of
-from megatron_lpr.families.reading import MOST_EXPERTS
+from megatron_lpr.families.hf_config import MOST_EXPERTS
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """What the FFNs of a base become; without experts the model stays dense, and the other numbers say nothing.
+
+    num_experts: of each layer that has experts, the frozen ones included. num_frozen: experts 0..n-1, never trained.
+    topk: experts that each token goes to. mlp_only_layers: layers (from 0) without experts.
+    router_std, router_seed: of the initial router, see `router_rows`.
+    """
+
+    num_experts: int = 0
+    num_frozen: int = 1
+    topk: int = 2
+    mlp_only_layers: tuple[int, ...] = ()
+    router_std: float = 0.02
+    router_seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mlp_only_layers", tuple(sorted(set(self.mlp_only_layers))))
+        if not self.num_experts:
+            object.__setattr__(self, "num_frozen", 0)
+            object.__setattr__(self, "topk", 0)
+
+    def check(self) -> None:
+        """UserError unless the numbers of experts make sense together."""
+        if not self.num_experts:
+            return
+        if not 1 <= self.num_frozen < self.num_experts:
+            raise UserError(
+                f"{self.num_experts} experts with {self.num_frozen} frozen: at least one must be frozen and one new"
+            )
+        if not 1 <= self.topk <= self.num_experts:
+            raise UserError(
+                f"top-{self.topk} routing over {self.num_experts} experts: top-k must lie between 1 and "
+                f"{self.num_experts}"
+            )
 
 
 class Origin(NamedTuple):
@@ -40,36 +77,38 @@ class Origin(NamedTuple):
     layer: int | None = None
     expert: int | None = None
 
+    @property
+    def copied(self) -> str:
+        """The base's tensor that it is a copy of."""
+        assert self.kind == "copy" and self.base is not None, self
+        return self.base
 
-def check_experts(*, num_experts: int, num_frozen: int, topk: int = 1) -> None:
-    """UserError unless the numbers of experts make sense together."""
-    if not 1 <= num_frozen < num_experts:
-        raise UserError(f"{num_experts} experts with {num_frozen} frozen: at least one must be frozen and one new")
-    if not 1 <= topk <= num_experts:
-        raise UserError(f"top-{topk} routing over {num_experts} experts: top-k must lie between 1 and {num_experts}")
+    def is_frozen(self, num_frozen: int) -> bool:
+        """Whether training leaves the tensor as it is: everything but the routers and the new experts."""
+        return self.kind == "copy" and num_frozen > 0 and (self.expert is None or self.expert < num_frozen)
 
 
-def check_upcycling(arch: Architecture, *, num_experts: int, num_frozen: int, topk: int | None = None) -> None:
-    """UserError unless a model of so many experts can be made of the base; 0 experts keep a dense base dense."""
-    old = arch.num_experts
+def check_upcycling(arch: Architecture, expansion: Expansion) -> None:
+    """UserError unless a model can be made of the base by this expansion; 0 experts keep a dense base dense."""
+    old, num_experts = arch.num_experts, expansion.num_experts
     if num_experts < old:
         raise UserError(
             f"the base model has {old} experts already, so num_experts cannot be {num_experts}: "
             f"{old} loads it as it is, more expand it again"
         )
-    if not num_experts:
-        return
-    check_experts(num_experts=num_experts, num_frozen=num_frozen, topk=topk or 1)
+    expansion.check()
     if num_experts * arch.num_layers > MOST_EXPERTS:
         raise UserError(
             f"{num_experts} experts in {arch.num_layers} layers: a model can have {MOST_EXPERTS} in all layers together"
         )
-    if old and topk not in (None, arch.topk):
-        raise UserError(f"the base model routes to its top {arch.topk} experts; top-{topk} would be another function")
-    if old and num_experts > old and num_frozen < old:
+    if old and expansion.topk != arch.topk:
+        raise UserError(
+            f"the base model routes to its top {arch.topk} experts; top-{expansion.topk} would be another function"
+        )
+    if old and num_experts > old and expansion.num_frozen < old:
         raise UserError(
             f"all {old} experts of the base model are frozen when it is expanded again: "
-            f"set num_frozen_experts (--num-frozen) to {old}, not {num_frozen}"
+            f"set num_frozen_experts (--num-frozen) to {old}, not {expansion.num_frozen}"
         )
 
 
@@ -96,34 +135,26 @@ def origins(arch: Architecture, num_experts: int) -> dict[str, Origin]:
 
 
 def initial_tensor(
-    name: str,
-    origin: Origin,
-    reader: SafetensorsReader,
-    arch: Architecture,
-    *,
-    num_experts: int,
-    router_std: float,
-    seed: int,
+    name: str, origin: Origin, reader: SafetensorsReader, arch: Architecture, expansion: Expansion
 ) -> Tensor:
     """The value of one tensor of the upcycled model before any training."""
     if origin.kind == "zeros":
-        return torch.zeros(family_of(arch).zero_shapes(arch, num_experts)[name])
+        return torch.zeros(family_of(arch).zero_shapes(arch, expansion.num_experts)[name])
     if origin.kind == "copy":
-        return reader.get(origin.base)
+        return reader.get(origin.copied)
     old = reader.get(origin.base) if origin.base else None
-    return router_rows(arch, layer=origin.layer, num_experts=num_experts, router_std=router_std, seed=seed, old=old)
+    assert origin.layer is not None, origin
+    return router_rows(arch, expansion, layer=origin.layer, old=old)
 
 
-def router_rows(
-    arch: Architecture, *, layer: int, num_experts: int, router_std: float, seed: int, old: Tensor | None = None
-) -> Tensor:
+def router_rows(arch: Architecture, expansion: Expansion, *, layer: int, old: Tensor | None = None) -> Tensor:
     """The initial router of a layer, `[E, H]` fp32, the same in every layout.
 
     Rows are drawn from N(0, router_std); those beside the rows of an `old` router are that much noise on its row 0.
     """
-    digest = hashlib.sha256(f"router {seed} {layer}".encode()).digest()
+    digest = hashlib.sha256(f"router {expansion.router_seed} {layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    rows = torch.randn(num_experts, arch.hidden_size, generator=generator) * router_std
+    rows = torch.randn(expansion.num_experts, arch.hidden_size, generator=generator) * expansion.router_std
     if old is None:
         return rows
     return torch.cat([old.float(), old[0].float() + rows[len(old) :]])
