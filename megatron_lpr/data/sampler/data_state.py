@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest
-from megatron_lpr.data.sampler.mixture import Mixture
-from megatron_lpr.data.sampler.subset import Subset
+from megatron_lpr.data.sampler.mixture import Mixture, Subset
 from megatron_lpr.errors import UserError
 
 _VERSION = 3  # 2: before the samples of a role came in the order of csrc/mixture.h

@@ -5,8 +5,8 @@ from fractions import Fraction
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import ROLES, Manifest
+from megatron_lpr.data.sampler.mixture import Subset, subsets
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts, Pick, ReplaySampler
-from megatron_lpr.data.sampler.subset import Subset, subsets
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import DataConfig, Recipe, ReplayConfig, TrainConfig

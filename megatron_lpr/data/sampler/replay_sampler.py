@@ -17,8 +17,7 @@ import numpy as np
 from megatron_lpr._replay_sampler import CorpusSpec, MixtureSpec, Prefetcher, Sampler, SamplerSettings
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.data_state import DataState
-from megatron_lpr.data.sampler.mixture import mixtures
-from megatron_lpr.data.sampler.subset import Subset, subsets
+from megatron_lpr.data.sampler.mixture import Subset, mixtures, subsets
 from megatron_lpr.recipe.sections import check_section, check_setting
 from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig, TrainConfig
 

@@ -13,8 +13,7 @@ from megatron_lpr.checkpoint.run_state import RunState, read_run_state, write_ru
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.data_state import DataState
-from megatron_lpr.data.sampler.mixture import mixtures
-from megatron_lpr.data.sampler.subset import Subset
+from megatron_lpr.data.sampler.mixture import Subset, mixtures
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
