@@ -1,6 +1,7 @@
 """`megatron-lpr preprocess`: text becomes corpora; without a recipe one corpus, described on the command line."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 import yaml
@@ -25,38 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess.preprocess import check, preprocess
-    from megatron_lpr.data.text.special_tokens import special_tokens
     from megatron_lpr.recipe.checks import check_preprocessing
 
     recipe = typed_recipe(options, _under(options))
     settings = recipe.preprocess
     check_preprocessing(recipe)
-    assert settings.output is not None
-    tokenizer = settings.tokenizer or recipe.model.base
-    special = special_tokens(settings)
+    complete = dataclasses.replace(settings, tokenizer=settings.tokenizer or recipe.model.base)
     if options.dry_run:
-        check(
-            settings.corpora,
-            tokenizer_dir=tokenizer,
-            output_dir=settings.output,
-            seed=settings.seed,
-            engine=settings.engine,
-            special=special,
-        )
+        check(complete)
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
-    manifest = preprocess(
-        settings.corpora,
-        tokenizer_dir=tokenizer,
-        output_dir=settings.output,
-        seed=settings.seed,
-        on_bad_line=settings.on_bad_line,
-        max_document_bytes=settings.max_document_bytes,
-        workers=settings.workers,
-        engine=settings.engine,
-        special=special,
-        overwrite=options.overwrite,
-    )
+    manifest = preprocess(complete, overwrite=options.overwrite)
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""

@@ -14,8 +14,8 @@ from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
+from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
-from megatron_lpr.data.sampler.subset import short_windows, unshuffled
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError

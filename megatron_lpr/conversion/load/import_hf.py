@@ -36,7 +36,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.reporting.byte_progress import byte_progress
+        from megatron_lpr.reporting.progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)

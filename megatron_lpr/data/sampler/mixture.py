@@ -84,8 +84,8 @@ def role_shares(manifest: Manifest, mixture: Mapping[str, float], used: set[str]
                 f"weight); add a corpus with role: {role}, or set its share to 0"
             )
     expanded = (asked["expanded"] / total).limit_denominator(_MAX_DENOMINATOR)
-    for role, share in (("expanded", expanded), ("original", 1 - expanded)):
-        if share == 0 and asked[role] > 0:
+    for role, exact in (("expanded", expanded), ("original", 1 - expanded)):
+        if exact == 0 and asked[role] > 0:
             raise UserError(f"the mixture's share of {role} data is too small: {mixture[role]}")
     return {"expanded": expanded, "original": 1 - expanded}
 
@@ -107,8 +107,8 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
     for role in ROLES:
         members = [index for index, corpus in enumerate(manifest.corpora) if corpus.role == role]
         exact = [_exact(overrides.get(names[index], manifest.corpora[index].weight)) for index in members]
-        for index, weight, integer in zip(members, exact, _coprime_integers(exact), strict=True):
-            if weight and not integer:
+        for index, asked, integer in zip(members, exact, _coprime_integers(exact), strict=True):
+            if asked and not integer:
                 raise UserError(
                     f"{manifest.path}: the weight of corpus '{names[index]}' is below 1 in 2^60 of its role; give it "
                     "more, or take the corpus out"

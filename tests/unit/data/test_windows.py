@@ -7,8 +7,8 @@ import pytest
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, Source, TokenizerRecord
+from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
-from megatron_lpr.data.sampler.subset import short_windows, unshuffled
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import MixturePiece, ReplayConfig
 
