@@ -6,6 +6,8 @@ import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_lpr.errors import UserError
+
 LARGEST_INT = (1 << 63) - 1  # of a whole number without another upper bound: what C++, torch and files hold
 MOST_SAMPLES = 1 << 62  # of a run, in csrc/schedule.h
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -64,15 +66,21 @@ def range_of(f: dataclasses.Field, whole: bool) -> Range:
     return valid
 
 
-def bytes_of(size: str) -> int | None:
-    """Bytes of '500MB' or '4GB' (decimal units, as Hugging Face counts); None: it is no size above 0."""
+def parse_size(size: str, name: str) -> int:
+    """Bytes of '500MB' or '4GB' (decimal units, as Hugging Face counts).
+
+    Raises:
+        UserError: no number above 0, with or without a unit; begins with `name`, the setting's.
+    """
     unit = size[-2:].upper()
     number, factor = (size[:-2], _UNITS[unit]) if unit in _UNITS else (size, 1)
     try:
         found = int(float(number) * factor)
     except (ValueError, OverflowError):
-        return None
-    return found if 0 < found <= LARGEST_INT else None
+        found = 0
+    if not 0 < found <= LARGEST_INT:
+        raise UserError(f"{name}: '{size}' is no size; write it as 500MB or 4GB")
+    return found
 
 
 def _short(bound: float) -> str:

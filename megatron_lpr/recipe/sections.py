@@ -7,7 +7,7 @@ from functools import singledispatch
 from typing import Any
 
 from megatron_lpr.errors import UserError, nearest
-from megatron_lpr.recipe.fields import MOST_SAMPLES, bytes_of, range_of
+from megatron_lpr.recipe.fields import MOST_SAMPLES, parse_size, range_of
 from megatron_lpr.recipe.settings import DataConfig, ExportConfig, MixturePiece, OptimizerConfig, TrainConfig
 
 _ROLES = ("expanded", "original")
@@ -114,5 +114,4 @@ def _(optimizer: OptimizerConfig, where: str) -> None:
 
 @_check.register
 def _(export: ExportConfig, where: str) -> None:
-    if bytes_of(export.max_shard_size) is None:
-        raise UserError(f"{where}.max_shard_size: '{export.max_shard_size}' is no size; write it as 500MB or 4GB")
+    parse_size(export.max_shard_size, f"{where}.max_shard_size")

@@ -34,7 +34,8 @@ from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.families.remarks import model_bytes, remarks
 from megatron_lpr.files.new_folder import complete_folder, copy_companions
 from megatron_lpr.files.output_place import check_place, check_vacant
-from megatron_lpr.files.safetensors_io import ShardedWriter, parse_size, torch_dtype
+from megatron_lpr.files.safetensors_io import ShardedWriter, torch_dtype
+from megatron_lpr.recipe.fields import parse_size
 from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.reporting.progress import byte_progress
 
@@ -185,7 +186,7 @@ class _Export:
     def run(self, tensors: HFTensors, what: str = "export", *, dry_run: bool = False) -> Path:
         """Checks what can be known before the work, warns, and writes, unless it is a dry run. UserError."""
         experts, dtype = self.made.expansion.num_experts, self.card.dtype
-        max_shard_bytes = parse_size(self.shard_size)
+        max_shard_bytes = parse_size(self.shard_size, "export.max_shard_size")
         check_carried_over(read_config(self.hf_dir), self.arch, self.hf_dir)
         check_place(self.out_dir, self.hf_dir, *self.reads, needed=model_bytes(self.arch, experts, dtype))
         check_vacant(self.out_dir)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_lpr.cli import main
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.fields import LARGEST_INT, Range, bytes_of, range_of
+from megatron_lpr.recipe.fields import LARGEST_INT, Range, parse_size, range_of
 from megatron_lpr.recipe.reading import describe, from_tree, load_recipe
 from megatron_lpr.recipe.sections import check_section, check_setting
 from megatron_lpr.recipe.settings import EvaluationConfig, OptimizerConfig, Recipe, TrainConfig
@@ -168,7 +168,11 @@ def test_sections_that_no_recipe_holds():
     + [(size, None) for size in ("", "GB", "0MB", "-1GB", "nan", "inf", "1e400", "9e9TB", "4GiB")],
 )
 def test_sizes(size, expected):
-    assert bytes_of(size) == expected
+    if expected is not None:
+        assert parse_size(size, "size") == expected
+        return
+    with pytest.raises(UserError, match=f"^size: '{size}' is no size"):
+        parse_size(size, "size")
 
 
 def test_long_whole_numbers_keep_their_digits(tmp_path):
