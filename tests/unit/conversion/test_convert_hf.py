@@ -88,7 +88,7 @@ def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
-@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"]])
 def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
     write_run(toy_base, tmp_path / "run")
     assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2

@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=base)
     script = (
         "import resource; from pathlib import Path; from megatron_lpr.conversion.record import made_of; "
-        "from megatron_lpr.conversion.tensors import compare_with_checkpoint as compare; "
+        "from megatron_lpr.conversion.verify.tensors import compare_with_checkpoint as compare; "
         f"folder, base = Path('{tmp_path}/run/checkpoints/step_00000004'), '{tmp_path}/base'; made = made_of(folder); "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         f"assert compare(folder, made, '{tmp_path}/out', base).ok; "
