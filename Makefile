@@ -27,10 +27,12 @@ comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv venv-transformers4 quickstart test fuzz clean
+.PHONY: help venv venv-transformers4 quickstart test test-fast check fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
+	@echo "make test-fast   run the unit tests that need neither Megatron-Core nor seconds (a minute)"
+	@echo "make check       style, types and test-fast: what CI looks at first"
 	@echo "make test        run the tests"
 	@echo "make fuzz        feed corrupt corpora to the C++ sampler, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
@@ -42,6 +44,15 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -q $(TESTS) $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m fast tests/unit $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m mypy
+	$(MAKE) test-fast
 
 # clang++ makes a libFuzzer target, which finds its own way; any other compiler the driver with mutations of its own.
 fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))

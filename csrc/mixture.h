@@ -1,43 +1,70 @@
-// Sample k of a run -> corpus, and how many samples that corpus gave before: a piecewise schedule of exact mixtures.
+// Sample k of a mixture -> corpus, and how many samples that corpus gave before: a binary tree of splits (split.h), in
+// closed form at any k, without a table.
 //
-// In each piece two nested levels, each with its own counter: the role (expanded or original), then the corpora of
-// the role. For k samples since the piece began, and a corpus of share w_c inside role r of share w_r,
+// The top split is that of the roles, expanded and original. Below it the corpora of each role, with their integer
+// weights, are the leaves of a Huffman tree: the two lightest nodes are joined until one is left.
 //
-//   |count_c - k w_r w_c| <= |count_c - n_r w_c| + w_c |n_r - k w_r| < (1 - w_c / 2) + w_c / 2 = 1.
+// How far a count can be from its share. A node that has e samples too many or too few passes p e of them on to a child
+// of share p, and rounding adds at most 1/2. So for a corpus of weight w, below nodes of the weights W_1 (its parent),
+// W_2, ..., W_d (its whole role, which the top split leaves within 1/2), after any k samples
 //
-// When a piece ends, every corpus goes on from its count: nothing is repeated or skipped.
+//   |count - k share| <= (1 + w / W_1 + w / W_2 + ... + w / W_d) / 2.
+//
+// When a node was made, its two children were the lightest there were, so that its sibling, there already or made later
+// of nodes that were there, is at least as heavy as either. Hence W_1 >= w, W_2 >= W_1 + w, W_3 >= W_2 + W_1, ...: the
+// weights grow like the Fibonacci numbers 1, 1, 2, 3, 5, ... or faster, and the sum of those numbers' reciprocals is
+// below 3.36. Whatever the weights, a corpus is less than 1.68 samples from its share. A sum of weights of 2^60 leaves
+// room for fewer than 88 splits above a corpus; on average they are fewest for the corpora that are read most.
 #pragma once
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <functional>
+#include <queue>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
-#include "quota.h"
-#include "roles.h"
+#include "split.h"
 
 namespace megatron_lpr {
 
 struct MixtureSpec {
-  std::uint64_t first_sample;           // of the run
-  RoleSplit roles;                      // share of expanded samples
-  std::vector<std::uint64_t> weights;   // share of each corpus within its role; 0 leaves it out
+  std::uint64_t first_sample;          // of the run
+  Split expanded;                      // share of expanded samples
+  std::vector<std::uint64_t> weights;  // share of each corpus within its role; 0 leaves it out
 };
 
 class Mixture {
  public:
-  Mixture(const MixtureSpec& spec, const std::vector<bool>& is_expanded)
-      : roles_(spec.roles), expanded_(spec.weights, is_expanded, true), original_(spec.weights, is_expanded, false) {
-    if ((roles_.uses_expanded() && expanded_.order.empty()) || (roles_.uses_original() && original_.order.empty()))
+  static constexpr std::uint64_t kMaxTotal = 1ULL << 60;  // of the weights of a role
+
+  Mixture(const MixtureSpec& spec, const std::vector<bool>& is_expanded) {
+    std::array<Heap, 2> roles;  // expanded, original
+    for (std::uint32_t corpus = 0; corpus < spec.weights.size(); ++corpus) {
+      const bool expanded = is_expanded[corpus];
+      if (spec.weights[corpus] == 0 || !(expanded ? spec.expanded.uses_first() : spec.expanded.uses_second())) continue;
+      roles[expanded ? 0 : 1].emplace(spec.weights[corpus], static_cast<std::uint32_t>(corpora_.size()));
+      corpora_.push_back(corpus);
+    }
+    if ((spec.expanded.uses_first() && roles[0].empty()) || (spec.expanded.uses_second() && roles[1].empty()))
       throw std::invalid_argument("a role with a share of the mixture has no corpus");
+    for (Heap& role : roles) join(role);
+    if (!roles[0].empty() && !roles[1].empty())
+      inner_.push_back({spec.expanded, {roles[0].top().second, roles[1].top().second}});
   }
 
   // Adds each corpus' samples among the mixture's first k.
   void add_counts(std::uint64_t k, std::vector<std::uint64_t>& counts) const {
-    const std::uint64_t expanded = roles_.expanded_before(k);
-    expanded_.add_counts(expanded, counts);
-    original_.add_counts(k - expanded, counts);
+    std::vector<std::uint64_t> given(corpora_.size() + inner_.size());
+    given.back() = k;
+    for (std::size_t number = inner_.size(); number-- > 0;) {  // parents come after their children
+      const Inner& node = inner_[number];
+      const std::uint64_t n = given[corpora_.size() + number], first = node.split.first_before(n);
+      given[node.children[0]] = first;
+      given[node.children[1]] = n - first;
+    }
+    for (std::size_t leaf = 0; leaf < corpora_.size(); ++leaf) counts[corpora_[leaf]] += given[leaf];
   }
 
   struct Draw {
@@ -45,120 +72,75 @@ class Mixture {
     std::uint64_t index;  // samples of the corpus before this one in the mixture
   };
 
-  // Samples k, k + 1, ... of the mixture.
+  // Samples k, k + 1, ...: divisions where a node is met for the first time, additions from then on.
   class Walk {
    public:
     Walk(const Mixture& mixture, std::uint64_t k)
-        : mixture_(mixture),
-          roles_(mixture.roles_, k),
-          expanded_(mixture.expanded_.order, mixture.roles_.expanded_before(k)),
-          original_(mixture.original_.order, k - mixture.roles_.expanded_before(k)) {}
+        : mixture_(mixture), states_(mixture.corpora_.size() + mixture.inner_.size(), State{kUnmet, 0}) {
+      meet(static_cast<std::uint32_t>(states_.size() - 1), k);
+    }
 
     Draw next() {
-      const bool expanded = roles_.next_is_expanded();
-      const auto [member, index] = expanded ? expanded_.next() : original_.next();
-      return {(expanded ? mixture_.expanded_ : mixture_.original_).ids[member], index};
+      const auto leaves = static_cast<std::uint32_t>(mixture_.corpora_.size());
+      auto id = static_cast<std::uint32_t>(states_.size() - 1);
+      std::uint64_t given = states_[id].given++;
+      while (id >= leaves) {
+        const Inner& node = mixture_.inner_[id - leaves];
+        const bool first = node.split.next_is_first(states_[id].remainder);
+        id = node.children[first ? 0 : 1];
+        if (states_[id].given == kUnmet) {
+          const std::uint64_t firsts = node.split.first_before(given);
+          meet(id, first ? firsts : given - firsts);
+        }
+        given = states_[id].given++;
+      }
+      return {mixture_.corpora_[id], given};
     }
 
    private:
+    static constexpr std::uint64_t kUnmet = ~0ULL;
+
+    struct State {
+      std::uint64_t given;      // samples before
+      std::uint64_t remainder;  // of the split
+    };
+
+    void meet(std::uint32_t id, std::uint64_t given) {
+      const std::size_t leaves = mixture_.corpora_.size();
+      states_[id] = {given, id < leaves ? 0 : mixture_.inner_[id - leaves].split.remainder(given)};
+    }
+
     const Mixture& mixture_;
-    RoleSplit::Walk roles_;
-    QuotaOrder::Walk expanded_;
-    QuotaOrder::Walk original_;
+    std::vector<State> states_;
   };
 
  private:
-  struct Role {
-    Role(const std::vector<std::uint64_t>& weights, const std::vector<bool>& is_expanded, bool expanded)
-        : ids(select(weights, is_expanded, expanded)), order(pick(weights, ids)) {}
-
-    void add_counts(std::uint64_t n, std::vector<std::uint64_t>& counts) const {
-      const std::vector<std::uint64_t> own = order.counts(n);
-      for (std::size_t member = 0; member < own.size(); ++member) counts[ids[member]] += own[member];
-    }
-
-    static std::vector<std::uint32_t> select(const std::vector<std::uint64_t>& weights,
-                                             const std::vector<bool>& is_expanded, bool expanded) {
-      std::vector<std::uint32_t> ids;
-      for (std::uint32_t id = 0; id < weights.size(); ++id)
-        if (is_expanded[id] == expanded && weights[id] != 0) ids.push_back(id);
-      return ids;
-    }
-    static std::vector<std::uint64_t> pick(const std::vector<std::uint64_t>& weights,
-                                           const std::vector<std::uint32_t>& ids) {
-      std::vector<std::uint64_t> result;
-      for (const std::uint32_t id : ids) result.push_back(weights[id]);
-      return result;
-    }
-
-    std::vector<std::uint32_t> ids;  // members, as indices of corpora
-    QuotaOrder order;
+  struct Inner {
+    Split split;
+    std::array<std::uint32_t, 2> children;
   };
 
-  RoleSplit roles_;
-  Role expanded_;
-  Role original_;
-};
+  using Weighted = std::pair<std::uint64_t, std::uint32_t>;  // weight, node
+  using Heap = std::priority_queue<Weighted, std::vector<Weighted>, std::greater<Weighted>>;
 
-class Schedule {
- public:
-  static constexpr std::uint64_t kMaxSamples = 1ULL << 62;
-
-  // `pieces` in order; the first begins at sample 0.
-  Schedule(const std::vector<MixtureSpec>& pieces, const std::vector<bool>& is_expanded) {
-    std::vector<std::uint64_t> before(is_expanded.size(), 0);
-    for (const MixtureSpec& spec : pieces) {
-      if (pieces_.empty() ? spec.first_sample != 0 : spec.first_sample <= pieces_.back().first_sample)
-        throw std::invalid_argument("a schedule begins at sample 0 and its pieces follow in order");
-      if (spec.weights.size() != is_expanded.size()) throw std::invalid_argument("a mixture needs a weight per corpus");
-      if (!pieces_.empty()) pieces_.back().mixture.add_counts(spec.first_sample - pieces_.back().first_sample, before);
-      pieces_.push_back({spec.first_sample, before, Mixture(spec, is_expanded)});
-    }
-    if (pieces_.empty()) throw std::invalid_argument("a schedule needs a mixture");
-  }
-
-  // Samples of each corpus among the run's first k.
-  std::vector<std::uint64_t> counts(std::uint64_t k) const {
-    if (k > kMaxSamples) throw std::out_of_range("sample index past 2^62");
-    const Piece& piece = pieces_[find(k)];
-    std::vector<std::uint64_t> result = piece.before;
-    piece.mixture.add_counts(k - piece.first_sample, result);
-    return result;
-  }
-
-  // Calls visit(corpus, samples of the corpus before this one) for samples first, ..., first + count - 1.
-  template <typename Visit>
-  void for_each(std::uint64_t first, std::uint64_t count, Visit&& visit) const {
-    if (first > kMaxSamples || count > kMaxSamples - first) throw std::out_of_range("sample index past 2^62");
-    while (count > 0) {
-      const std::size_t number = find(first);
-      const Piece& piece = pieces_[number];
-      const std::uint64_t left = number + 1 < pieces_.size() ? pieces_[number + 1].first_sample - first : count;
-      const std::uint64_t here = std::min(count, left);
-      Mixture::Walk walk(piece.mixture, first - piece.first_sample);
-      for (std::uint64_t i = 0; i < here; ++i) {
-        const Mixture::Draw draw = walk.next();
-        visit(draw.corpus, piece.before[draw.corpus] + draw.index);
-      }
-      first += here;
-      count -= here;
+  // Leaves the root of a Huffman tree; of two nodes of one weight the earlier is the lighter, the first child is the
+  // lighter of the two.
+  void join(Heap& nodes) {
+    while (nodes.size() > 1) {
+      const auto [weight, node] = nodes.top();
+      nodes.pop();
+      const auto [other_weight, other] = nodes.top();
+      nodes.pop();
+      const std::uint64_t sum = weight + other_weight;
+      if (weight > kMaxTotal || other_weight > kMaxTotal || sum > kMaxTotal)
+        throw std::invalid_argument("corpus weights must sum to at most 2^60");
+      inner_.push_back({Split(weight, sum), {node, other}});
+      nodes.emplace(sum, static_cast<std::uint32_t>(corpora_.size() + inner_.size() - 1));
     }
   }
 
- private:
-  struct Piece {
-    std::uint64_t first_sample;
-    std::vector<std::uint64_t> before;  // samples of each corpus before the piece
-    Mixture mixture;
-  };
-
-  std::size_t find(std::uint64_t k) const {
-    const auto after = std::upper_bound(pieces_.begin(), pieces_.end(), k,
-                                        [](std::uint64_t sample, const Piece& p) { return sample < p.first_sample; });
-    return static_cast<std::size_t>(after - pieces_.begin()) - 1;
-  }
-
-  std::vector<Piece> pieces_;
+  std::vector<std::uint32_t> corpora_;  // of the leaves, which are the nodes 0, 1, ...
+  std::vector<Inner> inner_;            // the nodes behind them, the root last
 };
 
 }  // namespace megatron_lpr

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "corpus.h"
-#include "mixture.h"
 #include "permutation.h"
+#include "schedule.h"
 
 namespace megatron_lpr {
 
@@ -34,9 +34,9 @@ struct SamplerSettings {
 
 class Sampler {
  public:
-  Sampler(const std::vector<CorpusSpec>& corpora, const std::vector<MixtureSpec>& pieces,
+  Sampler(const std::vector<CorpusSpec>& corpora, const std::vector<MixtureSpec>& mixtures,
           const SamplerSettings& settings)
-      : settings_(settings), schedule_(pieces, roles(corpora)) {
+      : settings_(settings), schedule_(mixtures, roles(corpora)) {
     const std::uint64_t seq_length = settings.windows.seq_length;
     if (seq_length == 0 || seq_length > (1ULL << 31)) throw std::invalid_argument("seq_length is out of range");
     corpora_.reserve(corpora.size());

@@ -1,57 +1,102 @@
-"""The command line: `megatron-lpr preprocess|verify-data|inspect-data|upcycle|train|evaluate|compare|export|verify`."""
+"""The command line: finds the command, parses its arguments, runs it, and tells in one line what went wrong."""
 
 import argparse
 import contextlib
-import functools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from megatron_lpr import __version__
-from megatron_lpr.errors import AlreadyTold, UserError
-from megatron_lpr.platform.stopping import status_of
-from megatron_lpr.preprocess_options import add_options, take_tree
-from megatron_lpr.recipe.reading import describe, load_recipe
+from megatron_lpr.commands.command import Command, all_commands
+from megatron_lpr.commands.exit_status import status_of
+from megatron_lpr.errors import AlreadyTold, UserError, nearest
+from megatron_lpr.recipe.reading import describe
 
-DISTRIBUTED = ("train", "upcycle")
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of several commands. gone: commands of an older spelling, and what is typed now."""
+
+    name: str
+    about: str
+    commands: Sequence[Command]
+    more: str = ""
+    gone: dict[str, str] = field(default_factory=dict)
+
+    def main(self, words: Sequence[str]) -> int:
+        """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
+        if not words or words[0] in ("-h", "--help"):
+            print(self._help(), file=sys.stdout if words else sys.stderr)
+            return 0 if words else 2
+        if words[0] == "--version":
+            print(__version__)
+            return 0
+        commands = {command.name: command for command in self.commands}
+        if words[0] not in commands:
+            now = self.gone.get(words[0])
+            hint = f"; that is now {now}" if now else nearest(words[0], commands)
+            _report(self.name, UserError(f"no command '{words[0]}'{hint}"))
+            return 2
+        command, name = commands[words[0]], f"{self.name} {words[0]}"
+        command_line = shlex.join([self.name, *words])
+        return status_of(name, lambda: _status(name, command, words[1:], command_line))
+
+    def _help(self) -> str:
+        lines = [f"  {command.name:15}{command.about}" for command in self.commands]
+        commands = "\n".join(["commands:", *lines, "", f"`{self.name} COMMAND --help` tells the arguments of one."])
+        usage = f"usage: {self.name} COMMAND ..."
+        return "\n\n".join(part for part in (usage, self.about, commands, self.more) if part)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = vars(_parser().parse_args(arguments))
-    command = options.pop("command")
-    return status_of(f"megatron-lpr {command}", lambda: _status(command, options, arguments))
+    """`megatron-lpr`; returns the exit status."""
+    program = Program(
+        name="megatron-lpr",
+        about="Give a dense language model new languages without making it forget its own (MoE-LPR).",
+        commands=all_commands(),
+        more="A distributed run is the same command under torchrun, or under srun in a Slurm script.",
+    )
+    return program.main(list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _status(command: str, options: dict, arguments: Sequence[str]) -> int:
-    overrides = options.pop("set", [])
-    if command == "export":
-        overrides += [f"export.{name}={json.dumps(value)}" for name, value in export_settings(options).items()]
-        options["command_line"] = shlex.join(["megatron-lpr", *arguments])
+def _status(name: str, command: Command, words: Sequence[str], command_line: str) -> int:
+    def report(error: UserError) -> None:
+        _report(name, error)
+
     try:
-        with all_ranks(functools.partial(_report, command)) if command in DISTRIBUTED else contextlib.nullcontext():
-            _run(command, options, overrides)
+        options = _parse(name, command, words)
+        options.command_line = command_line
+        with _all_ranks(report) if command.distributed else contextlib.nullcontext():
+            command.run(options)
     except AlreadyTold:
         return 2
     except UserError as error:
-        _report(command, error)
+        report(error)
         return 2
     return 0
 
 
-def _run(command: str, options: dict, overrides: list[str]) -> None:
-    from megatron_lpr import commands
-    from megatron_lpr.platform import together
+def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=name,
+        description=f"{command.about[0].upper()}{command.about[1:]}.",
+        epilog="\n".join(["settings of a recipe:", *describe(only=command.reads)]) if command.reads else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        first, *_ = unknown
+        if first.startswith("-"):
+            shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
+            valid = [option for action in shown for option in action.option_strings if option.startswith("--")]
+            raise UserError(f"no option '{first}'{nearest(first.partition('=')[0], valid)}")
+        raise UserError(f"'{first}' is too much" + (f": {command.spelling}" if command.spelling else ""))
+    return options
 
-    if "recipe" in options:
-        under = take_tree(options) if command == "preprocess" else {}
-        options["recipe"] = together(lambda: load_recipe(options["recipe"], overrides, under))
-    getattr(commands, command.replace("-", "_"))(**options)
 
-
-def all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
+def _all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
     """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
     from megatron_lpr.platform import Ranks, meeting
 
@@ -59,100 +104,8 @@ def all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContext
     return meeting(ranks.rank, ranks.world_size, report)
 
 
-def _report(command: str, error: UserError) -> None:
-    print(f"megatron-lpr {command}: error: {error}", file=sys.stderr, flush=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatron-lpr",
-        description="Give a dense language model new languages without making it forget its own (MoE-LPR).",
-        epilog="A distributed run is the same command under torchrun, or under srun in a Slurm script.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    preprocess = _add(commands, "preprocess", "tokenise text into Megatron .bin/.idx corpora and a manifest", "?")
-    preprocess.add_argument("--overwrite", action="store_true", help="replace corpora that were made from other text")
-    add_options(preprocess)
-
-    about = "compare every byte of the corpora with the digests in their manifest"
-    verify_data = commands.add_parser("verify-data", help=about, description=f"{about.capitalize()}.")
-    verify_data.add_argument("path", metavar="MANIFEST_OR_RECIPE", help="manifest.yaml, or a recipe that names it")
-    verify_data.add_argument("--workers", type=int, default=0, help="files that are read at once (0: one per core)")
-    verify_data.add_argument("--record", action="store_true", help="add checksums that an older manifest lacks")
-
-    _add(commands, "upcycle", "write the upcycled dense model as a checkpoint")
-    _add(commands, "train", "post-pretraining, review, or a baseline, as the recipe says; resumes by itself")
-
-    inspect = _add(commands, "inspect-data", "show what a training recipe reads: tokens, epochs, share per language")
-    inspect.add_argument("--steps", type=int, help="optimizer steps to look at (default: train.steps)")
-    inspect.add_argument("--step", type=int, help="list the documents that this step reads instead, from 1 on")
-
-    evaluate = _add(commands, "evaluate", "bits per byte on held-out text")
-    evaluate.add_argument("--checkpoint", help="checkpoint, or output folder of a run")
-    evaluate.add_argument("--hf", help="folder of any Hugging Face causal model (default: the base model)")
-    evaluate.add_argument("--name", required=True, help="name of the model in the table")
-    evaluate.add_argument("--out", required=True, help="JSON file of the result")
-
-    compare = commands.add_parser("compare", help="table of several evaluation results, with retention")
-    compare.add_argument("files", nargs="+", metavar="RESULT", help="JSON results; the base model's first")
-
-    export = _add(commands, "export", "write a checkpoint as a stock Hugging Face model")
-    export.add_argument("--checkpoint", required=True, help="checkpoint, or output folder of a run")
-    export.add_argument("--out", required=True, help="new folder")
-    export_options(export)
-
-    verify = _add(commands, "verify", "check an export against the base model, and against its checkpoint")
-    verify.add_argument("export_dir", metavar="EXPORT", help="folder that `export` wrote")
-    verify.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
-    verify.add_argument(
-        "--no-logits", dest="logits", action="store_false", help="with --checkpoint: tensors only, without Megatron"
-    )
-    _add_graft_delta(verify)
-    return parser
-
-
-def export_options(parser: argparse.ArgumentParser) -> None:
-    """What `export` can be told beside its recipe."""
-    for name, metavar, help_text in (
-        ("dtype", "DTYPE", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
-        ("max-shard-size", "SIZE", "largest safetensors file, as 500MB or 4GB"),
-    ):
-        parser.add_argument(f"--{name}", metavar=metavar, help=f"{help_text} (export.{name.replace('-', '_')})")
-    parser.add_argument(
-        "--results", nargs="+", metavar="JSON", help="evaluations for the model card, the base's first (export.results)"
-    )
-    _add_graft_delta(parser)
-    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
-
-
-def _add_graft_delta(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
-    )
-
-
-def export_settings(options: dict) -> dict:
-    """Takes the settings of a recipe's `export` section out of parsed options, those that were given."""
-    names = ("dtype", "max_shard_size", "results")
-    return {name: value for name in names if (value := options.pop(name, None)) is not None}
-
-
-def _add(commands, name: str, help_text: str, recipes: str | None = None) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=help_text,
-        description=f"{help_text[0].upper()}{help_text[1:]}.",
-        epilog="settings of a recipe:\n" + "\n".join(describe()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", nargs=recipes, help="YAML file; see the settings below")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as optimizer.lr=1e-4"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
-    return parser
+def _report(name: str, error: UserError) -> None:
+    print(f"{name}: error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

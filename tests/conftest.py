@@ -1,16 +1,94 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, and which of them are fast.
+
+`make test-fast` runs the unit tests that need neither Megatron-Core nor processes of their own nor seconds:
+`pytest -m fast tests/unit`. What uses Megatron-Core has the mark `megatron`: CI repeats that on the newest version.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; tiny tensors gain nothing from threads
 
+import gc
+import sys
+from pathlib import Path
+from types import CodeType
+
 import pytest
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
+TESTS = Path(__file__).parent
+FOLDERS = ("distributed", "e2e", "gpu", "unit/model", "unit/training", "unit/platform")
+WITH_MEGATRON = {TESTS / folder for folder in FOLDERS}
+PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}
+# of all fast tests together, a minute on an idle machine; a slow machine may take longer
+FAST_CPU_SECONDS = 120
+imported_by: list[str] = []  # the first test after which Megatron-Core is imported
+
+
+def only_fast(config: pytest.Config) -> bool:
+    return config.getoption("-m") == "fast"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Importing the tests of Megatron would import Megatron."""
+    return True if only_fast(config) and collection_path in WITH_MEGATRON else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if WITH_MEGATRON & set(item.path.parents) or any(name.startswith("megatron") for name in fixtures):
+            item.add_marker("megatron")
+        if starts_processes(getattr(getattr(item, "function", None), "__code__", None)):
+            item.add_marker("slow")
+        if not item.get_closest_marker("megatron") and not item.get_closest_marker("slow"):
+            item.add_marker("fast")
+
+
+def starts_processes(code: CodeType | None) -> bool:
+    """Whether a test, or a function inside it, names what starts processes."""
+    if code is None:
+        return False
+    return bool(PROCESSES & set(code.co_names)) or any(
+        starts_processes(inner) for inner in code.co_consts if isinstance(inner, CodeType)
+    )
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    if "megatron.core" in sys.modules and not imported_by:
+        imported_by.append(nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The mark `fast` keeps its word."""
+    if not only_fast(session.config):
+        return
+    seconds = sum(os.times()[:4])
+    if imported_by:
+        wrong = f"{imported_by[0]} imports Megatron-Core: give it the mark `megatron`"
+    elif seconds > FAST_CPU_SECONDS:
+        wrong = f"the fast tests took {seconds:.0f} CPU seconds: give the slowest (--durations=20) the mark `slow`"
+    else:
+        return
+    print(f"\n{wrong}", file=sys.stderr)
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def megatron_imported():
+    """Whenever Megatron is left, garbage is collected: a third of a second, if all that is imported is looked at."""
+    from megatron_lpr.platform import prepare
+
+    prepare()
+    import megatron_lpr.training.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture
-def megatron():
+def megatron(megatron_imported):
     """Megatron in this process, a run of one rank. Commands (cli.main) enter and leave by themselves instead."""
     from megatron_lpr.platform import megatron
 

@@ -1,95 +1,70 @@
 #!/usr/bin/env python
-"""Conversion between Hugging Face and Megatron from the command line: a thin door to megatron_lpr.conversion.
+"""Conversion between Hugging Face and Megatron without a recipe: thin doors to megatron_lpr.conversion.
 
 hf-to-megatron is the only one that runs Megatron; start it with torchrun for a model that one process cannot hold. The
 checkpoint that it writes loads at every layout, whatever the sizes it was written with.
 """
 
 import argparse
-import contextlib
-import shlex
+import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 # What imports torch is imported where it is used: until then Ctrl-C would find nobody to take it, and help would wait.
-from megatron_lpr import cli
-from megatron_lpr.errors import AlreadyTold, UserError, warn
-from megatron_lpr.platform.stopping import status_of
-from megatron_lpr.recipe.reading import from_tree, to_tree
-from megatron_lpr.recipe.settings import ExportConfig, ModelConfig, ParallelConfig, Recipe
+from megatron_lpr.cli import Program
+from megatron_lpr.commands import export
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import add_dry_run
+from megatron_lpr.errors import UserError, warn
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import ExportConfig, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
 LAYOUT = ("tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor")
+# options of new experts, and the values without them
+EXPERTS: dict[str, Any] = {"num_frozen": 1, "router_std": 0.02, "seed": 0}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="convert_hf.py"
-    )
-    doors = parser.add_subparsers(dest="door", required=True)
-
-    def door(name: str, help: str, *folders: str) -> argparse.ArgumentParser:
-        added = doors.add_parser(name, help=help, description=help)
-        added.add_argument("--dry-run", action="store_true", help="check, say what would be done, do nothing")
-        for folder in folders:
-            added.add_argument(folder.lower(), metavar=folder, help=FOLDERS[folder])
-        return added
-
-    upcycle = door("upcycle", "HF model -> HF MoE model, without Megatron", "BASE", "OUT")
-    upcycle.add_argument(
-        "--num-experts", metavar="N", type=int, required=True, help="experts per layer, the frozen ones included"
-    )
-    _add_expert_options(upcycle)
-    upcycle.add_argument(
+def add_hf_to_hf(parser: argparse.ArgumentParser) -> None:
+    _add_folders(parser, BASE="folder of the HF model", OUT="folder to write; must not exist, or be empty")
+    _add_experts(parser, "experts per layer, the frozen ones included", required=True)
+    parser.add_argument(
         "--shared-expert-size", metavar="N", type=int, help="width of Qwen2Moe's zero shared expert (default: 128)"
     )
-    upcycle.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: that of BASE)")
-    upcycle.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
-    upcycle.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: that of BASE)")
+    parser.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
-    what = "HF model, upcycled or as it is -> distributed checkpoint"
-    to_megatron = door("hf-to-megatron", what, "BASE", "CHECKPOINTS")
-    to_megatron.add_argument(
-        "--num-experts", metavar="N", type=int, default=0, help="experts per layer (default: as many as BASE has)"
-    )
-    _add_expert_options(to_megatron)
-    to_megatron.add_argument(
+
+def add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
+    out = "folder to write, as the output of a run; must hold no checkpoint"
+    _add_folders(parser, BASE="folder of the HF model", CHECKPOINTS=out)
+    _add_experts(parser, "experts per layer (default: as many as BASE has)", required=False)
+    parser.add_argument(
         "--dtype", choices=DTYPES[:2], help="dtype to write (default: that of BASE; float32 for float16)"
     )
     for size in LAYOUT:
         name = size.replace("_", "-")
-        to_megatron.add_argument(f"--{name}", metavar="N", type=int, default=1, help=f"{name}-parallel size {SAYS}")
-
-    to_hf = door("megatron-to-hf", "distributed checkpoint -> HF model", "CHECKPOINT", "OUT")
-    to_hf.add_argument("--base", metavar="BASE", help="folder of the base model (default: where training found it)")
-    cli.export_options(to_hf)
-
-    verify = door("verify", "check an exported HF model against the model it came from", "EXPORT", "BASE")
-    verify.add_argument(
-        "--num-frozen", metavar="N", type=int, help="frozen experts (default: what EXPORT's record says, or 1)"
-    )
-
-    doors.add_parser("export", add_help=False, help="the same as megatron-lpr export")
-    return parser
+        parser.add_argument(f"--{name}", metavar="N", type=int, default=1, help=f"{name}-parallel size {SAYS}")
 
 
-FOLDERS = {
-    "BASE": "folder of the HF model",
-    "OUT": "folder to write; must not exist, or be empty",
-    "CHECKPOINTS": "folder to write, as the output of a run; must hold no checkpoint",
-    "CHECKPOINT": "checkpoint, or output folder of a run",
-    "EXPORT": "folder of the exported model",
-}
+def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
+    for folder, what in folders.items():
+        parser.add_argument(folder.lower(), metavar=folder, help=what)
+    add_dry_run(parser)
 
 
-def _add_expert_options(parser: argparse.ArgumentParser) -> None:
-    for name, kind, default, what in (
-        ("num-frozen", int, 1, "frozen experts per layer"),
-        ("router-std", float, 0.02, "standard deviation of the initial router"),
-        ("seed", int, 0, "seed of the initial router"),
+def _add_experts(parser: argparse.ArgumentParser, what: str, *, required: bool) -> None:
+    parser.add_argument("--num-experts", metavar="N", type=int, required=required, default=0, help=what)
+    for option, kind, help_text in (
+        ("num_frozen", int, "frozen experts per layer"),
+        ("router_std", float, "standard deviation of the initial router"),
+        ("seed", int, "seed of the initial router"),
     ):
-        parser.add_argument(f"--{name}", metavar="N", type=kind, default=default, help=f"{what} {SAYS}")
+        name = option.replace("_", "-")
+        parser.add_argument(f"--{name}", metavar="N", type=kind, help=f"{help_text} (default: {EXPERTS[option]})")
     parser.add_argument(
         "--topk", metavar="N", type=int, help="experts that each token is routed to (default: that of BASE, or 2)"
     )
@@ -98,57 +73,74 @@ def _add_expert_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def upcycle(options: dict, command_line: str) -> int:
+def hf_to_hf(options: argparse.Namespace) -> None:
     from megatron_lpr.conversion.export.export import upcycle_hf
     from megatron_lpr.families import read_architecture
     from megatron_lpr.families.expansion import Expansion
 
+    experts = _experts(options)
     expansion = Expansion(
-        num_experts=options["num_experts"],
-        num_frozen=options["num_frozen"],
-        topk=_topk(options["topk"], read_architecture(options["base"]).topk),
-        mlp_only_layers=tuple(options["mlp_only_layers"]),
-        router_std=options["router_std"],
-        router_seed=options["seed"],
+        num_experts=options.num_experts,
+        num_frozen=experts["num_frozen"],
+        topk=_topk(options.topk, read_architecture(options.base).topk),
+        mlp_only_layers=tuple(options.mlp_only_layers),
+        router_std=experts["router_std"],
+        router_seed=experts["seed"],
     )
     settings = ExportConfig(
-        dtype=options["dtype"] or "auto",
-        max_shard_size=options["max_shard_size"],
-        shared_expert_size=options["shared_expert_size"],
+        dtype=options.dtype or "auto",
+        max_shard_size=options.max_shard_size,
+        shared_expert_size=options.shared_expert_size,
     )
     upcycle_hf(
-        options["base"],
-        options["out"],
+        options.base,
+        options.out,
         expansion,
         settings=settings,
-        on_verified=print if options["verify"] else None,
-        command=command_line,
+        on_verified=print if options.verify else None,
+        command=options.command_line,
         progress=True,
-        dry_run=options["dry_run"],
+        dry_run=options.dry_run,
     )
-    print(f"{'would write' if options['dry_run'] else 'wrote'} {options['out']}")
-    return 0
+    print(f"{'would write' if options.dry_run else 'wrote'} {options.out}")
 
 
-def hf_to_megatron(options: dict, command_line: str) -> int:
-    from megatron_lpr import commands
+def hf_to_megatron(options: argparse.Namespace) -> None:
+    from megatron_lpr.conversion.load.import_hf import import_hf
     from megatron_lpr.families import read_architecture
 
-    arch = read_architecture(options["base"])
-    model = ModelConfig(
-        base=options["base"],
-        num_experts=options["num_experts"] or arch.num_experts,
-        num_frozen_experts=options["num_frozen"],
-        topk=_topk(options["topk"], arch.topk),
-        mlp_only_layers=tuple(options["mlp_only_layers"]),
-        router_init_std=options["router_std"],
-        router_init_seed=options["seed"],
-        dtype=options["dtype"] or _trainable(arch.dtype, options["base"]),
-    )
-    parallel = ParallelConfig(**{size: options[size] for size in LAYOUT})
-    recipe = Recipe(name="convert_hf", output=options["checkpoints"], model=model, parallel=parallel)
-    commands.import_hf(from_tree(Recipe, to_tree(recipe), where=command_line), dry_run=options["dry_run"])
-    return 0
+    arch = read_architecture(options.base)
+    num_experts = options.num_experts or arch.num_experts
+    _refuse_what_has_no_effect(options, num_experts, arch.num_experts)
+    experts = _experts(options)
+    model = {
+        "base": options.base,
+        "num_experts": num_experts,
+        "num_frozen_experts": experts["num_frozen"],
+        "topk": _topk(options.topk, arch.topk),
+        "mlp_only_layers": list(options.mlp_only_layers),
+        "router_init_std": experts["router_std"],
+        "router_init_seed": experts["seed"],
+        "dtype": options.dtype or _trainable(arch.dtype, options.base),
+    }
+    parallel = {size: getattr(options, size) for size in LAYOUT}
+    tree = {"name": "convert_hf", "output": options.checkpoints, "model": model, "parallel": parallel}
+    import_hf(from_tree(Recipe, tree, where=options.command_line), dry_run=options.dry_run, progress=True)
+
+
+def _refuse_what_has_no_effect(options: argparse.Namespace, num_experts: int, of_base: int) -> None:
+    """A dense model has no experts; one that keeps its experts keeps its routers."""
+    why = {name: "a dense import has no experts; give --num-experts" for name in (*EXPERTS, "topk")}
+    if num_experts:
+        why = {} if num_experts != of_base else dict.fromkeys(("router_std", "seed"), "no expert is new")
+    for name, reason in why.items():
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: has no effect, for {reason}")
+
+
+def _experts(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in EXPERTS}
+    return EXPERTS | {name: value for name, value in given.items() if value is not None}
 
 
 def _topk(asked: int | None, of_base: int) -> int:
@@ -169,63 +161,33 @@ def _trainable(dtype: str, base: str) -> str:
     return "float32"
 
 
-def megatron_to_hf(options: dict, command_line: str) -> int:
-    from megatron_lpr import commands
-    from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
-
-    checkpoint, base, settings = options.pop("checkpoint"), options.pop("base"), cli.export_settings(options)
-    folder = checkpoint_folder(checkpoint)
-    tree = read_run_state(folder).recipe
-    if base:
-        tree["model"]["base"] = base
-    tree["export"] |= settings
-    recipe = from_tree(Recipe, tree, where=str(folder))
-    commands.export(recipe, checkpoint=checkpoint, **options, command_line=command_line)
-    return 0
-
-
-def verify(options: dict, command_line: str) -> int:
-    from megatron_lpr.conversion.verify.verify import verify_export
-    from megatron_lpr.families import read_architecture
-    from megatron_lpr.families.hf_config import read_config
-
-    if options["dry_run"]:
-        read_config(options["export"]), read_architecture(options["base"])
-        print(f"would verify {options['export']} against {options['base']}")
-        return 0
-    report = verify_export(options["export"], options["base"], num_frozen=options["num_frozen"], progress=True)
-    print(report)
-    if not report.ok:
-        raise UserError(f"verify {options['export']}: failed (see above)")
-    return 0
+DOORS = (
+    Command(
+        name="hf-to-megatron",
+        about="HF model, upcycled or as it is -> distributed checkpoint",
+        add_arguments=add_hf_to_megatron,
+        run=hf_to_megatron,
+        distributed=True,
+    ),
+    dataclasses.replace(export.COMMAND, name="megatron-to-hf", about="distributed checkpoint -> HF model"),
+    Command(
+        name="hf-to-hf",
+        about="HF model -> HF model with experts, without Megatron",
+        add_arguments=add_hf_to_hf,
+        run=hf_to_hf,
+    ),
+)
+GONE = {
+    "upcycle": "hf-to-hf",
+    "export": "megatron-to-hf CHECKPOINT OUT, or `megatron-lpr export CHECKPOINT OUT`",
+    "verify": "`megatron-lpr verify EXPORT --base BASE`",
+}
 
 
-DOORS = {"upcycle": upcycle, "hf-to-megatron": hf_to_megatron, "megatron-to-hf": megatron_to_hf, "verify": verify}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Goes through one door; returns 0, or 2 for a UserError, as when `verify` found something wrong."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["export"]:
-        return cli.main(argv)
-    options = vars(build_parser().parse_args(argv))
-    door = options.pop("door")
-    return status_of("convert_hf.py", lambda: _status(door, options, shlex.join(["convert_hf.py", *argv])))
-
-
-def _status(door: str, options: dict, command_line: str) -> int:
-    try:
-        with cli.all_ranks(report) if door == "hf-to-megatron" else contextlib.nullcontext():
-            return DOORS[door](options, command_line)
-    except AlreadyTold:
-        return 2
-    except UserError as error:
-        report(error)
-        return 2
-
-
-def report(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+def main(words: Sequence[str] | None = None) -> int:
+    """Goes through one door; returns the exit status."""
+    program = Program(name="convert_hf.py", about=__doc__.strip(), commands=DOORS, gone=GONE)
+    return program.main(list(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

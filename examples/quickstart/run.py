@@ -2,13 +2,14 @@
 
     python examples/quickstart/run.py [--smoke] [--out runs/quickstart]
 
-Every step is a command that is printed as a user would type it; one whose result is already there is left out, so that
-an interrupted run goes on where it stopped. `--smoke` cuts the steps to a minimum, to see that everything runs.
+Every step is a command that is printed as a user would type it; one whose result is already there is left out or finds
+nothing to do, so that an interrupted run goes on where it stopped. `--smoke` cuts the steps to a minimum, to see that
+everything runs.
 """
 
 import argparse
-import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -46,21 +47,22 @@ class Quickstart:
         self.start = time.monotonic()
 
     def run(self) -> None:
-        base, final = "runs/quickstart/base", str(self.out / "export")
+        base, final = "runs/quickstart/base", self.out / "export"
+        stage1, stage2 = self.out / "stage1", self.out / "stage2"
+        results = [self.out / f"{model}.json" for model in ("base", "stage1", "stage2")]
         self.step("the base model", Path(base) / "config.json", lambda: self.get_model(base))
-        self.command("preprocess", "common", done=None)
-        self.command("upcycle", "upcycle", done=self.out / "upcycled/checkpoints/latest")
-        self.evaluate("base", "--hf", base)
-        for stage in ("stage1", "stage2"):
-            self.train(stage)
-            self.evaluate(stage, "--checkpoint", str(self.out / stage))
-        checkpoint = ["--checkpoint", str(self.out / "stage2")]
-        results = ["--results", *(str(self.out / f"{model}.json") for model in ("base", "stage1", "stage2"))]
-        self.command("export", "stage2", *checkpoint, "--out", final, *results, done=self.out / "export/config.json")
-        self.command("verify", "stage2", final, *checkpoint, done=None)
-        self.step("text from the export", None, lambda: generate(final, self.smoke))
-        self.step("plots", None, self.plot)
-        self.report()
+        self.with_recipe("preprocess", "common")
+        self.with_recipe("upcycle", "upcycle", done=self.out / "upcycled/checkpoints/latest")
+        self.evaluate("base", results[0], base, "--recipe", RECIPES / "common.yaml")
+        self.with_recipe("train", "stage1")
+        self.evaluate("stage 1", results[1], stage1)
+        self.with_recipe("train", "stage2")
+        self.evaluate("stage 2", results[2], stage2)
+        self.command("export", stage2, final, "--results", *results, done=final / "config.json")
+        self.command("verify", final, "--checkpoint", stage2)
+        self.command("plot", stage1, stage2, *results[1:], "--max-share", 0.5, "--out", self.out / "plots")
+        self.step("text from the export", None, lambda: generate(str(final), self.smoke))
+        self.report(results)
 
     def get_model(self, folder: str) -> None:
         sys.path.insert(0, str(HERE))
@@ -68,35 +70,27 @@ class Quickstart:
 
         get_model(Path(folder), Path(folder).parent / "downloads")
 
-    def train(self, stage: str) -> None:
-        latest = self.out / stage / "checkpoints/latest"
-        if latest.is_file():
-            state = json.loads((latest.parent / latest.read_text() / "run.json").read_text())
-            if state["step"] < state["recipe"]["train"]["steps"]:
-                latest = self.out / "interrupted"  # not there: the command runs, and resumes
-        self.command("train", stage, done=latest)
+    def with_recipe(self, name: str, recipe: str, done: Path | None = None) -> None:
+        overrides = [word for override in self.overrides(recipe) for word in ("--set", override)]
+        self.command(name, RECIPES / f"{recipe}.yaml", *overrides, done=done)
 
-    def evaluate(self, name: str, *model: str) -> None:
-        result = self.out / f"{name}.json"
-        title = {"base": "base", "stage1": "stage 1", "stage2": "stage 2"}[name]
-        self.command("evaluate", "common", *model, "--name", title, "--out", str(result), done=result)
+    def evaluate(self, name: str, result: Path, *model: str | Path) -> None:
+        smoke = [word for override in SMOKE["evaluate"] if self.smoke for word in ("--set", override)]
+        self.command("evaluate", *model, "--name", name, "--out", result, *smoke, done=result)
 
-    def command(self, name: str, recipe: str, *arguments: str, done: Path | None) -> None:
+    def command(self, *arguments: str | Path | float, done: Path | None = None) -> None:
         """Run one command of `megatron-lpr`, unless its result `done` is there."""
         from megatron_lpr.cli import main as megatron_lpr
 
-        words = [name, str(RECIPES / f"{recipe}.yaml"), *arguments]
-        for override in self.overrides(recipe, name):
-            words += ["--set", override]
+        words = list(map(str, arguments))
 
         def run() -> None:
             if megatron_lpr(words) != 0:
-                sys.exit(f"quickstart: megatron-lpr {name} failed (see above)")
+                sys.exit(f"quickstart: megatron-lpr {words[0]} failed (see above)")
 
-        quoted = (f"'{word}'" if " " in word else word for word in words)
-        self.step("megatron-lpr " + " ".join(quoted), done, run)
+        self.step(shlex.join(["megatron-lpr", *words]), done, run)
 
-    def overrides(self, recipe: str, command: str) -> list[str]:
+    def overrides(self, recipe: str) -> list[str]:
         """Settings that move the run to another folder, and the ones that make it a smoke test."""
         moved = []
         if self.out != Path("runs/quickstart"):
@@ -105,10 +99,7 @@ class Quickstart:
             moved.append(f"output={self.out}/{own}")
             load = {"stage1": "upcycled", "stage2": "stage1"}.get(recipe)
             moved += [f"model.load={self.out}/{load}"] if load else []
-        if self.smoke:
-            moved += SMOKE.get(recipe, [])
-            moved += SMOKE["evaluate"] if command == "evaluate" else []
-        return moved
+        return moved + (SMOKE.get(recipe, []) if self.smoke else [])
 
     def step(self, title: str, done: Path | None, run: Callable[[], None]) -> None:
         elapsed = time.monotonic() - self.start
@@ -119,24 +110,10 @@ class Quickstart:
         print(f"\n{clock} {title}", flush=True)
         run()
 
-    def plot(self) -> None:
-        from megatron_lpr.evaluation.evaluate import read_routing
-        from megatron_lpr.reporting.metrics_log import read_metrics
-        from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses
-
-        stages = {"stage 1": "stage1", "stage 2": "stage2"}
-        losses, shares = self.out / "plots/losses.png", self.out / "plots/frozen_share.png"
-        runs = {name: read_metrics(self.out / folder / "metrics.jsonl") for name, folder in stages.items()}
-        plot_losses(runs, losses)
-        before, after = (read_routing(self.out / f"{folder}.json") for folder in stages.values())
-        plot_frozen_share({"before review": before, "after review": after}, shares, max_share=0.5)
-        print(f"  {losses}\n  {shares}")
-
-    def report(self) -> None:
+    def report(self, files: list[Path]) -> None:
         from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 
-        results = [EvaluationResult.load(self.out / f"{name}.json") for name in ("base", "stage1", "stage2")]
-        table = retention_table(results)
+        table = retention_table([EvaluationResult.load(file) for file in files])
         (self.out / "table.md").write_text(table + "\n", encoding="utf-8")
         minutes = (time.monotonic() - self.start) / 60
         print(f"\n{table}\n\nfinished in {minutes:.1f} minutes; the model is in {self.out / 'export'}", flush=True)

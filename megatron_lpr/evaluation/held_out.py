@@ -1,18 +1,20 @@
 """Held-out text, read as preprocessing reads its text; all of it, and every setting, before a model is loaded."""
 
 import dataclasses
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lpr.data.corpus.manifest import check_language_roles
+from megatron_lpr.data.corpus.manifest import Manifest, check_language_roles
 from megatron_lpr.data.text.documents import OnBadLine, Reading, TextReader
-from megatron_lpr.data.text.source_checks import check_files
-from megatron_lpr.data.text.text_files import expand, format_of
+from megatron_lpr.data.text.source_checks import check_files, way_of_reading
+from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.families.hf_config import read_config
-from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus
+from megatron_lpr.recipe.sections import check_section
+from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe, SourceConfig
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
 
@@ -34,10 +36,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     """
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
-    for field in ("window", "batch", "max_bytes"):
-        value = getattr(settings, field)
-        if value is not None and value < 1:
-            raise UserError(f"evaluation.{field}: {value}; at least 1")
+    check_section(settings, "evaluation")
     positions = _positions(model_dir)
     if positions is not None and settings.window > positions:
         raise UserError(
@@ -49,7 +48,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
         if names.count(corpus.name) > 1:
             raise UserError(f"evaluation.corpora: two are called '{corpus.name}'; give each its own name")
         _check_corpus(corpus)
-    check_files([dataclasses.replace(corpus, files=_files(corpus)) for corpus in settings.corpora])
+    check_files([dataclasses.replace(corpus, files=tuple(_files(corpus))) for corpus in settings.corpora])
     check_language_roles("evaluation.corpora", ((c.name, c.language, c.role) for c in settings.corpora))
 
 
@@ -73,6 +72,43 @@ def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> 
     if not documents:
         raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
     return documents
+
+
+def trained_on(recipe: Recipe) -> Iterator[str]:
+    """A warning for each held-out corpus that is training text too, as far as the recipe and its manifest tell."""
+    sources = {os.path.realpath(file): source.name for source in recipe.preprocess.corpora for file in _there(source)}
+    digests = _text_digests(recipe)
+    for corpus in recipe.evaluation.corpora:
+        where = f"evaluation.corpora: {corpus.name}"
+        files = _files(corpus)
+        if shared := next((file for file in files if os.path.realpath(file) in sources), None):
+            source = sources[os.path.realpath(shared)]
+            yield f"{where}: {shared} is training text too, of preprocess.corpora {source}; its score says little"
+        elif digests and (name := digests.get(files_sha256(files, _way_of_reading(corpus, recipe)))):
+            yield f"{where}: has the very text that corpus {name} of the manifest was made from; its score says little"
+
+
+def _there(source: SourceConfig) -> Sequence[str]:
+    try:
+        return expand(source.files)
+    except UserError:
+        return ()  # evaluation needs no training text
+
+
+def _text_digests(recipe: Recipe) -> dict[str, str]:
+    """Names of the manifest's corpora by the digest of the text that they were made from."""
+    try:
+        manifest = Manifest.load(recipe.data.manifest, check_files=False) if recipe.data else None
+    except UserError:
+        return {}  # nor a manifest
+    corpora = manifest.corpora if manifest else ()
+    return {corpus.source.sha256: corpus.name for corpus in corpora if corpus.source}
+
+
+def _way_of_reading(corpus: EvaluationCorpus, recipe: Recipe) -> dict[str, object]:
+    fields = ("name", "files", "language", "role", "format", "text_field", "sample_by")
+    source = SourceConfig(**{field: getattr(corpus, field) for field in fields})
+    return way_of_reading(source, recipe.preprocess.max_document_bytes)
 
 
 def _check_corpus(corpus: EvaluationCorpus) -> None:

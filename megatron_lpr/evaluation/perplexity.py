@@ -14,7 +14,6 @@ B: windows of one forward pass, S: tokens of a window, V: vocabulary.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,10 +95,9 @@ def evaluate_corpora(
     window: int,
     batch: int,
     max_bytes: int | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> tuple[CorpusScore, ...]:
-    """Score every corpus; `report` receives progress lines (the default prints them on stderr)."""
-    report = report or _print_on_stderr
+    """Score every corpus; `report` gets lines of progress."""
     scores = []
     for held_out in corpora:
         corpus = held_out.corpus
@@ -130,7 +128,7 @@ def evaluate_corpora(
 class _Ticker:
     """A progress line every ten seconds: a corpus takes a second on a GPU and minutes on a CPU."""
 
-    def __init__(self, title: str, report: Callable[[str], None], every_seconds: float = 10.0):
+    def __init__(self, title: str, report: Callable[[str], object], every_seconds: float = 10.0):
         self._title, self._report, self._every = title, report, every_seconds
         self._last = time.monotonic()
 
@@ -139,10 +137,6 @@ class _Ticker:
         if done < total and now - self._last >= self._every:
             self._last = now
             self._report(f"{self._title}  {100 * done // total:3d}%")
-
-
-def _print_on_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _cut(texts: Sequence[str], max_bytes: int | None) -> list[str]:

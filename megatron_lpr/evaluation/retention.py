@@ -7,8 +7,9 @@ quality.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
@@ -19,8 +20,10 @@ from megatron_lpr.evaluation.perplexity import CorpusScore
 class EvaluationResult:
     """All scores of one model; `window` is the context it was given, in tokens.
 
-    `tokenizer` is the SHA-256 of the model's, `bos_id` what documents opened with; None: nothing, as in results from
-    before that was recorded, which lack the tokenizer too.
+    How its tokenizer reads text is None where a result is from before that was recorded. tokenizer: SHA-256 of its
+    file. bos_id: what documents open with; None too where nothing does. parse_special_tokens: of control tokens that
+    are written out in a text. routing: share of routing slots in frozen experts, layer by layer, on each corpus; empty
+    of what has no experts, or is no checkpoint of ours.
     """
 
     model: str
@@ -28,10 +31,27 @@ class EvaluationResult:
     corpora: tuple[CorpusScore, ...]
     tokenizer: str | None = None
     bos_id: int | None = None
+    parse_special_tokens: bool | None = None
+    routing: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        scores = ", ".join(f"{score.name} {score.bits_per_byte:.3f}" for score in self.corpora)
+        return f"{self.model}: {scores} bits per byte"
 
     def save(self, path: str | Path) -> None:
-        """Write the result as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the result as JSON, and its routing, where it has any, to `routing_file(path)`.
+
+        Raises:
+            UserError: as `check_result_file`.
+        """
+        check_result_file(path)
+        path, tree = Path(path), asdict(self)
+        routing = tree.pop("routing")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        routing_file(path).unlink(missing_ok=True)  # of an earlier result
+        if routing:
+            routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":
@@ -43,12 +63,35 @@ class EvaluationResult:
         try:
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             corpora = tuple(CorpusScore(**corpus) for corpus in tree["corpora"])
-            more = {key: tree.get(key) for key in ("tokenizer", "bos_id")}
-            return cls(model=tree["model"], window=tree["window"], corpora=corpora, **more)
+            more = {key: tree.get(key) for key in ("tokenizer", "bos_id", "parse_special_tokens")}
+            return cls(
+                model=tree["model"], window=tree["window"], corpora=corpora, **more, routing=read_routing(Path(path))
+            )
         except OSError as error:
             raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
+
+
+def check_result_file(out: str | Path) -> None:
+    """UserError where a result cannot be written to `out`."""
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file, as {out / 'result.json'}")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written in {there}")
+
+
+def routing_file(out: Path) -> Path:
+    """Where the routing of a result lies beside it."""
+    return out.with_suffix(".routing.json")
+
+
+def read_routing(out: Path) -> dict[str, list[float]]:
+    """`EvaluationResult.routing` of the result in `out`."""
+    file = routing_file(out)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, float]:
@@ -121,6 +164,13 @@ def _check_comparable(results: Sequence[EvaluationResult]) -> None:
             raise UserError(
                 f"results of {results[0].model} and {result.model} are not from documents that open alike (BOS token "
                 f"{results[0].bos_id} and {result.bos_id}): evaluate both with the same preprocess.bos"
+            )
+        parsed = {results[0].parse_special_tokens, result.parse_special_tokens}
+        if same_tokenizer and parsed == {True, False}:
+            raise UserError(
+                f"results of {results[0].model} and {result.model} are not from text that was read alike (what looks "
+                "like a control token is one for one of them, text for the other): evaluate both with the same "
+                "preprocess.parse_special_tokens"
             )
 
 

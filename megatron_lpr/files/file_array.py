@@ -47,7 +47,7 @@ class FileArray:
 
     def _read(self, start: int, end: int) -> np.ndarray:
         numbers = np.empty(end - start, self.dtype)
-        left = memoryview(numbers).cast("B") if len(numbers) else memoryview(b"")
+        left = numbers.data.cast("B") if len(numbers) else memoryview(b"")
         place = self._offset + start * self.itemsize
         while left:
             try:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files import durable
 from megatron_lpr.files.output_place import INSIDE, check_vacant, resolved
 
 # What belongs to a model besides weights and config; copied byte for byte, because transformers 5 saves a
@@ -59,8 +60,8 @@ def complete_folder(out_dir: str | Path) -> Iterator[Path]:
                 _try_moving_up(temporary)
             yield temporary
             for path in temporary.iterdir():
-                _sync(path)
-            os.fsync(lock)
+                durable.sync(path)
+            durable.sync(temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             _remove_empty(absent)
@@ -136,15 +137,7 @@ def _move_up(folder: Path) -> None:
         for path in moved:
             path.unlink(missing_ok=True)
         raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    durable.sync(folder.parent)
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -2,14 +2,18 @@
 
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from megatron_lpr.errors import UserError
 
-_Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+if TYPE_CHECKING:
+    from yaml import SafeDumper as _Dumper
+    from yaml import SafeLoader as _Base
+else:
+    _Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _LARGEST = 1 << 64
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -71,9 +75,9 @@ def read_yaml(path: str | Path, where: str) -> Any:
     return parse_yaml(text, where)
 
 
-def dump_yaml(content: Any, file) -> None:
-    """Writes plain types to an open text file, keys in their order."""
-    yaml.dump(content, file, _Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(content: Any) -> str:
+    """Plain types as YAML, keys in their order."""
+    return yaml.dump(content, None, _Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _check_keys(loader: _Loader, root: yaml.Node, where: str) -> None:

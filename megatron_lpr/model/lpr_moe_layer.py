@@ -11,15 +11,12 @@ from torch import Tensor
 
 from megatron_lpr.model.dispatchers import DISPATCHERS
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, FrozenExpert, add_frozen_experts
+from megatron_lpr.model.passengers import tags_of_layer
 from megatron_lpr.model.transformer_config import LPRTransformerConfig
 
 
 class LPRMoELayer(MoELayer):
-    """Megatron's MoELayer over the new experts, plus the frozen ones.
-
-    `padding_mask` carries language tags [B, S] (see `LPRRouter`): Megatron hands that argument to every MoE layer of
-    every pipeline stage, through recomputation too.
-    """
+    """Megatron's MoELayer over the new experts, plus the frozen ones; the router gets the language tags."""
 
     def __init__(
         self,
@@ -44,16 +41,10 @@ class LPRMoELayer(MoELayer):
             FrozenExpert(config, frozen_linear) for _ in range(config.num_frozen_experts)
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        intermediate_tensors=None,
-        padding_mask: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, intermediate_tensors=None, **arguments) -> tuple[Tensor, None]:
         """[S, B, H] -> ([S, B, H], no bias)."""
         assert intermediate_tensors is None, "partial CUDA graphs of the MoE layer are not supported"
-        tags_SB = None if padding_mask is None else self._local_tags(padding_mask, hidden_states)
+        tags_SB = tags_of_layer(arguments, len(hidden_states), self.attn_tp_group)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB), None
         return self._forward(hidden_states, tags_SB), None
@@ -74,12 +65,3 @@ class LPRMoELayer(MoELayer):
         routed, _ = self.routed_experts_compute(dispatched, probs)
         routed = self.postprocess(self.combine(routed), None)
         return routed + frozen_TH.view_as(routed)
-
-    def _local_tags(self, tags_BS: Tensor, hidden_states: Tensor) -> Tensor:
-        """[B, S]; the first pipeline stage has cut it for sequence parallelism already, later stages have not."""
-        tags_SB = tags_BS.transpose(0, 1)
-        local = hidden_states.shape[0]
-        if tags_SB.shape[0] != local:
-            assert tags_SB.shape[0] == local * self.attn_tp_group.size(), "tags and hidden states of other lengths"
-            tags_SB = tags_SB[self.attn_tp_group.rank() * local :][:local]
-        return tags_SB

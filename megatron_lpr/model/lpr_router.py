@@ -32,12 +32,12 @@ class LPRRouter(TopKRouter):
         self.counts = GlobalCounts()  # the trainer replaces it by the one that it updates every step
         self.stats = RouterStats(self.config.num_moe_experts)
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, tags_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route tokens.
 
         Args:
             input: [S, B, H].
-            padding_mask: language tags [S, B], int64: 0 padding, > 0 original, < 0 expanded; None in inference.
+            tags_SB: language tags (passengers.py); None in inference.
 
         Returns:
             probs [T, E] (zero where not chosen) and routing map [T, E], bool.
@@ -51,12 +51,12 @@ class LPRRouter(TopKRouter):
             score_function="softmax",
             fused=self.config.moe_router_fusion,
         )
-        if padding_mask is not None:
+        if tags_SB is not None:
             # a recomputed forward runs twice in training, first without gradients: one of them counts
             if self.training == torch.is_grad_enabled():
-                self.stats.add(logits_TE.detach(), chosen_TE, padding_mask, self._token_loss)
+                self.stats.add(logits_TE.detach(), chosen_TE, tags_SB, self._token_loss)
             if self.training and torch.is_grad_enabled():
-                probs_TE = self._attach_losses(probs_TE, logits_TE, chosen_TE, padding_mask)
+                probs_TE = self._attach_losses(probs_TE, logits_TE, chosen_TE, tags_SB)
         return probs_TE, chosen_TE
 
     def gating(self, input: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LPRRouter(TopKRouter):
         return F.linear(input.float(), self.weight.float())
 
     @property
-    def _token_loss(self):
+    def _token_loss(self) -> "partial[Tensor]":
         return partial(
             lpr_token_loss,
             num_frozen=self.config.num_frozen_experts,

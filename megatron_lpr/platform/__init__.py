@@ -1,7 +1,7 @@
 """What the code runs on: CUDA with NCCL where there is a GPU, otherwise CPU with gloo."""
 
 from megatron_lpr.platform.device import backend, device, prepare
-from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave
+from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave, single_process
 from megatron_lpr.platform.meeting import meeting, same_on_all_ranks, together
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "on_leave",
     "prepare",
     "same_on_all_ranks",
+    "single_process",
     "together",
 ]

@@ -48,12 +48,24 @@ class Ranks:
         return cls(rank=rank, local_rank=local_rank, world_size=world_size)
 
 
+def single_process(what: str) -> None:
+    """UserError under a launcher of several processes."""
+    world_size = Ranks.from_environment().world_size
+    if world_size > 1:
+        raise UserError(f"{what} runs in one process, not in {world_size}; it reads checkpoints of any layout")
+
+
 @contextlib.contextmanager
 def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """Inside it this process is a rank of the run, and Megatron-Core can be imported.
 
     A rank that fails among several does not wait for the others on its way out: its exit ends the run.
+
+    Raises:
+        UserError: it is a rank of a run already.
     """
+    if dist.is_initialized():
+        raise UserError("this process is a rank of a run already; one thing at a time: leave the `with` block first")
     ranks = join(timeout_minutes)
     try:
         prepare()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting.metrics_log import StepMetrics
 
-LOSSES = {
+LOSSES: dict[Literal["ntp_loss", "balance_loss", "lpr_loss"], tuple[str, str]] = {
     "ntp_loss": ("Next-token prediction", "NTP loss (nats per token)"),
     "balance_loss": ("Load balance (1: every expert gets the same)", "balance loss (no unit)"),
     "lpr_loss": ("Language Priors Routing", "LPR loss, mean of -ln p$_0$ (nats)"),
@@ -102,7 +103,9 @@ def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_sh
     """share_LC: layers x columns, NaN where a language had no tokens."""
     axes.set_facecolor("0.85")
     image = axes.imshow(share_LC, vmin=0, vmax=max_share, cmap="viridis", aspect="auto", origin="lower")
-    slanted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+    slanted: dict[str, Any] = (
+        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+    )
     axes.set_xticks(range(len(columns)), columns, **slanted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if len(share_LC) <= 64:

@@ -1,6 +1,7 @@
 """Run a function on several ranks of this machine: processes that know each other through torchrun's variables."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -10,7 +11,8 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.context import SpawnProcess
+from typing import Any, Self
 
 
 def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
@@ -18,7 +20,7 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
 
     The processes have RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and one thread each; `func` joins by
     itself (`platform.join(); platform.prepare()`) and leaves. Importing torch and Megatron costs seconds in every
-    process: let one call run many cases.
+    process: let one call run many cases, or keep the processes (`RankProcesses`).
 
     Args:
         func: a function at the top of an importable module; args and results must be picklable.
@@ -26,61 +28,99 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
     Raises:
         RuntimeError: a rank failed (holds the traceback of the first), or the time is up; the others are killed.
     """
-    context = multiprocessing.get_context("spawn")
-    payload = pickle.dumps((func, args))
-    common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "OMP_NUM_THREADS": 1}
-    processes, pipes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        process = context.Process(target=_run_rank, args=(environment, payload, sender))
-        process.start()
-        sender.close()  # so that the end of the process closes the pipe
-        processes.append(process)
-        pipes.append(receiver)
     deadline = time.monotonic() + timeout_seconds
-    try:
-        results = _collect(pipes, processes, deadline)
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))  # they may have children of their own to end
-        return results
-    finally:
-        for process in processes:
-            if process.exitcode is None:
+    with RankProcesses(world_size) as ranks:
+        results = ranks.run(func, *args, timeout_seconds=timeout_seconds)
+        ranks.end(deadline)
+    return results
+
+
+class RankProcesses:
+    """Processes that serve one call after another, as `run_distributed` does; a context manager."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
+        self._processes: list[SpawnProcess] = []
+        self._pipes: list[Connection] = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            process = context.Process(target=_serve, args=(environment, theirs))
+            process.start()
+            theirs.close()  # so that the end of the process closes the pipe
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def run(self, func: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+        """What func(*args) returns on each rank. After a RuntimeError the processes are gone."""
+        payload, port = pickle.dumps((func, args)), _free_port()
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):  # it died: said below
+                pipe.send((port, payload))
+        try:
+            return self._collect(time.monotonic() + timeout_seconds)
+        except BaseException:
+            self.kill()
+            raise
+
+    def end(self, deadline: float) -> None:
+        """Let the processes end by themselves: they may have children of their own to end."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.exitcode is None and process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
 
+    def _collect(self, deadline: float) -> list[Any]:
+        pipes, results = self._pipes, dict[int, Any]()
+        while len(results) < len(pipes):
+            waiting = [rank for rank in range(len(pipes)) if rank not in results]
+            ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RuntimeError(f"out of time: no result from ranks {waiting} of {len(pipes)}")
+            for rank in (rank for rank in waiting if pipes[rank] in ready):
+                try:
+                    ok, result = pipes[rank].recv()
+                except EOFError:
+                    self._processes[rank].join()
+                    raise RuntimeError(f"rank {rank} of {len(pipes)} died: {self._processes[rank].exitcode}") from None
+                if not ok:
+                    raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{result}")
+                results[rank] = result
+        return [results[rank] for rank in range(len(pipes))]
 
-def _run_rank(environment: dict[str, str], payload: bytes, sender: Connection) -> None:
+
+def _serve(environment: dict[str, str], pipe: Connection) -> None:
     os.setpgrp()  # so that it can be killed together with its children, as Megatron's checkpoint writers
     os.environ.update(environment)  # before torch is imported with `func`
-    try:
-        func, args = pickle.loads(payload)
-        outcome = (True, func(*args))
-    except BaseException:
-        outcome = (False, traceback.format_exc())
-    sender.send(outcome)
-
-
-def _collect(pipes: list[Connection], processes: list, deadline: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = [rank for rank in range(len(pipes)) if rank not in results]
-        ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RuntimeError(f"out of time: no result from ranks {waiting} of {len(pipes)}")
-        for rank in (rank for rank in waiting if pipes[rank] in ready):
-            try:
-                ok, result = pipes[rank].recv()
-            except EOFError:
-                processes[rank].join()
-                raise RuntimeError(f"rank {rank} of {len(pipes)} died: {processes[rank].exitcode}") from None
-            if not ok:
-                raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{result}")
-            results[rank] = result
-    return [results[rank] for rank in range(len(pipes))]
+    while True:
+        try:
+            port, payload = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            func, args = pickle.loads(payload)
+            outcome = (True, func(*args))
+        except BaseException:
+            outcome = (False, traceback.format_exc())
+        pipe.send(outcome)
+        gc.collect()
+        gc.freeze()  # what is imported stays: collections in the next call need not look at it
 
 
 def _free_port() -> int:

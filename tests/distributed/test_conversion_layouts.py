@@ -16,7 +16,6 @@ from megatron_lpr.families.expansion import Expansion, with_layers_kept_dense
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
-from megatron_lpr.testing.run_distributed import run_distributed
 
 FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3")
 LAYOUTS = {
@@ -79,8 +78,8 @@ def assert_all_written(chunks) -> None:
 def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
-        from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
 
@@ -93,13 +92,13 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             fill_weights(recipe, arch, chunks, None)
             assert_all_written(chunks)
             state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
-            checkpointing.save(recipe.output, state, chunks)
+            save_checkpoint(recipe.output, state, chunks)
             del chunks
             leave_layout()
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(on_ranks, tmp_path_factory):
     """<root>/<family>/dense and /moe, the latter with experts that differ; a checkpoint of every case beside them."""
     root = tmp_path_factory.mktemp("conversion")
     for family in FAMILIES:
@@ -120,7 +119,7 @@ def root(tmp_path_factory):
                 ),
             )
     for world_size, layouts in LAYOUTS.items():
-        run_distributed(convert, world_size, root, [case for case in CASES if case[1] in layouts])
+        on_ranks(convert, world_size, root, [case for case in CASES if case[1] in layouts])
     return root
 
 

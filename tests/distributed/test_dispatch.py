@@ -3,16 +3,15 @@
 import pytest
 
 from megatron_lpr.testing.dispatch_counts import TOPK, count_dispatch
-from megatron_lpr.testing.run_distributed import run_distributed
 
 RANKS, TOKENS, NEW_EXPERTS = 4, 2048, 12  # 12 new experts suit our layer and Megatron's on four ranks
 BATCHES = {"original": [1.0] * RANKS, "mixed": [0.5] * RANKS, "uneven": [1.0, 0.3, 0.0, 0.6], "expanded": [0.0] * RANKS}
 
 
 @pytest.fixture(scope="module")
-def counts(toy_base):
+def counts(on_ranks, toy_base):
     """By batch, what each rank did."""
-    by_rank = run_distributed(count_dispatch, RANKS, toy_base, NEW_EXPERTS, TOKENS, list(BATCHES.values()))
+    by_rank = on_ranks(count_dispatch, RANKS, toy_base, NEW_EXPERTS, TOKENS, list(BATCHES.values()))
     return dict(zip(BATCHES, zip(*by_rank, strict=True), strict=True))
 
 

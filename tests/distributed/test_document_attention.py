@@ -9,7 +9,6 @@ from harness import make_plan, make_recipe, mixed_batch, scramble, unwrapped
 
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.settings import CheckpointConfig
-from megatron_lpr.testing.run_distributed import run_distributed
 
 LAYOUTS = {
     "cp2": {"context": 2},
@@ -58,18 +57,18 @@ def run_layouts(base: Path, source: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(toy_base, tmp_path_factory):
+def runs(on_ranks, toy_base, tmp_path_factory):
     output = tmp_path_factory.mktemp("source")
     with megatron():
         trainer = trainer_of(toy_base, output, {})
         scramble(unwrapped(trainer))
-        trainer.save(last=True)
+        trainer.save(with_optimizer=False)
         source = output / "checkpoints/step_00000000"
         leave_layout()
         expected = one_step(toy_base, source, {})
         recomputed = one_step(toy_base, source, {}, recompute="full")
         seen_through = one_step(toy_base, source, {}, batch=mixed_batch())
-    ranks = run_distributed(run_layouts, 2, toy_base, source)
+    ranks = on_ranks(run_layouts, 2, toy_base, source)
     return expected, recomputed, seen_through, [dict(zip(LAYOUTS, rank, strict=True)) for rank in ranks]
 
 

@@ -6,7 +6,6 @@ from layouts import recipe_of, write_source
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.platform import leave_layout
-from megatron_lpr.testing.run_distributed import run_distributed
 from megatron_lpr.testing.toy_models import write_toy_model
 
 LAYOUTS = {
@@ -33,8 +32,8 @@ def rewrite(root, models):
 
 
 def rewrite_one(base, source, out, parallel):
-    from megatron_lpr.checkpoint import checkpointing
     from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+    from megatron_lpr.checkpoint.save_and_load import save_checkpoint
     from megatron_lpr.conversion.load.weights import fill_weights
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -43,14 +42,14 @@ def rewrite_one(base, source, out, parallel):
     init_model_parallel(recipe.parallel)
     chunks = build_model(recipe, arch)
     fill_weights(recipe, arch, chunks, checkpoint_folder(source))
-    checkpointing.save(str(out), read_run_state(checkpoint_folder(source)), chunks)
+    save_checkpoint(str(out), read_run_state(checkpoint_folder(source)), chunks)
 
 
 MODELS = {"untied": False, "tied": True}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(on_ranks, tmp_path_factory):
     """Of each model: base, checkpoints by layout, and the export that one process wrote from its memory."""
     from megatron_lpr.platform import megatron
 
@@ -65,7 +64,7 @@ def root(tmp_path_factory):
             source = write_source(base, root / model / "source")
             leave_layout()
             in_memory(base, source, root / model / "expected")
-    run_distributed(rewrite, 4, root, list(MODELS))
+    on_ranks(rewrite, 4, root, list(MODELS))
     return root
 
 

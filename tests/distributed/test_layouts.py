@@ -1,10 +1,11 @@
 """Every layout computes what one process computes: losses, statistics, gradients, and the weights it loads.
 
-Four layers, one frozen and four new experts. What the sizes of a layout leave of the ranks is data parallelism.
+One frozen and four new experts; two layers, or four where there are pipeline stages. What the sizes of a layout leave
+of the ranks is data parallelism.
 """
 
 import pytest
-from layouts import STAGES, Case, Comparison, selected
+from layouts import STAGES, Case, Comparison, Part, Sections, run_parts, selected
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -82,10 +83,17 @@ def stages(sizes: dict) -> list[str]:
     return [stage for stage in STAGES if stage != "dense" or not NEEDS_EXPERTS & sizes.keys()]
 
 
-# ten steps of post-pretraining show that nothing drifts; the other stages share its layout code
-STEPS = {"stage1": 10}
+# ten steps of post-pretraining show that nothing drifts, where every kind of parallelism is once; the second step
+# shows what the optimizer did, and the third that it goes on
+TEN_STEPS = {"micro_batch_1", "dp4", "pp2_vpp2", "cp2_tp2", "tp2_pp2_ep2", "etp2_ep2"}
+
+
+def steps(name: str, stage: str) -> int:
+    return 2 if stage != "stage1" else 10 if name in TEN_STEPS else 3
+
+
 CASES = {
-    f"{name}-{stage}": (world_size, Case(stage=stage, changes=sections(sizes), steps=STEPS.get(stage, 2)))
+    f"{name}-{stage}": (world_size, Case(stage=stage, changes=sections(sizes), steps=steps(name, stage)))
     for world_size, layouts in LAYOUTS.items()
     for name, sizes in layouts.items()
     for stage in stages(sizes)
@@ -111,33 +119,49 @@ LOADS = {
 }
 
 
+def layers(*layouts: Sections | None) -> int:
+    return 4 if any(layout and layout["parallel"].get("pipeline", 1) > 1 for layout in layouts) else 2
+
+
+LAYERS = {name: layers(case.changes, case.resume_at) for name, (_, case) in CASES.items()}
+LAYERS |= {name: layers(sizes) for loads in LOADS.values() for name, sizes in loads.items()}
+
+
 @pytest.fixture(scope="module")
-def comparison(request, tmp_path_factory):
+def comparisons(request, on_ranks, tmp_path_factory):
+    """By number of layers."""
     root, names = tmp_path_factory.mktemp("layouts"), selected(request)
-    base = write_toy_model(root / "base", num_hidden_layers=4, tie_word_embeddings=True)
-    comparison = Comparison(base, root / "runs", {name: case for name, (_, case) in CASES.items()})
+    found = {}
+    for depth in (2, 4):
+        base = write_toy_model(root / f"base_{depth}", num_hidden_layers=depth, tie_word_embeddings=True)
+        cases = {name: case for name, (_, case) in CASES.items() if LAYERS[name] == depth}
+        found[depth] = Comparison(base, root / f"runs_{depth}", cases)
     for world_size, layouts in LOADS.items():
-        cases = [name for name, (ranks, _) in CASES.items() if ranks == world_size and name in names]
-        loads = {name: sizes for name, sizes in layouts.items() if name in names}
-        if cases or loads:
-            comparison.run(world_size, cases, loads)
-    return comparison
+        parts = []
+        for depth, comparison in found.items():
+            here = [name for name in comparison.cases if CASES[name][0] == world_size and name in names]
+            loads = {name: sizes for name, sizes in layouts.items() if LAYERS[name] == depth and name in names}
+            parts.append(Part(comparison=comparison, cases=here, loads=loads))
+        if any(part.cases or part.loads for part in parts):
+            run_parts(on_ranks, world_size, parts)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_numbers_as_one_process(comparison, name):
-    comparison.check(name)
+def test_same_numbers_as_one_process(comparisons, name):
+    comparisons[LAYERS[name]].check(name)
 
 
 @pytest.mark.parametrize("name", [name for loads in LOADS.values() for name in loads])
-def test_same_weights_as_one_process(comparison, name):
-    comparison.check_loaded(name)
+def test_same_weights_as_one_process(comparisons, name):
+    comparisons[LAYERS[name]].check_loaded(name)
 
 
-def test_the_steps_of_the_reference_differ(comparison):
+@pytest.mark.parametrize("depth", [2, 4])
+def test_the_steps_of_the_reference_differ(comparisons, depth):
     """Otherwise later steps would not show what the optimizer does."""
-    for stage, expected in comparison.expected.items():
+    for stage, expected in comparisons[depth].expected.items():
         losses = [step["lpr_loss" if stage == "stage2" else "ntp_loss"] for step in expected.metrics]
         assert abs(losses[0] - losses[1]) > 1e-4 * losses[0]
-        if stage in STEPS:
+        if len(losses) == 10:
             assert abs(losses[0] - losses[-1]) > 1e-2 * losses[0]

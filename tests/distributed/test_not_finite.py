@@ -4,7 +4,6 @@ import torch
 from harness import make_plan, make_recipe, mixed_batch, unwrapped
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.testing.run_distributed import run_distributed
 
 
 def spoilt_on_the_last_stage(base, folder) -> list[str]:
@@ -30,8 +29,8 @@ def spoilt_on_the_last_stage(base, folder) -> list[str]:
         return sentences
 
 
-def test_named_alike_on_all_ranks(toy_base, tmp_path):
-    first, second = run_distributed(spoilt_on_the_last_stage, 2, toy_base, tmp_path)
+def test_named_alike_on_all_ranks(on_ranks, toy_base, tmp_path):
+    first, second = on_ranks(spoilt_on_the_last_stage, 2, toy_base, tmp_path)
     assert first == second and len(first) == 2
     name = "the trained weight decoder.layers.1.mlp.router.weight (rank 1) is not finite"
     assert first[0].startswith(f"here: {name}") and f"step 1: the gradient norm is nan: {name} any more" in first[1]

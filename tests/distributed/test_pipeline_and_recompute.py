@@ -1,7 +1,7 @@
 """Pipelines (interleaved, uneven), recomputation, overlap and their checkpoints: gradients equal one process's."""
 
 import pytest
-from layouts import Case, Comparison, selected, trainer_of, unfair_batch
+from layouts import Case, Comparison, Part, run_parts, selected, trainer_of, unfair_batch
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -26,8 +26,6 @@ CASES = {
         changes={"parallel": {"pipeline": 2, "tensor": 2, "first_stage_layers": 2}, "train": SELECTIVE},
     ),
     "uneven_last": Case(stage="stage1", changes={"parallel": {"pipeline": 2, "last_stage_layers": 1}, "train": FULL}),
-    "tensor_full": Case(stage="stage2", changes={"parallel": {"tensor": 2}, "train": FULL}),
-    "overlap": Case(stage="stage1", changes={"parallel": OVERLAP}),
     "overlap_whole_optimizer": Case(
         stage="stage2", changes={"parallel": {"overlap_grad_reduce": True, "distributed_optimizer": False}}
     ),
@@ -48,11 +46,11 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def comparison(request, tmp_path_factory):
+def comparison(request, on_ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("pipeline")
     base = write_toy_model(root / "base", num_hidden_layers=6)
     comparison = Comparison(base, root / "runs", CASES)
-    comparison.run(4, [name for name in CASES if name in selected(request)])
+    run_parts(on_ranks, 4, [Part(comparison=comparison, cases=[name for name in CASES if name in selected(request)])])
     return comparison
 
 

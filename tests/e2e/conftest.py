@@ -18,17 +18,17 @@ class Project:
     root: Path
     recipes: dict[str, Path]
 
-    def run(self, command: str, recipe: str, *arguments: object) -> str:
-        """Run a command that must succeed; returns what it printed."""
+    def run(self, command: str, first: object, *arguments: object) -> str:
+        """Run a command that must succeed; returns what it printed. first: its recipe, by name, or another argument."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            status = cli.main([command, str(self.recipes[recipe]), *map(str, arguments)])
+            status = cli.main([command, *map(str, (self.recipes.get(str(first), first), *arguments))])
         assert status == 0
         return printed.getvalue()
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Project:
+def project(megatron_imported, tmp_path_factory) -> Project:
     """Preprocessed and upcycled."""
     root = tmp_path_factory.mktemp("project")
     project = Project(root, write_toy_project(root, dtype="bfloat16"))
@@ -43,5 +43,5 @@ def trained(project) -> dict[str, str]:
     printed = {}
     for stage in ("stage1", "stage2"):
         printed[stage] = project.run("train", stage)
-        project.run("export", stage, "--checkpoint", project.root / stage, "--out", project.root / f"hf_{stage}")
+        project.run("export", project.root / stage, project.root / f"hf_{stage}")
     return printed

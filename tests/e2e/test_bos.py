@@ -38,18 +38,19 @@ def test_corpora(project):
 def test_the_model_and_its_base_read_documents_alike(project, tmp_path, capsys):
     root, recipes, bos = project
 
-    def evaluate(name, *arguments):
-        command = ["evaluate", recipes["stage1"], "--name", name, "--out", tmp_path / f"{name}.json", *arguments]
+    def evaluate(name, model, *arguments):
+        command = ["evaluate", model, "--name", name, "--out", tmp_path / f"{name}.json", *arguments]
         return cli.main(list(map(str, command)))
 
-    checkpoint, without = ["--checkpoint", root / "stage1"], ["--set", "preprocess.bos=false"]
-    assert evaluate("base") == evaluate("trained", *checkpoint) == 0
+    base, checkpoint = [root / "base", "--recipe", recipes["stage1"]], [root / "stage1"]
+    without = ["--set", "preprocess.bos=false"]
+    assert evaluate("base", *base) == evaluate("trained", *checkpoint) == 0
     for name in ("base", "trained"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["bos_id"] == bos
     assert evaluate("trained", *checkpoint, *without) == 2
     told = f"learned from documents that open with {bos}; evaluate it, and the base model, with preprocess.bos: auto"
     assert told in capsys.readouterr().err
-    assert evaluate("other", *without) == 0
+    assert evaluate("other", *base, *without) == 0
     assert cli.main(["compare", *(str(tmp_path / f"{name}.json") for name in ("other", "trained"))]) == 2
     assert "evaluate both with the same preprocess.bos" in capsys.readouterr().err
 

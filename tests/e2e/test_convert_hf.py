@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import TINY, save_tiny
 
+from megatron_lpr import cli
 from megatron_lpr.testing.toy_models import write_toy_model
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_hf.py"
@@ -39,10 +40,10 @@ def test_upcycling_through_megatron_is_upcycling_without(convert_hf, base, tmp_p
     options = ["--num-experts", 4, "--num-frozen", 2, "--router-std", 0.5, "--seed", 9]
     assert convert_hf("hf-to-megatron", base, tmp_path / "megatron", *options) == 0
     assert convert_hf("megatron-to-hf", tmp_path / "megatron", tmp_path / "one") == 0
-    assert convert_hf("upcycle", base, tmp_path / "other", *options) == 0
+    assert convert_hf("hf-to-hf", base, tmp_path / "other", *options) == 0
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes(), file
-    assert convert_hf("verify", tmp_path / "one", base, "--num-frozen", 2) == 0
+    assert cli.main(["verify", str(tmp_path / "one"), "--base", str(base)]) == 0
 
 
 def same_model(one, other):
@@ -57,7 +58,7 @@ def test_every_family_through_megatron_and_without(convert_hf, tmp_path, family)
     def both_ways(source, name, *options):
         assert convert_hf("hf-to-megatron", source, tmp_path / f"megatron_{name}", *options) == 0
         assert convert_hf("megatron-to-hf", tmp_path / f"megatron_{name}", tmp_path / name) == 0
-        assert convert_hf("upcycle", source, tmp_path / f"{name}_offline", *options) == 0
+        assert convert_hf("hf-to-hf", source, tmp_path / f"{name}_offline", *options) == 0
         assert same_model(tmp_path / name, tmp_path / f"{name}_offline")
         return tmp_path / name
 

@@ -34,12 +34,15 @@ def trainer_of(base, batch, tmp_path):
 
 
 def logits(trainer, batch, documents_BS=None) -> torch.Tensor:
+    from megatron_lpr.model.passengers import passengers
+
     with torch.no_grad():
         return unwrapped(trainer)(
             input_ids=torch.from_numpy(batch.tokens_BS),
             position_ids=None,
-            attention_mask=None if documents_BS is None else torch.from_numpy(documents_BS),
-            padding_mask=torch.from_numpy(batch.tags_BS),
+            **passengers(
+                torch.from_numpy(batch.tags_BS), None if documents_BS is None else torch.from_numpy(documents_BS)
+            ),
         )
 
 

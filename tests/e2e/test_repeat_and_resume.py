@@ -45,16 +45,16 @@ def kill_after_first_checkpoint(command, latest, seconds=300):
 def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     """Stage 1: in one go twice, and in a process of its own that is killed by the kernel after a checkpoint."""
     whole, again, killed = (tmp_path / name for name in ("whole", "again", "killed"))
-    project.run("train", "stage1", *settings(whole, 30))
-    project.run("train", "stage1", *settings(again, 30))
-    assert len(numbers(whole)) == 30 and numbers(whole) == numbers(again)
+    project.run("train", "stage1", *settings(whole, 18))
+    project.run("train", "stage1", *settings(again, 18))
+    assert len(numbers(whole)) == 18 and numbers(whole) == numbers(again)
 
-    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 30, every=10)]
+    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 18, every=6)]
     latest = killed / "checkpoints/latest"
     kill_after_first_checkpoint([sys.executable, "-m", "megatron_lpr.cli", *arguments], latest)
     step = int(latest.read_text().removeprefix("step_"))
-    assert 10 <= step < 30
-    printed = project.run("train", "stage1", *settings(killed, 30, every=10))
+    assert 6 <= step < 18
+    printed = project.run("train", "stage1", *settings(killed, 18, every=6))
     assert f"resumes at step {step}" in printed
     assert numbers(killed) == numbers(whole)
 

@@ -88,14 +88,15 @@ def test_trained_model_scores_the_same_as_its_export(project, trained):
     results = []
     for name, source in (("checkpoint", project.root / "stage2"), ("hf", project.root / "hf_stage2")):
         out = project.root / f"scores_{name}.json"
-        project.run("evaluate", "stage2", f"--{name}", source, "--name", name, "--out", out)
+        recipe = ["--recipe", project.recipes["stage2"]] if name == "hf" else []
+        project.run("evaluate", source, "--name", name, "--out", out, *recipe)
         results.append({c["name"]: c["bits_per_byte"] for c in json.loads(out.read_text())["corpora"]})
     assert results[0].keys() == {"qaa", "qab", "qac"}
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_verify_agrees(project, trained):
-    printed = project.run("verify", "stage2", project.root / "hf_stage2", "--checkpoint", project.root / "stage2")
+    printed = project.run("verify", project.root / "hf_stage2", "--checkpoint", project.root / "stage2")
     assert "FAIL" not in printed and "logits" in printed and "frozen tensors" in printed
 
 
@@ -132,9 +133,7 @@ DAMAGE = {
 def test_verify_finds_damage(project, trained, tmp_path, capsys, damage):
     """By the checkpoint's tensors and by the logits, and says so in its exit status."""
     export = rewrite(shutil.copytree(project.root / "hf_stage2", tmp_path / "broken"), DAMAGE[damage])
-    status = cli.main(
-        ["verify", str(project.recipes["stage2"]), str(export), "--checkpoint", str(project.root / "stage2")]
-    )
+    status = cli.main(["verify", str(export), "--checkpoint", str(project.root / "stage2")])
     printed = capsys.readouterr().out
     assert status != 0
     assert {"checkpoint", "logits"} <= {line.split()[1] for line in printed.splitlines() if line.startswith("FAIL")}

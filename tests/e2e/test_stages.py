@@ -99,7 +99,7 @@ def test_baselines_train_and_export(project, trained, baseline):
     assert trainable == held
     assert (trainable == total) == (baseline != "review_without_lpr")
     out = project.root / f"hf_{baseline}"
-    project.run("export", baseline, "--checkpoint", project.root / baseline, "--out", out)
+    project.run("export", project.root / baseline, out)
     changed = sum(
         base_name(n) is None or not torch.equal(t, tensors(project.root / "base")[base_name(n)].float())
         for n, t in tensors(out).items()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_lpr import cli, commands
+from megatron_lpr import cli
+from megatron_lpr.platform import distributed
 from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy_text
 
 
@@ -18,11 +19,11 @@ def refused(project, tmp_path, monkeypatch, capsys):
     def no_work(*arguments):
         raise AssertionError("joined the process group")
 
-    monkeypatch.setattr(commands, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
 
     def run(command, recipe, *arguments):
         before = sorted(tmp_path.rglob("*"))
-        path = project.recipes.get(recipe, recipe)
+        path = project.recipes.get(str(recipe), recipe)
         assert cli.main([command, str(path), *map(str, arguments)]) == 2
         printed, error = capsys.readouterr()
         assert printed == ""
@@ -45,11 +46,28 @@ def copy_of_base(project, folder, **fields):
     return folder
 
 
-@pytest.mark.parametrize("command", ["train", "upcycle", "preprocess", "evaluate", "verify"])
+@pytest.mark.parametrize("command", ["train", "upcycle", "preprocess"])
 def test_missing_model_folder(refused, tmp_path, command):
-    more = {"evaluate": ["--name", "x", "--out", tmp_path / "x.json"], "verify": [tmp_path]}.get(command, [])
     output = changed(f"output={tmp_path}/out", f"preprocess.output={tmp_path}/data", f"model.base={tmp_path}/none")
-    assert f"{tmp_path}/none" in refused(command, "stage1", *more, *output)
+    assert f"{tmp_path}/none" in refused(command, "stage1", *output)
+
+
+def test_a_base_model_that_has_moved_since(refused, project, tmp_path):
+    """The checkpoint knows where it was, and the sentence how to say where it is."""
+    run = shutil.copytree(project.root / "upcycle", tmp_path / "run")
+    file = run / "checkpoints/step_00000000/run.json"
+    state = json.loads(file.read_text())
+    state["recipe"]["model"]["base"] = "models/gone"
+    file.write_text(json.dumps(state))
+    told = "its base model was in models/gone, which is not there now"
+    out, scores = tmp_path / "out", ["--name", "x", "--out", tmp_path / "x.json"]
+    for command, *arguments in (["export", run, out], ["evaluate", run, *scores], ["verify", out, "--checkpoint", run]):
+        error = refused(command, *arguments)
+        assert told in error and "with --base FOLDER or --set model.base=FOLDER" in error
+    base = project.root / "base"
+    for where in (["--base", base], changed(f"model.base={base}")):
+        project.run("export", run, out, "--dry-run", *where)
+    assert "nowhere" in refused("export", run, out, "--base", "nowhere")
 
 
 @pytest.mark.parametrize("command", ["train", "upcycle"])
@@ -66,6 +84,13 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
     assert "tokenizer of another vocabulary" in error and str(base) in error
+
+
+@pytest.mark.parametrize("place", ["", "/run"])
+def test_output_inside_the_base_model(refused, project, tmp_path, place):
+    base = copy_of_base(project, tmp_path / "base")
+    error = refused("train", "stage1", *changed("model.load=null", f"model.base={base}", f"output={base}{place}"))
+    assert f"output folder '{base}{place}' is or lies in '{base}', which is read" in error
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
@@ -99,7 +124,8 @@ def test_missing_text(refused, project, tmp_path):
     settings = changed(f"preprocess.{corpora}", f"evaluation.{corpora}", f"preprocess.output={tmp_path}/data")
     assert f"preprocess.corpora: x: no file {text}" in refused("preprocess", "upcycle", *settings)
     out = ["--name", "x", "--out", tmp_path / "x.json"]
-    assert f"evaluation.corpora: x: no file {text}" in refused("evaluate", "upcycle", *settings, *out)
+    corpora = changed(f"evaluation.{corpora}")
+    assert f"evaluation.corpora: x: no file {text}" in refused("evaluate", project.root / "upcycle", *corpora, *out)
 
 
 @pytest.mark.parametrize(
@@ -186,35 +212,73 @@ def test_recipe_without_a_required_key(refused, project, tmp_path):
 
 def test_export_over_something(refused, project, trained, tmp_path):
     (tmp_path / "file").touch()
-    error = refused("export", "stage1", "--checkpoint", project.root / "stage1", "--out", tmp_path)
+    error = refused("export", project.root / "stage1", tmp_path)
     assert f"'{tmp_path}' exists and is not empty" in error
 
 
 def test_missing_checkpoint(refused, tmp_path):
-    arguments = ["--checkpoint", tmp_path / "none", "--out", tmp_path / "out"]
-    assert f"checkpoint {tmp_path}/none: no such folder" in refused("export", "stage1", *arguments)
-    assert "no such folder" in refused("evaluate", "stage1", *arguments, "--name", "x")
+    none, out = tmp_path / "none", tmp_path / "out"
+    assert f"checkpoint {none}: no such folder" in refused("export", none, out)
+    assert f"checkpoint {none}: no such folder" in refused("evaluate", none, "--out", out, "--name", "x")
+    assert f"checkpoint {none}: no such folder" in refused("verify", out, "--checkpoint", none)
+
+
+def test_a_recipe_in_the_place_of_a_checkpoint_and_the_other_way_round(refused, project, trained, tmp_path):
+    recipe, run, out = project.recipes["stage1"], project.root / "stage1", tmp_path / "out"
+    assert "as export CHECKPOINT OUT [--recipe RECIPE]" in refused("export", recipe, out)
+    assert "as evaluate MODEL --name NAME --out FILE" in refused("evaluate", recipe, "--name", "x", "--out", out)
+    assert "as verify EXPORT [--checkpoint CHECKPOINT" in refused("verify", recipe)
+    assert "as verify EXPORT [--checkpoint CHECKPOINT" in refused("verify", out, "--checkpoint", recipe)
+    for command in ("train", "upcycle", "inspect-data", "preprocess"):
+        error = refused(command, run)
+        assert f"{run} is a checkpoint or the output folder of a run" in error and f"{run}/recipe.yaml" in error
+    assert "is a checkpoint" in refused("export", run, out, "--recipe", run)
+
+
+@pytest.mark.parametrize(
+    "command, arguments, now",
+    [
+        ("export", ["--checkpoint", "run", "--out", "out"], "as export CHECKPOINT OUT [--recipe RECIPE]"),
+        ("evaluate", ["--checkpoint", "run", "--name", "x", "--out", "x.json"], "as evaluate MODEL --name NAME"),
+        ("evaluate", ["--hf", "base", "--name", "x", "--out", "x.json"], "as evaluate MODEL --name NAME"),
+        ("verify", ["export", "--checkpoint", "run"], "as verify EXPORT [--checkpoint CHECKPOINT | --base BASE]"),
+    ],
+)
+def test_an_older_spelling_is_told_the_new_one(refused, command, arguments, now):
+    assert now in refused(command, "stage1", *arguments)
+
+
+def test_settings_that_a_checkpoint_decides(refused, project, trained, tmp_path):
+    run, scores = project.root / "stage1", ["--name", "x", "--out", tmp_path / "x.json"]
+    error = refused("export", run, tmp_path / "out", *changed("model.topk=1"))
+    assert "--set model.topk=1: has no effect here" in error and "model.base, export" in error
+    assert "--set train.steps=1: has no effect here" in refused("evaluate", run, *scores, *changed("train.steps=1"))
+    assert "did you mean 'window'" in refused("evaluate", run, *scores, *changed("evaluation.windov=1"))
+
+
+def test_what_has_no_effect_without_a_checkpoint(refused, project, trained, tmp_path):
+    base, export, scores = project.root / "base", project.root / "hf_stage1", ["--name", "x", "--out", tmp_path / "x"]
+    assert "name the recipe of the held-out text with --recipe" in refused("evaluate", base, *scores)
+    assert "which is no checkpoint" in refused("evaluate", base, *scores, "--base", base)
+    assert "Give --checkpoint CHECKPOINT" in refused("verify", export)
+    assert "--no-logits: logits are compared with --checkpoint only" in refused(
+        "verify", export, "--base", base, "--no-logits"
+    )
+    run = project.root / "stage1"
+    assert "--num-frozen 1: has no effect" in refused("verify", export, "--checkpoint", run, "--num-frozen", 1)
+    assert "--set evaluation.corpora=[]: has no effect" in refused(
+        "verify", export, "--base", base, *changed("evaluation.corpora=[]")
+    )
 
 
 def test_several_processes_for_one(refused, project, trained, tmp_path, monkeypatch):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    arguments = ["--checkpoint", project.root / "stage1", "--out", tmp_path / "out"]
-    assert "export runs in one process, not in 2" in refused("export", "stage1", *arguments)
+    assert "export runs in one process, not in 2" in refused("export", project.root / "stage1", tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["train", "upcycle"])
 def test_dry_run_writes_nothing(project, tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     printed = project.run(command, "stage1", "--dry-run", *changed(f"output={tmp_path}/out"))
     assert not list(tmp_path.iterdir()) and printed
-
-
-@pytest.mark.parametrize("command", [None, "preprocess", "upcycle", "train", "evaluate", "compare", "export", "verify"])
-def test_help(capsys, command):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"] if command else ["--help"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    if command and command != "compare":
-        assert "--dry-run" in printed and "optimizer.lr" in printed

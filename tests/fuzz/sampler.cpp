@@ -59,12 +59,12 @@ std::unique_ptr<Sampler> make_sampler(const unsigned char* settings) {
     weights.push_back(1 + own[5] % 7);
   }
   const std::uint64_t share = !original ? 8 : !expanded ? 0 : 1 + settings[2] % 7;
-  std::vector<MixtureSpec> pieces{{0, RoleSplit(share, 8), weights}};
+  std::vector<MixtureSpec> mixtures{{0, Split(share, 8), weights}};
   std::reverse(weights.begin(), weights.end());
-  if (settings[3] % 2 == 1) pieces.push_back({1 + settings[3] % 16u, RoleSplit(share, 8), weights});
+  if (settings[3] % 2 == 1) mixtures.push_back({1 + settings[3] % 16u, Split(share, 8), weights});
   const WindowRule windows{1 + settings[4] % 12u, settings[5] % 3 == 0, settings[5] % 3 == 1};
   return std::make_unique<Sampler>(
-      specs, pieces, SamplerSettings{windows, settings[6], 0, kVocabulary, kLanguages, settings[7] % 2 == 1});
+      specs, mixtures, SamplerSettings{windows, settings[6], 0, kVocabulary, kLanguages, settings[7] % 2 == 1});
 }
 
 // Batches of their exact size, so that AddressSanitizer sees a position too many; returns what `count` should.
@@ -124,6 +124,19 @@ void use(const Sampler& sampler, bool valid) {
   }
 }
 
+// Everything that can be read of a corpus' .idx and .lang files, as verify-data does.
+void read_all(const std::string& prefix) {
+  refused_by_name([&] {
+    const CorpusHeader header = CorpusReader(prefix).header();
+    const DocumentOffsets documents(prefix, header);
+    const std::vector<std::int64_t> bounds = documents.boundaries(0, documents.size());
+    require(bounds.front() == 0 && static_cast<std::uint64_t>(bounds.back()) == header.tokens,
+            "documents that do not cover the corpus");
+    require(std::is_sorted(bounds.begin(), bounds.end()), "documents that go back");
+    LanguageRuns(prefix, header.tokens, kLanguages).check();
+  });
+}
+
 void run(const unsigned char* data, std::size_t size, bool valid = false) {
   Bytes input(data, data + size);
   if (input.size() < fuzz::kHead) input.resize(fuzz::kHead);
@@ -137,6 +150,7 @@ void run(const unsigned char* data, std::size_t size, bool valid = false) {
     files["corpus" + std::to_string(i / 3) + kSuffixes[i % 3]] = Bytes(input.begin() + place, input.begin() + end);
     place = end;
   }
+  for (std::size_t i = 0; i < fuzz::kCorpora; ++i) read_all("corpus" + std::to_string(i));
   std::unique_ptr<Sampler> sampler;
   if (refused_by_name([&] { sampler = make_sampler(input.data()); })) return;
   ++outcomes.opened;

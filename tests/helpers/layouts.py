@@ -24,7 +24,6 @@ from sharded import Piece, assemble, gradient_pieces, weight_pieces
 
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.recipe.checks import check_recipe
-from megatron_lpr.testing.run_distributed import run_distributed
 
 Sections = Mapping[str, Mapping[str, Any]]  # of a recipe
 STAGES: dict[str, Sections] = {
@@ -117,7 +116,7 @@ def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int
     metrics = [trainer.train_step()]
     gradients = gradient_pieces(trainer)
     if case.resume_at is not None:
-        trainer.save(last=False)
+        trainer.save()
         del trainer
         leave_layout()
         resume = output / "checkpoints/step_00000001"
@@ -152,19 +151,45 @@ def write_source(base: Path, output: Path) -> Path:
     """A checkpoint in which every expert has weights of its own."""
     trainer = trainer_of(base, "moe_full", output)
     scramble(unwrapped(trainer))
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     return output / "checkpoints/step_00000000"
 
 
-def run_cases(base: Path, source: Path, world_size: int, cases: list[Case], loads: list[Sections]) -> tuple[list, list]:
-    """On one rank of a distributed run: `run_case` of every case, `loaded_weights` of every layout in `loads`."""
+def run_cases(world_size: int, work: list[tuple[Path, Path, list[Case], list[Sections]]]) -> list[tuple[list, list]]:
+    """On one rank, for each (base, source, cases, loads): `run_case` of the cases, `loaded_weights` of the loads."""
     from megatron_lpr.platform import megatron
 
+    done = []
     with megatron():
         gc.freeze()  # what is imported stays: collections between the cases need not look at it
-        weights = [loaded_weights(base, changes) for changes in loads]
-        runs = [run_case(base, case, source, source / f"{world_size}_{i}", world_size) for i, case in enumerate(cases)]
-    return runs, weights
+        for base, source, cases, loads in work:
+            outputs = [source / f"{world_size}_{i}" for i in range(len(cases))]
+            weights = [loaded_weights(base, changes) for changes in loads]
+            runs = [run_case(base, case, source, out, world_size) for case, out in zip(cases, outputs, strict=True)]
+            done.append((runs, weights))
+    return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some cases of a comparison, and layouts in which its base is loaded, by name."""
+
+    comparison: "Comparison"
+    cases: list[str]
+    loads: dict[str, Sections] = dataclasses.field(default_factory=dict)
+
+
+def run_parts(on_ranks, world_size: int, parts: list[Part]) -> None:
+    """One launch for all; each comparison takes what is its own."""
+    work = [
+        (it.comparison.base, it.comparison.source, [it.comparison.cases[n] for n in it.cases], list(it.loads.values()))
+        for it in parts
+    ]
+    for part, ranks in zip(parts, zip(*on_ranks(run_cases, world_size, world_size, work), strict=True), strict=True):
+        for name, outcomes in zip(part.cases, zip(*(runs for runs, _ in ranks), strict=True), strict=True):
+            part.comparison.take(name, outcomes)
+        for name, pieces in zip(part.loads, zip(*(weights for _, weights in ranks), strict=True), strict=True):
+            part.comparison.loaded[name] = assemble(list(pieces), exact=True)
 
 
 def selected(request) -> set[str]:
@@ -195,16 +220,6 @@ class Comparison:
                 )
                 self.expected[stage] = Outcome(metrics=metrics, gradients=assemble([found]))
             self.expected_weights = assemble([loaded_weights(base, {})], exact=True)
-
-    def run(self, world_size: int, cases: list[str], loads: dict[str, Sections] | None = None) -> None:
-        """Run some of the cases on `world_size` ranks: one launch."""
-        loads = loads or {}
-        arguments = self.base, self.source, world_size, [self.cases[name] for name in cases], list(loads.values())
-        by_rank = run_distributed(run_cases, world_size, *arguments, timeout_seconds=900)
-        for name, ranks in zip(cases, zip(*(runs for runs, _ in by_rank), strict=True), strict=True):
-            self.take(name, ranks)
-        for name, ranks in zip(loads, zip(*(weights for _, weights in by_rank), strict=True), strict=True):
-            self.loaded[name] = assemble(list(ranks), exact=True)
 
     def take(self, name: str, ranks: Sequence[tuple[list[dict], list[Piece]]]) -> None:
         """What `run_case` gave on each rank."""

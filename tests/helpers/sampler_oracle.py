@@ -1,6 +1,7 @@
 """The replay sampler once more: slow, in unbounded integers and fractions, by bookkeeping instead of closed forms."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
@@ -56,24 +57,23 @@ def epoch_shift(seq_length: int, seed: int, stream: int, epoch: int) -> int:
     return mix(key_hash(seed, stream, epoch) ^ GOLDEN) * seq_length >> 64 if epoch else 0
 
 
-def last_slot(share: Fraction, count: int) -> int:
-    """The last slot in which a corpus with `count` samples so far may get its next one."""
-    slot = count
-    while (slot + 1) * share - count < 1 - share / 2:
-        slot += 1
-    return slot
-
-
 def order_in_role(weights: Sequence[int], length: int) -> list[int]:
-    """Earliest deadline first under |count - n * share| < 1 - share / 2, from the bound itself."""
-    shares = [Fraction(weight, sum(weights)) for weight in weights]
-    counts = [0] * len(weights)
+    """The two lightest subtrees are joined until one is left; it hands its samples on in the proportion of the two."""
+    subtrees = [(weight, number, None) for number, weight in enumerate(weights)]
+    for number in range(len(weights), 2 * len(weights) - 1):
+        subtrees.sort(key=lambda subtree: subtree[:2])
+        light, heavy, *rest = subtrees
+        subtrees = [*rest, (light[0] + heavy[0], number, (light, heavy))]
+    given: Counter[int] = Counter()
     order = []
-    for n in range(1, length + 1):
-        allowed = [c for c, share in enumerate(shares) if counts[c] + 1 - n * share < 1 - share / 2]
-        chosen = min(allowed, key=lambda c: (last_slot(shares[c], counts[c]), c))
-        counts[chosen] += 1
-        order.append(chosen)
+    for _ in range(length):
+        weight, number, children = subtrees[0]
+        while children:
+            n, share = given[number], Fraction(children[0][0], weight)
+            given[number] += 1
+            to_light = floor((n + 1) * share + Fraction(1, 2)) > floor(n * share + Fraction(1, 2))
+            weight, number, children = children[0 if to_light else 1]
+        order.append(number)
     return order
 
 

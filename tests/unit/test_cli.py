@@ -1,83 +1,148 @@
-"""The command line: what reaches the commands, exit statuses, and how errors of users look."""
+"""The command line: what reaches the commands, exit statuses, help, and how errors of users look."""
+
+import dataclasses
+import subprocess
+import sys
 
 import pytest
 
-from megatron_lpr import __version__, cli, commands
+from megatron_lpr import __version__, cli
+from megatron_lpr.commands.command import all_commands
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import describe
+
+COMMANDS = all_commands()
+WORDS = [
+    ["preprocess", "r.yaml", "--overwrite"],
+    ["verify-data", "data"],
+    ["inspect-data", "r.yaml", "--steps", "3"],
+    ["upcycle", "r.yaml", "--hf", "out"],
+    ["train", "r.yaml"],
+    ["evaluate", "run", "--name", "n", "--out", "o.json"],
+    ["compare", "a.json", "b.json"],
+    ["export", "run", "out", "--base", "b"],
+    ["verify", "out", "--checkpoint", "run"],
+    ["plot", "run", "a.json", "--out", "o"],
+]
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("{name: x, output: o, model: {base: b}}")
-    return str(path)
+def instead(monkeypatch):
+    """instead(run): what every command does."""
+
+    def replace(run):
+        commands = [dataclasses.replace(command, run=run) for command in COMMANDS]
+        monkeypatch.setattr(cli, "all_commands", lambda: commands)
+
+    return replace
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Arguments of the commands, which do nothing."""
+def fails(error):
+    def run(options):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("words", WORDS, ids=lambda words: words[0])
+def test_options_reach_the_command(instead, words):
     seen = []
-    for name in ("preprocess", "upcycle", "train", "evaluate", "compare", "export", "verify"):
-        monkeypatch.setattr(commands, name, lambda _name=name, **options: seen.append((_name, options)))
-    return seen
+    instead(seen.append)
+    assert cli.main(words) == 0
+    [options] = seen
+    given = [item for value in vars(options).values() for item in (value if isinstance(value, list) else [value])]
+    assert [word for word in words[1:] if not word.startswith("--") and word not in map(str, given)] == []
+    assert options.command_line == " ".join(["megatron-lpr", *words])
 
 
-def test_options_reach_the_command(recipe, calls):
-    assert cli.main(["train", recipe, "--set", "model.topk=3", "--set", "name=y", "--dry-run"]) == 0
-    [(name, options)] = calls
-    assert name == "train" and options.keys() == {"recipe", "dry_run"} and options["dry_run"] is True
-    assert options["recipe"].model.topk == 3 and options["recipe"].name == "y"
+@pytest.mark.parametrize("words", WORDS, ids=lambda words: words[0])
+def test_user_errors_are_one_line_and_status_2(instead, capsys, words):
+    instead(fails(UserError("no such thing")))
+    assert cli.main(words) == 2
+    assert capsys.readouterr() == ("", f"megatron-lpr {words[0]}: error: no such thing\n")
+
+
+def test_errors_of_programmers_keep_their_traceback(instead):
+    instead(fails(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["train", "r.yaml"])
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
+    "words, told",
     [
-        (["preprocess", "--overwrite"], {"overwrite": True, "dry_run": False}),
-        (["upcycle"], {"dry_run": False}),
-        (["evaluate", "--name", "n", "--out", "o", "--hf", "h"], {"name": "n", "out": "o", "hf": "h"}),
-        (["export", "--checkpoint", "c", "--out", "o"], {"checkpoint": "c", "out": "o"}),
-        (["verify", "e", "--checkpoint", "c"], {"export_dir": "e", "checkpoint": "c"}),
+        (["trian"], "megatron-lpr: error: no command 'trian'; did you mean 'train'?\n"),
+        (["upcyle", "r.yaml"], "megatron-lpr: error: no command 'upcyle'; did you mean 'upcycle'?\n"),
+        (
+            ["train", "r.yaml", "--rnaks", "2"],
+            "megatron-lpr train: error: no option '--rnaks'; did you mean '--ranks'?\n",
+        ),
+        (["train", "r.yaml", "s.yaml"], "megatron-lpr train: error: 's.yaml' is too much\n"),
     ],
 )
-def test_every_command_takes_a_recipe_first(recipe, calls, arguments, expected):
-    command, *rest = arguments
-    assert cli.main([command, recipe, *rest]) == 0
-    [(name, options)] = calls
-    assert name == command and options["recipe"].name == "x"
-    assert {key: options[key] for key in expected} == expected
+def test_mistyped_words_name_the_nearest(capsys, words, told):
+    assert cli.main(words) == 2
+    assert capsys.readouterr() == ("", told)
 
 
-def test_compare_takes_results(calls):
-    assert cli.main(["compare", "a.json", "b.json"]) == 0
-    assert calls == [("compare", {"files": ["a.json", "b.json"]})]
-
-
-def test_user_errors_are_one_line_and_status_2(recipe, monkeypatch, capsys):
-    def fail(**options):
-        raise UserError("no such thing")
-
-    monkeypatch.setattr(commands, "train", fail)
-    assert cli.main(["train", recipe]) == 2
-    assert capsys.readouterr() == ("", "megatron-lpr train: error: no such thing\n")
-
-
-def test_errors_of_programmers_keep_their_traceback(recipe, monkeypatch):
-    def fail(**options):
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(commands, "train", fail)
-    with pytest.raises(ValueError, match="a bug"):
-        cli.main(["train", recipe])
-
-
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["export", "r.yaml"], ["train", "r.yaml", "--fly"]])
-def test_wrong_usage_is_status_2(arguments, capsys):
+def test_what_is_missing(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    assert stop.value.code == 2 and "usage: megatron-lpr" in capsys.readouterr().err
+        cli.main(["train"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("megatron-lpr train: error: ")
+
+
+def test_without_a_command_help_is_printed(capsys):
+    assert cli.main([]) == 2
+    printed, told = capsys.readouterr()
+    assert printed == "" and cli.main(["--help"]) == 0
+    assert capsys.readouterr() == (told, "")
+    assert all(f"\n  {command.name} " in told for command in COMMANDS)
+    places = [told.index(f"\n  {word} ") for word in ("preprocess", "train", "evaluate", "export", "verify")]
+    assert places == sorted(places)
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_shows_the_settings_that_a_command_reads(capsys, command):
+    printed = help_of(command.name, capsys)
+    assert "==SUPPRESS==" not in printed
+    assert ("settings of a recipe" in printed) == bool(command.reads)
+    for name in command.reads:
+        assert f"  {name}:" in printed or f"  {name}." in printed or f"  {name}[]." in printed, name
+    if command.reads:
+        assert "--dry-run" in printed and "--set KEY=VALUE" in printed
+
+
+def test_help_of_one_command_is_not_that_of_all(capsys):
+    assert "optimizer.lr:" in help_of("train", capsys)
+    printed = help_of("export", capsys)
+    assert "export.dtype:" in printed and "optimizer" not in printed and len(printed.splitlines()) < 60
+
+
+def test_every_setting_is_in_some_help():
+    shown = {line for command in COMMANDS for line in describe(only=command.reads)}
+    assert shown == set(describe())
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["--version"])
-    assert stop.value.code == 0 and capsys.readouterr().out == f"{__version__}\n"
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """Help and mistakes are told at once, and Ctrl-C is taken before the seconds of importing torch."""
+    script = (
+        "import sys; from megatron_lpr import cli; "
+        "assert cli.main(['--help']) == 0 and cli.main(['exprot']) == 2; "
+        "assert cli.main(['export', 'none', 'out', '--checkpoint', 'x']) == 2; "
+        "print([m for m in ('torch', 'numpy', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[-1] == "[]"

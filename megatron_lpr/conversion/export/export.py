@@ -36,7 +36,7 @@ from megatron_lpr.files.new_folder import complete_folder, copy_companions
 from megatron_lpr.files.output_place import check_place, check_vacant
 from megatron_lpr.files.safetensors_io import ShardedWriter, parse_size, torch_dtype
 from megatron_lpr.recipe.settings import ExportConfig
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 OnVerified = Callable[[VerifyReport], object]
 

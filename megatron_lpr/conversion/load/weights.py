@@ -1,16 +1,14 @@
-"""Where the weights of a run come from, and the proof that frozen ones never change."""
+"""Where the weights of a run come from."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from megatron_lpr.checkpoint import checkpointing
+from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import Architecture
-from megatron_lpr.files.file_tensor import tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform.place import RankPlace
 from megatron_lpr.recipe.checks import expansion_of
@@ -29,7 +27,7 @@ def fill_weights(
     progress: gets the bytes of each parameter that was filled from the base model.
     """
     if source is not None:
-        checkpointing.load(source, chunks)
+        load_checkpoint(source, chunks)
         return
     reader, place = SafetensorsReader(recipe.model.base), RankPlace.of_this_rank()
     for chunk in chunks:
@@ -54,14 +52,3 @@ def _told(
     for name, parameter in parameters:
         yield name, parameter
         progress(parameter.nbytes)
-
-
-def frozen_digest(chunks: Iterable[torch.nn.Module]) -> str:
-    """SHA-256 over names and bytes of this rank's frozen parameters."""
-    digest = hashlib.sha256()
-    for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(f"{index}.{name}".encode())
-                digest.update(tensor_bytes(parameter))
-    return digest.hexdigest()

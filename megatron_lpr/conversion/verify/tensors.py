@@ -20,7 +20,7 @@ from megatron_lpr.families.expansion import Origin
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.files.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 
 def digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:

@@ -24,12 +24,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES, LanguageRuns
+from megatron_lpr._replay_sampler import LanguageRuns
+from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES, IndexedCorpus
 from megatron_lpr.data.corpus.yaml_records import check_keys, read_record
 from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.files import durable
 from megatron_lpr.files.yaml_io import dump_yaml, read_yaml
 
 ROLES = ("expanded", "original")
@@ -66,7 +68,7 @@ class Corpus:
     """One corpus; `prefix` is its path without .bin, `weight` its share within its role.
 
     `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
-    `prefix`.lang (language_runs.py), which numbers them in the order of `languages`, a mapping to their roles;
+    `prefix`.lang (csrc/languages.h), which numbers them in the order of `languages`, a mapping to their roles;
     `language_digest` is that file's SHA-256. `index_digest` and `spot_digests` are missing in manifests of old.
     """
 
@@ -188,13 +190,8 @@ class Manifest:
             entries.append(entry)
         tokenizer = {key: value for key, value in dataclasses.asdict(self.tokenizer).items() if value is not None}
         content = {"tokenizer": tokenizer, "corpora": entries}
-        partial = f"{self.path}.partial"
         try:
-            with open(partial, "w", encoding="utf-8") as file:
-                dump_yaml(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
+            durable.write_text(Path(self.path), dump_yaml(content))
         except OSError as error:
             raise UserError(f"cannot write the manifest {self.path}: {error.strerror}") from error
 

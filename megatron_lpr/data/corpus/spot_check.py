@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
 
 BLOCK_BYTES = 4096
@@ -29,7 +30,7 @@ def with_checksums(corpus: Corpus) -> Corpus:
     Raises:
         UserError: a file cannot be read.
     """
-    index_digest = _sha256(f"{corpus.prefix}.idx")
+    index_digest = file_sha256(f"{corpus.prefix}.idx")
     suffixes = ["bin", "idx", *(["lang"] if corpus.languages else [])]
     spots = {suffix: spot_digest(f"{corpus.prefix}.{suffix}", corpus.digest) for suffix in suffixes}
     return dataclasses.replace(corpus, index_digest=index_digest, spot_digests=spots)
@@ -80,14 +81,6 @@ def _altered(path: str, corpus: Corpus) -> UserError:
     )
 
 
-def _sha256(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def check_all_bytes(corpus: Corpus) -> None:
     """Compares all of a corpus' tokens, and languages, with their SHA-256: what an entry without checksums has.
 
@@ -96,7 +89,7 @@ def check_all_bytes(corpus: Corpus) -> None:
     """
     for suffix, recorded in (("bin", corpus.digest), ("lang", corpus.language_digest)):
         path = f"{corpus.prefix}.{suffix}"
-        if recorded is not None and _sha256(path) != recorded:
+        if recorded is not None and file_sha256(path) != recorded:
             raise _altered(path, corpus)
 
 

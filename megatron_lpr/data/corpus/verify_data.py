@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
-from megatron_lpr.files.folder_locks import FolderLocks
-from megatron_lpr.preprocess_options import REST
-from megatron_lpr.recipe.reading import load_recipe
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.files.locks import FolderLocks
+from megatron_lpr.recipe.reading import REST, load_recipe
+from megatron_lpr.reporting.progress import byte_progress
 
 _CHUNK_BYTES = 8 << 20
 _DOCUMENTS = 1 << 16
@@ -110,7 +110,7 @@ def _check_tokens(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
     total = hashlib.sha256()
     outside = None
     for first, data in _chunks(path, advance):
-        total.update(data)
+        total.update(data.data)
         if outside is None:
             outside = _outside(corpus, first, data, vocab_size)
     if total.hexdigest() != corpus.digest:
@@ -140,7 +140,7 @@ def _outside(corpus: Corpus, first: int, data: np.ndarray, vocab_size: int) -> s
 
 def _check_index(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
     path = f"{corpus.prefix}.idx"
-    digest = _digest(path, advance)
+    digest = file_sha256(path, advance)
     if corpus.index_digest is not None and digest != corpus.index_digest:
         raise _other_bytes(path, digest, corpus.index_digest)
     files = IndexedCorpus(corpus.prefix)
@@ -149,18 +149,12 @@ def _check_index(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
 
 
 def _check_languages(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    assert corpus.languages is not None and corpus.language_digest is not None
     path = f"{corpus.prefix}.lang"
-    digest = _digest(path, advance)
+    digest = file_sha256(path, advance)
     if digest != corpus.language_digest:
         raise _other_bytes(path, digest, corpus.language_digest)
     LanguageRuns(corpus.prefix, num_tokens=corpus.tokens, num_languages=len(corpus.languages)).check()
-
-
-def _digest(path: str, advance: Advance) -> str:
-    total = hashlib.sha256()
-    for _, data in _chunks(path, advance):
-        total.update(data)
-    return total.hexdigest()
 
 
 def _chunks(path: str, advance: Advance) -> Iterator[tuple[int, np.ndarray]]:

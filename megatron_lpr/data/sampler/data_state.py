@@ -9,7 +9,7 @@ from megatron_lpr.data.sampler.mixture import Mixture
 from megatron_lpr.data.sampler.subset import Subset
 from megatron_lpr.errors import UserError
 
-_VERSION = 2
+_VERSION = 3  # 2: before the samples of a role came in the order of csrc/mixture.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +47,26 @@ class DataState:
         """Compares with what the run of `saved` has read so far.
 
         Raises:
-            UserError: naming everything that changed.
+            UserError: naming everything that changed; or the samples come in another order by now.
         """
+        if saved.get("version") != _VERSION:
+            raise UserError(
+                f"the run began with another version of megatron_lpr, which reads samples in another order (version "
+                f"{saved.get('version')} of the data's state, here it is {_VERSION}): let that version finish the run, "
+                "or start a new run with its weights as model.load"
+            )
         own = self.to_tree(0)
         changes = [
             f"{key} was {saved.get(key)}, is {own[key]}"
-            for key in ("version", *self.settings, "tokenizer", "eod_id")
+            for key in (*self.settings, "tokenizer", "eod_id")
             if saved.get(key) != own[key]
         ]
-        if saved.get("version") == _VERSION:
-            consumed = saved["consumed_samples"]
-            before, now = (_used(tree["schedule"], consumed) for tree in (saved, own))
-            changes += _schedule_changes(before, now)
-            for name in dict.fromkeys(name for mixture in before for name in mixture["shares"]):
-                if name in own["corpora"]:
-                    changes += _corpus_changes(name, saved["corpora"][name], own["corpora"][name])
+        consumed = saved["consumed_samples"]
+        before, now = (_used(tree["schedule"], consumed) for tree in (saved, own))
+        changes += _schedule_changes(before, now)
+        for name in dict.fromkeys(name for mixture in before for name in mixture["shares"]):
+            if name in own["corpora"]:
+                changes += _corpus_changes(name, saved["corpora"][name], own["corpora"][name])
         if changes:
             raise UserError(
                 f"the run cannot go on with other data than it started with: {'; '.join(changes)}; restore "

@@ -14,13 +14,13 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_lpr._replay_sampler import Prefetcher, Sampler
+from megatron_lpr._replay_sampler import CorpusSpec, MixtureSpec, Prefetcher, Sampler, SamplerSettings
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.data_state import DataState
 from megatron_lpr.data.sampler.mixture import mixtures
 from megatron_lpr.data.sampler.subset import Subset, subsets
-from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig
+from megatron_lpr.recipe.sections import check_section, check_setting
+from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ class ReplaySampler:
         document_ids: whether batches number their documents.
 
     Raises:
-        UserError: an unknown role, corpus or language, a share or weight that is no number >= 0 or too small, a role
-            without corpora, or a corpus that cannot be read.
+        UserError: a setting outside its range, an unknown corpus or language, a share or weight that is too small, a
+            role without corpora, or a corpus that cannot be read.
     """
 
     def __init__(
@@ -112,29 +112,44 @@ class ReplaySampler:
         replay: ReplayConfig | None = None,
         document_ids: bool = False,
     ):
-        if not 0 < seq_length <= 1 << 31:
-            raise UserError(f"seq_length must be in [1, 2^31], not {seq_length}")
-        if not 0 <= seed < 1 << 63:
-            raise UserError(f"the data seed must be in [0, 2^63), not {seed}")
+        data = DataConfig(
+            manifest=manifest.path,
+            seq_length=seq_length,
+            mixture=dict(mixture),
+            schedule=tuple(schedule),
+            replay=replay or ReplayConfig(),
+        )
+        check_section(data, "data")
+        check_setting(TrainConfig, "seed", seed, "train.seed")
         self.manifest = manifest
         self.seq_length = seq_length
         self.seed = seed
         self.document_ids = document_ids
-        self.mixtures = mixtures(manifest, mixture, schedule)
-        subset = subsets(manifest, replay or ReplayConfig())
+        self.mixtures = mixtures(manifest, data.mixture, data.schedule)
+        subset = subsets(manifest, data.replay)
         self.windows = windows
         self._subset = subset
         self._sampler = Sampler(
             _corpus_specs(manifest, subset),
-            [(m.first_sample, m.expanded.numerator, m.expanded.denominator, m.weights) for m in self.mixtures],
-            seq_length,
-            seed,
-            manifest.tokenizer.eod_id,
-            manifest.tokenizer.vocab_size,
-            len(manifest.languages),
-            windows == "document",
-            windows == "packed",
-            document_ids,
+            [
+                MixtureSpec(
+                    first_sample=piece.first_sample,
+                    expanded_numerator=piece.expanded.numerator,
+                    expanded_denominator=piece.expanded.denominator,
+                    weights=piece.weights,
+                )
+                for piece in self.mixtures
+            ],
+            SamplerSettings(
+                seq_length=seq_length,
+                one_document=windows == "document",
+                shift_windows=windows == "packed",
+                seed=seed,
+                eod_id=manifest.tokenizer.eod_id,
+                vocab_size=manifest.tokenizer.vocab_size,
+                num_languages=len(manifest.languages),
+                document_ids=document_ids,
+            ),
         )
 
     @staticmethod
@@ -245,21 +260,20 @@ class ReplaySampler:
         )
 
 
-def _corpus_specs(manifest: Manifest, subset: Sequence[Subset]) -> list[tuple]:
-    """The tuples that csrc/bindings.cpp takes."""
+def _corpus_specs(manifest: Manifest, subset: Sequence[Subset]) -> list[CorpusSpec]:
     roles = manifest.language_roles
     tags = {
         language: index * (-1 if roles[language] == "expanded" else 1) for index, language in enumerate(roles, start=1)
     }
     return [
-        (
-            corpus.prefix,
-            int(corpus.digest[:16], 16),
-            corpus.role == "expanded",
-            [tags[language] for language in corpus.languages or (corpus.language,)],
-            corpus.languages is not None,
-            part.documents,
-            part.tokens,
+        CorpusSpec(
+            prefix=corpus.prefix,
+            stream=int(corpus.digest[:16], 16),
+            expanded=corpus.role == "expanded",
+            tags=[tags[language] for language in corpus.languages or (corpus.language,)],
+            sidecar=corpus.languages is not None,
+            documents=part.documents,
+            tokens=part.tokens,
         )
         for corpus, part in zip(manifest.corpora, subset, strict=True)
     ]

@@ -7,18 +7,23 @@ A block says where its documents lie, so that a worker can name the line of a ba
 a place (file, offset) that depends on nothing but the files.
 """
 
+import bz2
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from megatron_lpr.data.text.compressed import decompressed, without_suffix
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 
 Format = Literal["auto", "jsonl", "parquet", "text"]
 SampleBy = Literal["document", "paragraph", "line"]
@@ -26,6 +31,8 @@ SampleBy = Literal["document", "paragraph", "line"]
 BLOCK_BYTES = 16 << 20
 LONGEST_DOCUMENT = 128 << 20
 _READ_BYTES = 1 << 18
+_COMPRESSED = re.compile(r"\.(gz|zst|bz2|xz)$")
+_UNREAD = re.compile(r"\.(zip|7z|rar|lz4|lzo|br|Z|tar|tgz|tbz2?|txz|tar\.\w+)$")
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 
 
@@ -71,14 +78,21 @@ def format_of(path: str, wanted: Format = "auto") -> str:
     """jsonl, text or parquet, by the file's name where `wanted` is auto; any unknown name is JSONL."""
     if wanted != "auto":
         return wanted
-    name = without_suffix(path)
+    name = _COMPRESSED.sub("", path)
     return "text" if name.endswith(".txt") else "parquet" if name.endswith(".parquet") else "jsonl"
+
+
+def check_compression(path: str) -> None:
+    """Raises UserError for archives and compressions that are not read."""
+    found = _UNREAD.search(path)
+    if found:
+        raise UserError(f"{path}: {found[0]} files are not read; unpack it, or compress it as .gz, .zst, .bz2 or .xz")
 
 
 def files_sha256(files: Sequence[str], settings: dict[str, Any] | None = None) -> str:
     """SHA-256 over the files' own SHA-256 sums, in order, and over `settings` where there are any; hexadecimal."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        total = hashlib.sha256(b"".join(threads.map(_file_sha256, files)))
+        total = hashlib.sha256(b"".join(map(bytes.fromhex, threads.map(file_sha256, files))))
     if settings:
         total.update(json.dumps(settings, sort_keys=True).encode())
     return total.hexdigest()
@@ -147,7 +161,7 @@ def _cut_file(
         end_of = _end_of_paragraphs if sample_by == "paragraph" else _never
     with open(path, "rb") as raw:
         offset, line = 0, 1
-        for data in _cut(decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
+        for data in _cut(_decompressed(raw, path, min(_READ_BYTES, block_bytes)), end_of, block_bytes, path):
             yield Block(
                 file=number, path=path, format=kind, offset=offset, line=line, data=data,
                 position=finished + raw.tell(),
@@ -197,9 +211,56 @@ def _never(buffer: bytearray, searched: int) -> int:
     return 0
 
 
-def _file_sha256(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error
+def _decompressed(raw: BinaryIO, path: str, size: int) -> Iterator[bytes]:
+    """The bytes of an open file, some at a time, about `size` where it is up to us.
+
+    Raises:
+        UserError: the file is empty, incomplete, damaged, or not of the kind that its name says.
+    """
+    kind = path.rpartition(".")[2]
+    if kind not in ("gz", "zst", "bz2", "xz"):
+        yield from iter(lambda: raw.read(size), b"")
+        return
+    if os.fstat(raw.fileno()).st_size == 0:
+        raise UserError(f"{path} is empty, not even a compressed file of nothing; write it again, or leave it out")
+    if kind == "gz":
+        try:
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield from iter(lambda: unpacked.read(size), b"")
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is not a complete gzip file: {error}") from error
+    elif kind == "bz2":
+        yield from _frames(raw, path, "bzip2", bz2.BZ2Decompressor, OSError)
+    elif kind == "xz":
+        yield from _frames(raw, path, "xz", lzma.LZMADecompressor, lzma.LZMAError, padding=b"\0")
+    else:
+        import zstandard
+
+        # Windows up to 2 GiB are `zstd --long=31`.
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        yield from _frames(raw, path, "zstd", decompressor.decompressobj, zstandard.ZstdError)
+
+
+def _frames(
+    raw: BinaryIO, path: str, kind: str, new: Callable[[], Any], failure: type[Exception], padding: bytes = b""
+) -> Iterator[bytes]:
+    """Frames one after the other. The libraries' own file objects end at a cut-off frame, or at what follows a complete
+    one and is none, as if all were well."""
+    frame, started = new(), False
+    for chunk in iter(lambda: raw.read(io.DEFAULT_BUFFER_SIZE), b""):
+        while chunk:
+            if not started:
+                chunk = chunk.lstrip(padding) if padding else chunk
+                if not chunk:
+                    break
+            try:
+                data, started = frame.decompress(chunk), True
+            except failure as error:
+                raise UserError(f"{path} is not a complete {kind} file: {error}") from error
+            if data:
+                yield data
+            chunk = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame, started = new(), False
+    if started:
+        raise UserError(f"{path} is not a complete {kind} file: it ends inside a frame")

@@ -1,6 +1,5 @@
 """One face for the two kinds of tokenizer files: Hugging Face's tokenizer.json and SentencePiece's .model."""
 
-import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,9 +19,13 @@ from megatron_lpr.data.text.special_tokens import (
     sentencepiece_bos,
 )
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.digest import file_sha256
 
 _REMEMBERED_WORDS = 1 << 18
+_CHECK_EVERY = 64
+_REMEDY = "use preprocess.engine: tokenizers"
 Engine = Literal["tokenizers", "fastokens"]
+TokenIds = Sequence[int] | np.ndarray
 
 
 class Tokenizer(Protocol):
@@ -48,7 +51,7 @@ class Tokenizer(Protocol):
         """The text of some tokens, special tokens included."""
         ...
 
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[TokenIds]:
         """Token ids of each text, without the tokens that open and end a document."""
         ...
 
@@ -80,31 +83,28 @@ def load_tokenizer(
         UserError: there is none, it cannot be read, it has no end-of-document token, or not the special tokens that
             are asked for.
     """
-    place = Path(path)
-    if place.is_file():
-        file = place
-    elif place.is_dir():
-        models = sorted(place.glob("*.model"))
-        candidates = [
-            place / "tokenizer.json",
-            place / "tokenizer.model",
-            *(models if len(models) == 1 else []),
-        ]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if file is None:
-            raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
-    else:
-        raise UserError(f"no tokenizer at {path}: there is no such folder or file")
+    file = _tokenizer_file(Path(path))
     threads = threads or len(os.sched_getaffinity(0))
     if engine == "fastokens":
-        from megatron_lpr.data.text.fast_tokenizer import FastHFTokenizer
-
         if file.suffix == ".model":
             raise UserError(f"preprocess.engine: fastokens reads a tokenizer.json, not {file}")
         return FastHFTokenizer(file, threads, special)
     if file.suffix == ".model":
         return SentencePieceTokenizer(file, threads, special)
     return HFTokenizer(file, special)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"no tokenizer at {path}: there is no such folder or file")
+    models = sorted(path.glob("*.model"))
+    candidates = [path / "tokenizer.json", path / "tokenizer.model", *(models if len(models) == 1 else [])]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
 
 
 class HFTokenizer:
@@ -131,7 +131,7 @@ class HFTokenizer:
         self.eod_id = hf_eod(self._tokenizer, file.parent)
         self.bos_id = hf_bos(self._tokenizer, file.parent, special.bos)
         self.parses_special_tokens = special.parse
-        self.sha256 = _sha256(file)
+        self.sha256 = file_sha256(file)
         self._tokenizer.encode_special_tokens = not special.parse
         if not special.parse:
             check_text_stays_text(self._tokenizer, file)
@@ -139,13 +139,59 @@ class HFTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[TokenIds]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, [end for _, end in encoding.offsets]) for encoding in encodings]
+
+
+class FastHFTokenizer(HFTokenizer):
+    """A tokenizer.json read by fastokens: the same tokens, several times as fast; `encode_batch` returns uint32 arrays.
+
+    It is another implementation, so it is not taken at its word: of every so many batches one is tokenised by both.
+
+    Args:
+        threads: of `encode_batch`; the first tokenizer of a process decides.
+
+    Raises:
+        UserError: fastokens is missing or cannot read the tokenizer, or, while encoding, cannot encode a text or
+            differs from Hugging Face's library.
+    """
+
+    def __init__(self, file: Path, threads: int, special: SpecialTokens):
+        super().__init__(file, special)
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+        try:
+            import fastokens
+        except ImportError:
+            raise UserError(
+                f"preprocess.engine: fastokens is not installed; pip install 'megatron-lpr[fast]', or {_REMEDY}"
+            ) from None
+        try:
+            self._fast = fastokens.Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise UserError(f"fastokens cannot read {file} ({error}); {_REMEDY}") from error
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._batches = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            data, bounds = self._fast.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=not self.parses_special_tokens
+            )
+        except ValueError as error:
+            raise UserError(f"fastokens cannot tokenise this text ({error}); {_REMEDY}") from error
+        ids = np.split(np.frombuffer(data, "<u4"), np.frombuffer(bounds, "<u8")[1:-1].astype(np.int64))
+        if self._batches % _CHECK_EVERY == 0:
+            for text, fast, reference in zip(texts, ids, super().encode_batch(texts), strict=True):
+                if not np.array_equal(fast, reference):
+                    raise UserError(f"fastokens and Hugging Face's tokenizer differ on {text[:60]!r}; {_REMEDY}")
+        self._batches += 1
+        return ids
 
 
 class SentencePieceTokenizer:
@@ -170,7 +216,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{file} has no end-of-sentence piece to end documents with")
         self.bos_id = sentencepiece_bos(self._processor, file.parent, special.bos)
         self.parses_special_tokens = False
-        self.sha256 = _sha256(file)
+        self.sha256 = file_sha256(file)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
@@ -204,8 +250,3 @@ class SentencePieceTokenizer:
             [1 if processor.is_byte(i) else len(processor.id_to_piece(i).encode()) for i in range(self.vocab_size)],
             np.int64,
         )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy_run import write_run
 
-from megatron_lpr import cli, commands
+from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.conversion.load import import_hf
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files import output_place
+from megatron_lpr.platform import distributed
 from megatron_lpr.testing.toy_models import write_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,32 +32,47 @@ def convert_hf():
 
 def test_upcycle_then_verify(convert_hf, llama, tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert convert_hf(["upcycle", str(llama), out, "--num-experts", "4", "--num-frozen", "2"]) == 0
-    assert convert_hf(["verify", out, str(llama), "--num-frozen", "2"]) == 0
+    assert convert_hf(["hf-to-hf", str(llama), out, "--num-experts", "4", "--num-frozen", "2"]) == 0
+    assert cli.main(["verify", out, "--base", str(llama), "--num-frozen", "2"]) == 0
     assert "27 of 27 equal" in capsys.readouterr().out
     (tmp_path / "out" / "tokenizer.json").write_text("{}")
-    assert convert_hf(["verify", out, str(llama)]) == 2
+    assert cli.main(["verify", out, "--base", str(llama)]) == 2
     assert "FAIL  files" in capsys.readouterr().out
 
 
 def test_a_mistake_of_the_user_is_one_sentence(convert_hf, tmp_path, capsys):
-    assert convert_hf(["upcycle", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--num-experts", "3"]) == 2
+    assert convert_hf(["hf-to-hf", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--num-experts", "3"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: model folder") and error.count("\n") == 1
+    assert error.startswith("convert_hf.py hf-to-hf: error: model folder") and error.count("\n") == 1
 
 
-def test_export_is_forwarded_as_it_is(convert_hf, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cli, "main", lambda argv: seen.append(argv) or 7)
-    assert convert_hf(["export", "recipe.yaml", "--set", "a=1"]) == 7
-    assert seen == [["export", "recipe.yaml", "--set", "a=1"]]
+@pytest.mark.parametrize(
+    "word, now", [("upcycle", "hf-to-hf"), ("export", "megatron-to-hf"), ("verify", "--base BASE")]
+)
+def test_doors_that_are_gone(convert_hf, capsys, word, now):
+    assert convert_hf([word, "a", "b"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"convert_hf.py: error: no command '{word}'; that is now ") and now in error
+
+
+def test_options_of_experts_on_a_dense_import(convert_hf, toy_base, tmp_path, capsys):
+    base, out = str(toy_base), str(tmp_path / "out")
+    for option in ("--num-frozen", "--router-std", "--seed", "--topk"):
+        assert convert_hf(["hf-to-megatron", base, out, option, "2", "--dry-run"]) == 2
+        error = capsys.readouterr().err
+        assert f"{option} 2" in error and "has no effect, for a dense import has no experts" in error
+    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4)
+    again = ["hf-to-megatron", str(tmp_path / "moe"), out, "--dry-run"]
+    assert convert_hf([*again, "--seed", "2"]) == 2
+    assert "--seed 2: has no effect, for no expert is new" in capsys.readouterr().err
+    assert convert_hf([*again, "--num-frozen", "2"]) == 0
 
 
 def test_checkpoint_to_hf(convert_hf, toy_base, tmp_path, capsys):
     write_run(toy_base, tmp_path / "run", recipe={"model": {"base": str(tmp_path / "moved"), "num_experts": 3}})
     command = ["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out")]
     assert convert_hf(command) == 2
-    assert f"error: model folder '{tmp_path / 'moved'}' does not exist" in capsys.readouterr().err
+    assert f"its base model was in {tmp_path / 'moved'}, which is not there now" in capsys.readouterr().err
     options = ["--base", str(toy_base), "--dtype", "bfloat16", "--max-shard-size", "20KB"]
     assert convert_hf([*command, *options]) == 0
     assert "21 of 21 equal" in capsys.readouterr().out
@@ -84,7 +101,7 @@ def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_pa
     assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(other)]) == 2
     printed, error = capsys.readouterr()
     assert "FAIL  frozen tensors 20 of 21" in printed
-    assert error.splitlines()[-1].startswith("error: ") and "was not written" in error.splitlines()[-1]
+    assert ": error: " in error.splitlines()[-1] and "was not written" in error.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
@@ -93,22 +110,29 @@ def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
     write_run(toy_base, tmp_path / "run")
     assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and option[1] in error
+    assert error.startswith("convert_hf.py megatron-to-hf: error: ") and error.count("\n") == 1 and option[1] in error
 
 
-@pytest.mark.parametrize("command", [[], ["upcycle"], ["hf-to-megatron"], ["megatron-to-hf"], ["verify"]])
+@pytest.mark.parametrize("command", ["hf-to-hf", "hf-to-megatron", "megatron-to-hf"])
 def test_help(convert_hf, capsys, command):
     with pytest.raises(SystemExit) as stop:
-        convert_hf([*command, "--help"])
+        convert_hf([command, "--help"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "usage" in printed and "None" not in printed and "default: True" not in printed
-    assert not command or "--dry-run" in printed
+    assert stop.value.code == 0 and "usage" in printed and "default: True" not in printed
+    assert "None" not in printed.partition("settings of a recipe")[0]
+    assert "--dry-run" in printed
+
+
+def test_help_of_the_tool(convert_hf, capsys):
+    assert convert_hf(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(door in printed for door in ("hf-to-hf", "hf-to-megatron", "megatron-to-hf"))
 
 
 def test_a_float16_base_becomes_float32(convert_hf, tmp_path, monkeypatch, capsys):
     base = write_toy_model(tmp_path / "base", dtype="float16")
     recipes = []
-    monkeypatch.setattr(commands, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     for options in ([], ["--dtype", "bfloat16"]):
         assert convert_hf(["hf-to-megatron", str(base), str(tmp_path / "out"), *options]) == 0
     assert [recipe.model.dtype for recipe in recipes] == ["float32", "bfloat16"]
@@ -129,33 +153,32 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
     upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4, topk=3))
     recipes = []
-    monkeypatch.setattr(commands, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out"), "--topk", "2"]) == 0
     assert [recipe.model.topk for recipe in recipes] == [3, 2]  # import_hf refuses the second
-    more = ["upcycle", str(tmp_path / "moe"), str(tmp_path / "out"), "--num-experts", "6", "--num-frozen", "4"]
+    more = ["hf-to-hf", str(tmp_path / "moe"), str(tmp_path / "out"), "--num-experts", "6", "--num-frozen", "4"]
     assert convert_hf([*more, "--dry-run"]) == 0
     assert convert_hf([*more, "--topk", "2", "--dry-run"]) == 2
     assert "routes to its top 3 experts" in capsys.readouterr().err
 
 
 def test_dry_runs_check_and_write_nothing(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     write_run(toy_base, tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     base, run, out = str(toy_base), str(tmp_path / "run"), str(tmp_path / "out")
     inside = str(toy_base / "out")
     for door, good, bad in (
-        (["upcycle", "--num-experts", "3"], [base, out], [base, inside]),
+        (["hf-to-hf", "--num-experts", "3"], [base, out], [base, inside]),
         (["hf-to-megatron", "--num-experts", "3"], [base, out], [base, inside]),
         (["megatron-to-hf"], [run, out], [run, inside]),
-        (["verify"], [base, base], [out, base]),
     ):
         assert convert_hf([door[0], *good, *door[1:], "--dry-run"]) == 0
         printed, error = capsys.readouterr()
         assert printed.startswith("would ") and printed.count("\n") == 1 and error == ""
         assert convert_hf([door[0], *bad, *door[1:], "--dry-run"]) == 2
-        assert capsys.readouterr().err.startswith("error: ")
+        assert capsys.readouterr().err.startswith(f"convert_hf.py {door[0]}: error: ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -164,19 +187,20 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
     base = write_toy_model(tmp_path / "base")
     write_run(base, tmp_path / "run")
     (tmp_path / "file").touch()
-    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     before = sorted(tmp_path.rglob("*"))
-    for command in (["upcycle", str(base)], ["hf-to-megatron", str(base)]):
+    for command in (["hf-to-hf", str(base)], ["hf-to-megatron", str(base)]):
         assert convert_hf([*command, str(tmp_path / out), "--num-experts", "3"]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and str(tmp_path / out) in error
+        assert error.startswith(f"convert_hf.py {command[0]}: error: ") and error.count("\n") == 1
+        assert str(tmp_path / out) in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_import_without_space(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-    for door in ("hf-to-megatron", "upcycle"):
+    for door in ("hf-to-megatron", "hf-to-hf"):
         assert convert_hf([door, str(toy_base), str(tmp_path / "out"), "--num-experts", "3"]) == 2
         assert "has 0.0 GB free, the checkpoint needs 0.0 GB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,8 @@ def recipe_file(made_here, folder, trainable="routers", **model):
 
 def verify(made_here, export, tmp_path, capsys, *options, **recipe):
     """Exit status, and what was printed."""
-    status = cli.main(["verify", str(recipe_file(made_here, tmp_path, **recipe)), str(export), *map(str, options)])
+    typed = ["--recipe", str(recipe_file(made_here, tmp_path, **recipe))]
+    status = cli.main(["verify", str(export), *typed, *map(str, options)])
     printed = capsys.readouterr()
     told = [line for line in printed.err.splitlines() if line and not line.startswith("verify: ")]  # the progress bar
     assert "Traceback" not in printed.err and len(told) == (1 if status else 0)

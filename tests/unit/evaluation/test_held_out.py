@@ -3,12 +3,14 @@
 import gzip
 import json
 import lzma
+import shutil
+from pathlib import Path
 
 import pytest
 
 from megatron_lpr import cli
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out
+from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out, trained_on
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe
 
@@ -101,6 +103,43 @@ def test_corpora_are_checked(tmp_path, more, message):
         check_evaluation(EvaluationConfig(corpora=corpora, window=1), str(tmp_path))
 
 
+@pytest.mark.parametrize("how", ["the same file", "another name for it", "the manifest alone", "neither"])
+def test_training_text_among_the_held_out_is_told(tmp_path, how):
+    from megatron_lpr.data.preprocess.preprocess import preprocess
+    from megatron_lpr.testing.toy_models import write_toy_text, write_toy_tokenizer
+
+    (tmp_path / "tokenizer").mkdir()
+    write_toy_tokenizer(tmp_path / "tokenizer")
+    text = write_toy_text(tmp_path / "train.jsonl", "qaa", documents=3)
+    (tmp_path / "copy.jsonl").write_bytes(text.read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(text)
+    write_toy_text(tmp_path / "other.jsonl", "qaa", documents=3, seed=1)
+    file = {"another name for it": "link.jsonl", "the manifest alone": "copy.jsonl", "neither": "other.jsonl"}.get(
+        how, "train.jsonl"
+    )
+    entry = {"name": "text", "files": [str(text)], "language": "qaa", "role": "expanded"}
+    tree = {
+        "name": "r",
+        "output": "o",
+        "model": {"base": "b"},
+        "data": {"manifest": str(tmp_path / "data/manifest.yaml")},
+        "preprocess": {"corpora": [entry]},
+        "evaluation": {"corpora": [entry | {"name": "held out", "files": [str(tmp_path / file)]}]},
+    }
+    recipe = from_tree(Recipe, tree, where="test")
+    sources = recipe.preprocess.corpora
+    preprocess(sources, tokenizer_dir=str(tmp_path / "tokenizer"), output_dir=str(tmp_path / "data"), workers=1)
+    sentences = list(trained_on(recipe))
+    if how == "neither":
+        shutil.rmtree(tmp_path / "data")
+        text.unlink()
+        assert not sentences and not list(trained_on(recipe))  # training text need not be there
+        return
+    [sentence] = sentences
+    what = "the very text that corpus text of the manifest" if "manifest" in how else "preprocess.corpora text"
+    assert sentence.startswith("evaluation.corpora: held out: ") and what in sentence
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """recipe(**evaluation) -> path of a recipe on a toy model, with one held-out corpus."""
@@ -117,7 +156,6 @@ def recipe(tmp_path):
             "model": {"base": str(base)},
             "evaluation": {"window": 16, "corpora": [entry]} | evaluation,
         }
-        from_tree(Recipe, tree, where="test")
         path = tmp_path / "r.json"
         path.write_text(json.dumps(tree))
         return str(path)
@@ -140,5 +178,7 @@ def test_the_command_refuses_before_it_reads_a_model(recipe, tmp_path, monkeypat
 
     monkeypatch.setattr("megatron_lpr.evaluation.evaluate.hf_nll_fn", reads)
     for dry_run in ([], ["--dry-run"]):
-        arguments = ["evaluate", recipe(**evaluation), "--name", "n", "--out", str(tmp_path / out), *dry_run]
+        path = recipe(**evaluation)
+        base = json.loads(Path(path).read_text())["model"]["base"]
+        arguments = ["evaluate", base, "--recipe", path, "--name", "n", "--out", str(tmp_path / out), *dry_run]
         assert cli.main(arguments) == 2 and message in capsys.readouterr().err

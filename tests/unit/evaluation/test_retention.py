@@ -70,6 +70,14 @@ def test_documents_that_open_otherwise_are_not_compared():
     retention_table([same, dataclasses.replace(STAGE_1, tokenizer="b")])  # each model in its own way
 
 
+def test_control_tokens_that_are_read_otherwise_are_not_compared():
+    kept = dataclasses.replace(BASE, tokenizer="a", parse_special_tokens=False)
+    with pytest.raises(UserError, match="read alike .*: evaluate both with the same preprocess.parse_special_tokens"):
+        retention_table([kept, dataclasses.replace(STAGE_1, tokenizer="a", parse_special_tokens=True)])
+    for other in (False, None):  # None: from before it was recorded
+        retention_table([kept, dataclasses.replace(STAGE_1, tokenizer="a", parse_special_tokens=other)])
+
+
 def test_table_of_the_base_alone():
     assert "kept" not in retention_table([BASE])
 
@@ -95,8 +103,13 @@ def test_no_results_are_refused():
 
 def test_json_round_trip(tmp_path):
     path = tmp_path / "base.json"
-    BASE.save(path)
-    assert EvaluationResult.load(path) == BASE
+    result = dataclasses.replace(BASE, tokenizer="a", bos_id=1, parse_special_tokens=True)
+    for routing in ({"help": [0.25, 0.5]}, {}):  # the second one leaves nothing of the first one's behind
+        result = dataclasses.replace(result, routing=routing)
+        result.save(path)
+        assert EvaluationResult.load(path) == result
+        assert (tmp_path / "base.routing.json").exists() == bool(routing)
+    assert str(result).startswith("base: help 3.000, handbook 1.000, ") and str(result).endswith(" bits per byte")
 
 
 @pytest.mark.parametrize("content", [None, "nonsense", "[]", '{"model": "m", "window": 1}', '{"corpora": [{}]}'])

@@ -79,7 +79,7 @@ def in_parts(
             pg_collection=SimpleNamespace(cp=group),
         )
         local = (tensors[name][own] for name in ("query", "key", "value"))
-        output = output.index_add(0, own, core(*local, attention_mask=documents_BS))
+        output = output.index_add(0, own, core(*local, documents_BK=documents_BS))
     return output
 
 

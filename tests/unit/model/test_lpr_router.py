@@ -32,11 +32,13 @@ def test_a_token_is_counted_once(megatron, toy_base, tmp_path, recompute, monkey
 
 
 def test_evaluation_collects_without_gradients_and_adds_no_loss(megatron, toy_base, tmp_path):
+    from megatron_lpr.model.passengers import passengers
+
     trainer = make_trainer(toy_base, tmp_path, lpr={"coeff": 0.1}, balance={"coeff": 0.1})
     trainer.chunks[0].eval()
     batch = as_tensors(mixed_batch())
     with torch.no_grad():
-        trainer.chunks[0](batch["tokens_BS"], None, None, labels=batch["labels_BS"], padding_mask=batch["tags_BS"])
+        trainer.chunks[0](batch["tokens_BS"], None, labels=batch["labels_BS"], **passengers(batch["tags_BS"]))
     for router in trainer.routers:
         sums, balance = router.stats.take()
         assert sums[:, 0].tolist() == [21, 7, 16] and balance.item() == 0

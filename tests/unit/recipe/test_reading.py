@@ -57,7 +57,13 @@ def test_include_cycle(write):
 
 
 @pytest.mark.parametrize(
-    "content, expected", [("- 1", "found list"), ("", "found NoneType"), ("a: [", "not valid YAML"), (None, "no such")]
+    "content, expected",
+    [
+        ("- 1", "found list"),
+        ("", "is empty; a recipe has at least name, output and model"),
+        ("a: [", "not valid YAML"),
+        (None, "no such"),
+    ],
 )
 def test_file_that_is_no_recipe(write, content, expected):
     assert expected in refused("nowhere.yaml" if content is None else write("r.yaml", content))
@@ -159,6 +165,13 @@ def test_every_setting_is_described():
     assert lines.count("(required)") == sum(
         f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in names.values()
     )
+
+
+def test_a_part_of_the_settings_is_described():
+    lines = describe(only=("name", "optimizer"))
+    names = {line.split(":")[0].strip() for line in lines}
+    assert names == {"name"} | {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
+    assert [line for line in describe() if line in lines] == lines
 
 
 @pytest.mark.parametrize("value", [1, 4])

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from tiny_models import rewrite, rewrite_config
 from toy_run import write_run
 
-from megatron_lpr import cli, commands
+from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import export_checkpoint
+from megatron_lpr.platform import distributed
 from megatron_lpr.recipe.settings import ExportConfig
-from megatron_lpr.testing.toy_models import write_recipe, write_toy_model
+from megatron_lpr.testing.toy_models import write_toy_model
 
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 NEW = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
@@ -28,19 +29,16 @@ def root(tmp_path_factory):
     settings = ExportConfig(max_shard_size="40KB")
     export_checkpoint(root / "run", root / "plain", base_dir=base, settings=settings)
     export_checkpoint(root / "run", root / "grafted", base_dir=base, graft_delta=(base, instruct))
-    tree = {"name": "x", "output": str(root / "x"), "model": {"base": str(base), "num_experts": 3}}
-    write_recipe(root / "recipe.yaml", tree)
     return root
 
 
 @pytest.fixture
 def verify(root, capsys, monkeypatch):
     """verify(export, *options) -> (status, printed); Megatron is not there."""
-    monkeypatch.setattr(commands, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
 
     def run(export, *options):
-        given = ["--checkpoint", str(root / "run"), *options]
-        status = cli.main(["verify", str(root / "recipe.yaml"), str(export), *given])
+        status = cli.main(["verify", str(export), "--checkpoint", str(root / "run"), *options])
         printed, error = capsys.readouterr()
         told = [line for line in error.splitlines() if line and not line.startswith("verify: ")]  # the progress bar
         assert "Traceback" not in error and len(told) == (1 if status else 0)
@@ -63,7 +61,7 @@ def test_logits_need_text(root, verify):
 def test_nothing_of_megatron_is_imported(root):
     script = (
         "import sys; from megatron_lpr import cli; "
-        f"assert cli.main(['verify', '{root}/recipe.yaml', '{root}/plain', '--checkpoint', '{root}/run', "
+        f"assert cli.main(['verify', '{root}/plain', '--checkpoint', '{root}/run', "
         "'--no-logits']) == 0; assert 'megatron.core' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
@@ -98,7 +96,7 @@ def test_a_grafted_export(root, verify):
 
 def test_a_grafted_export_without_its_checkpoint(root, capsys):
     options = ["--graft-delta", str(root / "base"), str(root / "instruct")]
-    assert cli.main(["verify", str(root / "recipe.yaml"), str(root / "grafted"), *options]) == 0
+    assert cli.main(["verify", str(root / "grafted"), *options]) == 0
     assert "21 of 21 equal" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_lpr._replay_sampler import inspect
+from megatron_lpr._replay_sampler import Index
 from megatron_lpr.data.corpus.indexed import IndexedCorpus, IndexedWriter
 from megatron_lpr.errors import UserError
 
@@ -61,6 +61,7 @@ def test_refuses_impossible_documents(tmp_path, tokens):
     writer.discard()
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
 def test_megatron_reads_what_we_write(write_corpus, vocab_size):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
@@ -69,6 +70,7 @@ def test_megatron_reads_what_we_write(write_corpus, vocab_size):
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_we_read_what_megatron_writes(tmp_path, dtype):
     indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
@@ -83,12 +85,9 @@ def test_we_read_what_megatron_writes(tmp_path, dtype):
         DOCUMENTS[0],
         DOCUMENTS[1] + DOCUMENTS[2],
     ]
-    assert inspect(prefix) == {
-        "dtype_code": 8 if dtype is np.uint16 else 4,
-        "sequences": 3,
-        "documents": 2,
-        "tokens": 12,
-    }
+    index = Index(prefix)
+    code = 8 if dtype is np.uint16 else 4
+    assert (index.dtype_code, index.sequences, index.documents, index.tokens) == (code, 3, 2, 12)
 
 
 def patch(path, offset: int, data: bytes) -> None:

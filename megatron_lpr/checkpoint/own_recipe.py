@@ -1,0 +1,26 @@
+"""The recipe that a checkpoint carries: what is done to the checkpoint needs no other."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import from_tree, load_recipe, to_tree
+from megatron_lpr.recipe.settings import Recipe
+
+
+def own_recipe(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of the run that wrote a checkpoint, with `key.path=value` overrides.
+
+    Raises:
+        UserError: run.json cannot be read, an override is wrong, or the base model is not where the run found it.
+    """
+    saved = from_tree(Recipe, read_run_state(checkpoint).recipe, where=f"checkpoint {checkpoint}")
+    recipe = load_recipe(None, overrides, under=to_tree(saved))
+    base = recipe.model.base
+    if base == saved.model.base and not Path(base).is_dir():
+        raise UserError(
+            f"checkpoint {checkpoint}: its base model was in {base}, which is not there now (seen from {Path.cwd()}); "
+            "say where it lies with --base FOLDER or --set model.base=FOLDER"
+        )
+    return recipe

@@ -1,0 +1,71 @@
+"""`megatron-lpr evaluate`: bits per byte on held-out text."""
+
+import argparse
+
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import (
+    add_gone,
+    add_own_recipe,
+    recipe_of,
+    refuse_file,
+    typed_recipe,
+)
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import REST
+from megatron_lpr.recipe.settings import Recipe
+
+SPELLING = (
+    "the model comes first and a checkpoint brings its recipe, "
+    "as evaluate MODEL --name NAME --out FILE [--recipe RECIPE]"
+)
+READS = ("model.base", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = "checkpoint, output folder of a run, or folder of any Hugging Face causal model (needs --recipe)"
+    parser.add_argument("model", metavar="MODEL", help=what)
+    parser.add_argument("--name", required=True, help="name of the model in the table")
+    parser.add_argument("--out", metavar="FILE", required=True, help="JSON file of the result")
+    add_own_recipe(parser)
+    for option in ("--checkpoint", "--hf"):
+        add_gone(parser, option, SPELLING)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Score a checkpoint or a Hugging Face model on the held-out corpora of a recipe."""
+    from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation, print_progress
+    from megatron_lpr.evaluation.retention import check_result_file
+
+    refuse_file(options.model, SPELLING)
+    if is_hf_model(options.model):
+        evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
+    else:
+        checkpoint = checkpoint_folder(options.model)  # said aloud once
+        evaluation = plan_evaluation(checkpoint, recipe_of(checkpoint, options, READS))
+    check_result_file(options.out)
+    if options.dry_run:
+        evaluation.check()
+        names = ", ".join(corpus.name for corpus in evaluation.recipe.evaluation.corpora)
+        print(f"would evaluate {evaluation.folder} on {names} into {options.out}")
+        return
+    result = evaluation.run(options.name, print_progress)
+    result.save(options.out)
+    print(f"{result} -> {options.out}")
+
+
+def _recipe_for_hf(options: argparse.Namespace) -> Recipe | None:
+    if options.base is not None:
+        raise UserError(f"--base {options.base}: has no effect on {options.model}, which is no checkpoint")
+    return typed_recipe(options, under=REST) if options.recipe else None
+
+
+COMMAND = Command(
+    name="evaluate",
+    about="bits per byte on held-out text",
+    add_arguments=add_arguments,
+    run=run,
+    reads=(*READS, "model.dtype"),
+    place=6,
+    spelling=SPELLING,
+)

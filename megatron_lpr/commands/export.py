@@ -1,0 +1,72 @@
+"""`megatron-lpr export`: a checkpoint becomes a stock Hugging Face model."""
+
+import argparse
+import json
+
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import (
+    add_gone,
+    add_graft_delta,
+    add_own_recipe,
+    found_checkpoint,
+    recipe_of,
+)
+
+SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
+READS = ("model.base", "export")
+# options that stand for a setting of the section `export`
+_SETTINGS = {"dtype": "DTYPE", "max_shard_size": "SIZE", "results": "JSON"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or output folder of a run")
+    parser.add_argument("out", metavar="OUT", help="new folder")
+    for name, help_text in (
+        ("dtype", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
+        ("max_shard_size", "largest safetensors file, as 500MB or 4GB"),
+        ("results", "evaluations for the model card, the base's first"),
+    ):
+        nargs = "+" if name == "results" else None
+        option, metavar = f"--{name.replace('_', '-')}", _SETTINGS[name]
+        parser.add_argument(option, nargs=nargs, metavar=metavar, help=f"{help_text} (export.{name})")
+    add_graft_delta(parser)
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
+    add_own_recipe(parser)
+    for option in ("--checkpoint", "--out"):
+        add_gone(parser, option, SPELLING)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
+    from megatron_lpr.conversion.export.export import export_checkpoint
+    from megatron_lpr.platform import single_process
+
+    single_process("export")
+    source = found_checkpoint(options.checkpoint, SPELLING)
+    given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    options.set += [f"export.{name}={json.dumps(value)}" for name, value in given.items()]
+    recipe = recipe_of(source, options, READS)
+    export_checkpoint(
+        source,
+        options.out,
+        base_dir=recipe.model.base,
+        settings=recipe.export,
+        graft_delta=options.graft_delta,
+        on_verified=print if options.verify else None,
+        command=options.command_line,
+        progress=True,
+        dry_run=options.dry_run,
+    )
+    done = "would export" if options.dry_run else "exported"
+    print(f"{done} {source} to {options.out}" + ("" if options.verify else "; not verified"))
+
+
+COMMAND = Command(
+    name="export",
+    about="write a checkpoint as a stock Hugging Face model",
+    add_arguments=add_arguments,
+    run=run,
+    reads=READS,
+    place=8,
+    spelling=SPELLING,
+)

@@ -1,0 +1,107 @@
+"""Arguments that several commands have, spelled the same in all of them, and the recipe that follows from them."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import load_recipe
+from megatron_lpr.recipe.settings import Recipe
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """RECIPE, --set and --dry-run."""
+    nargs = "?" if optional else None
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="YAML file; see the settings below")
+    _add_set(parser)
+
+
+def add_own_recipe(parser: argparse.ArgumentParser) -> None:
+    """For a command that reads a checkpoint, which brings its recipe: --base, --recipe, --set and --dry-run."""
+    parser.add_argument("--base", help="folder of the base model (default: where training found it)")
+    parser.add_argument("--recipe", help="YAML file that is read in place of the checkpoint's own recipe")
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    what = "override a setting, one of those below; may be given several times"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
+    add_dry_run(parser)
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
+
+
+def add_graft_delta(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
+    )
+
+
+def add_gone(parser: argparse.ArgumentParser, option: str, now: str) -> None:
+    """An option of an older spelling: whoever types it is told the new one."""
+
+    class Gone(argparse.Action):
+        def __call__(self, *_: object) -> None:
+            raise UserError(f"{option} is gone: {now}")
+
+    parser.add_argument(option, action=Gone, nargs="?", help=argparse.SUPPRESS)
+
+
+def typed_recipe(options: argparse.Namespace, under: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that was typed, with --set; all of it lies over `under`.
+
+    Raises:
+        UserError: as `load_recipe`; it is a checkpoint.
+    """
+    path = options.recipe
+    if path is not None and ((Path(path) / "run.json").is_file() or (Path(path) / "checkpoints").is_dir()):
+        own = Path(path) / "recipe.yaml"
+        example = f", as {own}, which its run was started with" if own.is_file() else ""
+        raise UserError(
+            f"{path} is a checkpoint or the output folder of a run: give the YAML file of a recipe{example}"
+        )
+    return load_recipe(path, options.set, under or {})
+
+
+def found_checkpoint(path: str, spelling: str) -> Path:
+    """The checkpoint that was typed, or the newest of a run's output folder.
+
+    Raises:
+        UserError: there is none, or it is a file: a recipe, most probably.
+    """
+    refuse_file(path, spelling)
+    return checkpoint_folder(path)
+
+
+def refuse_file(path: str, spelling: str) -> None:
+    """Raises UserError where a recipe was typed in the place of a folder."""
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file, no folder: {spelling}")
+
+
+def recipe_of(checkpoint: Path, options: argparse.Namespace, reads: Sequence[str]) -> Recipe:
+    """The checkpoint's own recipe, or --recipe, with --base and --set.
+
+    Raises:
+        UserError: a --set that the command does not read, an unknown one; the base model is not where it was.
+    """
+    from megatron_lpr.checkpoint.own_recipe import own_recipe
+
+    if options.recipe:
+        return typed_recipe(with_base(options))
+    for override in options.set:
+        key = override.partition("=")[0]
+        if "=" in override and not any(key == name or key.startswith(f"{name}.") for name in reads):
+            raise UserError(f"--set {override}: has no effect here, where {', '.join(reads)} of the recipe are read")
+    return own_recipe(checkpoint, with_base(options).set)
+
+
+def with_base(options: argparse.Namespace) -> argparse.Namespace:
+    """--base as an override."""
+    base = [] if options.base is None else [f"model.base={json.dumps(options.base)}"]
+    return argparse.Namespace(**vars(options) | {"set": [*options.set, *base], "base": None})

@@ -1,0 +1,41 @@
+"""`megatron-lpr upcycle`: the base model with experts, as a checkpoint or as a stock Hugging Face model."""
+
+import argparse
+import functools
+
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import add_recipe, typed_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--hf", metavar="OUT", help="new folder: write a stock Hugging Face model, without Megatron")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the upcycled model as a checkpoint (step 0), or as what an export of that checkpoint would be."""
+    from megatron_lpr import api
+    from megatron_lpr.platform import together
+
+    recipe = together(functools.partial(typed_recipe, options))
+    api.upcycle(
+        recipe,
+        hf=options.hf,
+        progress=True,
+        command=options.command_line,
+        dry_run=options.dry_run,
+        on_verified=print,
+    )
+    if options.hf is not None:
+        print(f"{'would write' if options.dry_run else 'wrote'} {options.hf}")
+
+
+COMMAND = Command(
+    name="upcycle",
+    about="write the base model with experts, as a checkpoint in the recipe's output or as a Hugging Face model",
+    add_arguments=add_arguments,
+    run=run,
+    reads=("output", "model", "parallel", "export"),
+    place=4,
+    distributed=True,
+)

@@ -1,0 +1,91 @@
+"""`megatron-lpr verify`: an export against its base model and its checkpoint."""
+
+import argparse
+
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import (
+    add_graft_delta,
+    add_own_recipe,
+    found_checkpoint,
+    recipe_of,
+    refuse_file,
+    typed_recipe,
+    with_base,
+)
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import Recipe
+
+SPELLING = (
+    "the export comes first and a checkpoint brings its recipe, "
+    "as verify EXPORT [--checkpoint CHECKPOINT | --base BASE] [--recipe RECIPE]"
+)
+READS = ("model.base", "evaluation.corpora", "evaluation.on_bad_line")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("export", metavar="EXPORT", help="folder that `export` wrote")
+    parser.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
+    parser.add_argument(
+        "--no-logits", dest="logits", action="store_false", help="with --checkpoint: tensors only, without Megatron"
+    )
+    frozen = "frozen experts of an export that neither a record, nor --checkpoint or --recipe tells of (default: 1)"
+    parser.add_argument("--num-frozen", metavar="N", type=int, help=frozen)
+    add_graft_delta(parser)
+    add_own_recipe(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check an export: its files, names and frozen tensors against the base; tensors and logits against a checkpoint.
+
+    What is frozen and how tokens are routed is the checkpoint's record or the export's, not what a recipe says.
+    """
+    from megatron_lpr.conversion.verify.verification import plan_verification
+
+    refuse_file(options.export, SPELLING)
+    _refuse_what_has_no_effect(options)
+    planned = plan_verification(
+        options.export,
+        checkpoint=options.checkpoint,
+        base=options.base,
+        recipe=typed_recipe(with_base(options)) if options.recipe else None,
+        own=_own_recipe(options),
+        logits=options.logits,
+        graft_delta=options.graft_delta,
+        num_frozen=options.num_frozen,
+    )
+    if options.dry_run:
+        checkpoint = f" and {planned.checkpoint}" if planned.checkpoint else ""
+        print(f"would verify {options.export} against {planned.base_dir}{checkpoint}")
+        return
+    report = planned.run(lambda check: print(check, flush=True), progress=True)
+    if planned.checkpoint and not planned.text:
+        why = "no Megatron model has the delta that was grafted on" if options.graft_delta else "--no-logits"
+        print(f"      logits         not compared: {why}")
+    if not report.ok:
+        raise UserError(f"verify {options.export}: failed (see above)")
+
+
+def _own_recipe(options: argparse.Namespace) -> Recipe | None:
+    if not options.checkpoint or options.recipe:
+        return None
+    return recipe_of(found_checkpoint(options.checkpoint, SPELLING), options, READS)
+
+
+def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
+    if not options.checkpoint and not options.logits:
+        raise UserError("--no-logits: logits are compared with --checkpoint only")
+    if options.num_frozen is not None and (options.checkpoint or options.recipe):
+        raise UserError(f"--num-frozen {options.num_frozen}: has no effect beside --checkpoint or --recipe")
+    if options.set and not (options.checkpoint or options.recipe):
+        raise UserError(f"--set {options.set[0]}: has no effect without --checkpoint or --recipe")
+
+
+COMMAND = Command(
+    name="verify",
+    about="check an export against the base model, and against its checkpoint",
+    add_arguments=add_arguments,
+    run=run,
+    reads=READS,
+    place=9,
+    spelling=SPELLING,
+)
