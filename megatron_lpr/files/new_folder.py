@@ -149,22 +149,6 @@ def _remove_empty(folders: list[Path]) -> None:
             pass  # it was never made, or is not empty: another process uses it
 
 
-@contextmanager
-def hold_folder(temporary: Path, parent: int) -> Iterator[None]:
-    """For a process that writes into the temporary folder of its parent: nobody replaces it before this one is done.
-
-    UserError when the parent, a process id, has died: the folder may be another's by now.
-    """
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        _lock(lock, fcntl.LOCK_SH, temporary)
-        if os.getppid() != parent:
-            raise UserError(f"the process that was writing '{temporary}' has died")
-        yield
-    finally:
-        os.close(lock)
-
-
 def _lock(folder: int, kind: int, out_dir: str | Path) -> None:
     """Exclusive to take a folder over, shared to write into it; the system drops it when the process ends."""
     try:

@@ -1,10 +1,15 @@
-"""What users do with an export: text from stock transformers, and lm-evaluation-harness."""
+"""What users do with an export: read its card, text from stock transformers, and lm-evaluation-harness."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.data.corpus.manifest import Manifest
 
 QUESTIONS = [("the wind", ["coin", "zsgyk"]), ("áé", ["íő", "the"]), ("dew", ["gyk", "don"]), ("íőűz", ["win", "sgy"])]
 TASK = """
@@ -25,6 +30,24 @@ metric_list: [{{metric: acc}}]
 def stock(project, trained):
     folder = project.root / "hf_stage2"
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_the_card_tells_what_the_trainer_wrote(project, trained):
+    """Of both stages: their steps and losses, and the corpora that lie on the disk."""
+    card = (project.root / "hf_stage2/README.md").read_text()
+    for stage, trainable in (("stage1", "new_experts_and_routers"), ("stage2", "routers")):
+        told = card.split(f"## {stage}")[1].split("\n## ")[0]
+        assert f"Trained `{trainable}` for 6 steps (24 samples)" in told
+        last = json.loads((project.root / stage / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == 6 and f"NTP {last['ntp_loss']:.4f}" in told
+        state = read_run_state(project.root / stage / "checkpoints/step_00000006")
+        for corpus in Manifest.load(str(project.root / "data/manifest.yaml")).corpora:
+            digest = hashlib.sha256(Path(f"{corpus.prefix}.bin").read_bytes()).hexdigest()
+            trained_on = state.tokens_per_language[corpus.language]
+            row = (corpus.name, corpus.language, corpus.role, f"{corpus.tokens:,}", f"{trained_on:,}", f"`{digest}`")
+            assert f"| {' | '.join(row)} |" in told
+        assert sum(state.tokens_per_language.values()) == 24 * 32
+    assert "N(0, 0.1) with seed 0" in card and "already spoke: qab." in card and "expanded to: qaa." in card
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Reader and writer against safetensors' own functions, and damaged inputs."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.new_folder import complete_folder, hold_folder
+from megatron_lpr.files.new_folder import complete_folder
 from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter, torch_dtype
 
 TENSORS = {
@@ -167,17 +166,3 @@ def test_folder_is_complete_or_not_there(tmp_path):
     with pytest.raises(UserError, match="exists and is not empty"), complete_folder(out):
         pass
     assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def test_a_folder_that_is_still_written_into_is_not_replaced(tmp_path):
-    """A killed run may leave processes of its own that write a moment longer."""
-    temporary = tmp_path / ".out.incomplete"
-    temporary.mkdir()
-    with hold_folder(temporary, os.getppid()):
-        with pytest.raises(UserError, match="another process is writing"), complete_folder(tmp_path / "out"):
-            pass
-    with complete_folder(tmp_path / "out") as folder:
-        with hold_folder(folder, os.getppid()):
-            pass
-        with pytest.raises(UserError, match="has died"), hold_folder(folder, parent=-1):
-            pass

@@ -11,14 +11,13 @@ from toy_run import write_run
 
 from megatron_lpr.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
-from megatron_lpr.data.sampler.data_state import DataState
-from megatron_lpr.data.sampler.mixture import Subset, mixtures
+from megatron_lpr.data.preprocess.preprocess import preprocess
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.families.expansion import Expansion
-from megatron_lpr.recipe.settings import ExportConfig
+from megatron_lpr.recipe.settings import ExportConfig, SourceConfig
 
 ALPHA, GAMMA = {"balance": {"coeff": 0.02}}, {"lpr": {"coeff": 0.1}}
 
@@ -127,25 +126,30 @@ def test_a_model_of_which_everything_was_trained(toy_base, tmp_path):
 
 
 def test_the_card_of_what_a_run_writes_today(toy_base, tmp_path):
-    """With the state that the sampler gives and the checkpoint keeps; one of two corpora mixes languages."""
-    tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="d" * 64, eod_id=0)
-    books = {"name": "books", "language": "hu", "role": "expanded", "tokens": 1000, "digest": "a" * 64}
-    mixed = {"name": "web", "language": "ro", "role": "expanded", "tokens": 2000, "digest": "b" * 64}
-    languages = {"languages": {"ro": "expanded", "en": "original"}, "language_digest": "c" * 64}
-    corpora = [Corpus(prefix="none", documents=1, **fields) for fields in (books, mixed | languages)]
-    manifest = Manifest(path="none", tokenizer=tokenizer, corpora=tuple(corpora))
-    data = DataState(
-        manifest=manifest, mixtures=mixtures(manifest, {"expanded": 1.0}), subset=[Subset()] * 2, settings={}
+    """Corpora that preprocessing made, the state that their sampler gives, a run.json as a checkpoint gets it."""
+    lines = [{"text": f"dew on wind {n}", "lang": "en" if n % 3 else "ro"} for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"files": (str(tmp_path / "text.jsonl"),), "role": "expanded"}
+    mixed = {"languages": {"ro": "expanded", "en": "original"}, "language_field": "lang"}
+    manifest = preprocess(
+        [
+            SourceConfig(name="books", language="hu", **source),
+            SourceConfig(name="web", language="ro", **source | mixed),
+        ],
+        tokenizer_dir=str(toy_base),
+        output_dir=str(tmp_path / "data"),
     )
+    sampler = ReplaySampler(manifest, seq_length=16, seed=0, mixture={"expanded": 1.0})
     folder = write_run(toy_base, tmp_path / "run", recipe={"name": "stage1", **train("routers")})
     state = RunState(
         step=4, consumed_samples=8, has_optimizer=False, recipe=read_run_state(folder).recipe,
-        data_state=data.to_tree(8), tokens_per_language={"hu": 10, "ro": 20, "en": 3},
+        data_state=sampler.state(8), tokens_per_language={"hu": 10, "ro": 20, "en": 3},
     )  # fmt: skip
     write_run_state(folder, state)
     card = (export_checkpoint(folder, tmp_path / "out", base_dir=toy_base) / "README.md").read_text()
-    assert f"| books | hu | expanded | 1,000 | 10 | `{'a' * 64}` |" in card
-    assert f"| web | ro, en | expanded | 2,000 | 23 | `{'b' * 64}` |" in card
+    books, web = manifest.corpora
+    assert f"| books | hu | expanded | {books.tokens:,} | 10 | `{books.digest}` |" in card
+    assert f"| web | ro, en | expanded | {web.tokens:,} | 23 | `{web.digest}` |" in card
     assert "already spoke: en." in card and "expanded to: hu, ro." in card
     assert not re.search(r"``|\|  *\||None|null", card), card
     assert not re.search(r": *\.?$", card.split("---", 2)[2], re.M), card
