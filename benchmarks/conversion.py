@@ -39,32 +39,26 @@ def copy(root: Path, out: Path) -> None:
             os.fsync(written.fileno())
 
 
-def export(root: Path, out: Path, **options) -> None:
+def export(root: Path, out: Path, verify: bool = False) -> None:
     """Distributed checkpoint -> HF MoE."""
     from megatron_lpr.conversion.export.export import export_checkpoint
-    from megatron_lpr.recipe.settings import ExportConfig
 
-    verify = options.pop("verify", False)
-    export_checkpoint(
-        root / "checkpoint", out, base_dir=root / "base", settings=ExportConfig(**options),
-        on_verified=str if verify else None,
-    )  # fmt: skip
+    export_checkpoint(root / "checkpoint", out, base_dir=root / "base", on_verified=str if verify else None)
 
 
-def upcycle(root: Path, out: Path, **options) -> None:
+def upcycle(root: Path, out: Path) -> None:
     """HF dense -> HF MoE, without Megatron."""
     from megatron_lpr.conversion.export.export import upcycle_hf
+    from megatron_lpr.families.expansion import Expansion
 
-    upcycle_hf(root / "base", out, num_experts=EXPERTS, **options)
+    upcycle_hf(root / "base", out, Expansion(num_experts=EXPERTS))
 
 
 JOBS = {
     "safetensors copy": copy,
     "checkpoint -> HF": export,
-    "checkpoint -> HF, 2 processes": lambda root, out: export(root, out, processes=2),
     "checkpoint -> HF, verified": lambda root, out: export(root, out, verify=True),
     "HF dense -> HF MoE": upcycle,
-    "HF dense -> HF MoE, 2 processes": lambda root, out: upcycle(root, out, processes=2),
 }
 
 

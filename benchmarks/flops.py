@@ -2,14 +2,14 @@
 
     python benchmarks/flops.py MODEL [--num-experts 3] [--frozen-share 0.33]
 
-The closed form of `megatron_lpr.training.flops`, which the tests compare with PyTorch's counter.
+The closed form of `megatron_lpr.training.cost`, which the tests compare with PyTorch's counter.
 """
 
 import argparse
 
 from megatron_lpr.families import read_architecture
 from megatron_lpr.recipe.settings import ModelConfig
-from megatron_lpr.training.flops import step_flops
+from megatron_lpr.training.cost import step_flops
 
 METHODS = {
     "stage 1": ("new_experts_and_routers", True),

@@ -15,9 +15,8 @@ import time
 import numpy as np
 
 from megatron_lpr.data.corpus.indexed import IndexedWriter
-from megatron_lpr.data.preprocess.combine_parts import combine_parts, fan_in
-from megatron_lpr.data.preprocess.parts import Part, part_path, write_part
-from megatron_lpr.data.preprocess.shuffle import BUCKET_BYTES, merge
+from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge, part_path, write_part
+from megatron_lpr.data.preprocess.work_folder import combine_parts, fan_in
 
 SCALE = 512
 TOKENS = 512

@@ -41,11 +41,11 @@ def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
 
 def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> Cost:
     from megatron_lpr.data.preprocess.preprocess import preprocess
-    from megatron_lpr.recipe.settings import SourceConfig
+    from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
 
     start = clock()
     source = SourceConfig(name="corpus", files=(text,), language="xx", role="expanded")
-    preprocess([source], tokenizer_dir=tokenizer, output_dir=folder, workers=workers, engine=engine)
+    preprocess(PreprocessConfig(corpora=(source,), tokenizer=tokenizer, output=folder, workers=workers, engine=engine))
     return since(start)
 
 

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "documents.h"
+#include "languages.h"
 #include "permutation.h"
 #include "prefetch.h"
 #include "reader.h"
@@ -131,14 +133,58 @@ py::array_t<std::uint64_t> permute(std::uint64_t size, std::uint64_t seed, std::
   return result;
 }
 
-py::dict inspect(const std::string& prefix) {
-  const lpr::CorpusHeader header = lpr::CorpusReader(prefix).header();
-  py::dict result;
-  result["dtype_code"] = header.dtype_code;
-  result["sequences"] = header.sequences;
-  result["documents"] = header.documents;
-  result["tokens"] = header.tokens;
-  return result;
+// A corpus' header and document boundaries.
+struct Index {
+  explicit Index(const std::string& prefix)
+      : header(lpr::CorpusReader(prefix).header()), documents(prefix, header) {}
+
+  lpr::CorpusHeader header;
+  lpr::DocumentOffsets documents;
+};
+
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::array_t<std::int64_t> boundaries(const Index& index, std::uint64_t first, std::uint64_t count) {
+  std::vector<std::int64_t> result;
+  {
+    const py::gil_scoped_release unlocked;
+    result = index.documents.boundaries(first, count);
+  }
+  return array_of(result);
+}
+
+py::array_t<std::uint16_t> languages_of(const lpr::LanguageRuns& runs, std::uint64_t first, std::uint64_t count) {
+  std::vector<std::uint16_t> result;
+  {
+    const py::gil_scoped_release unlocked;
+    runs.for_each(first, count, [&](std::size_t language, std::uint64_t tokens) {
+      result.insert(result.end(), tokens, static_cast<std::uint16_t>(language));
+    });
+  }
+  return array_of(result);
+}
+
+// The files of a corpus, for readers other than the sampler. All raise CorpusError where a file is corrupt.
+void define_files(py::module_& module) {
+  py::class_<Index>(module, "Index")
+      .def(py::init<const std::string&>(), py::arg("prefix"))
+      .def_property_readonly("dtype_code", [](const Index& self) { return self.header.dtype_code; })
+      .def_property_readonly("sequences", [](const Index& self) { return self.header.sequences; })
+      .def_property_readonly("documents", [](const Index& self) { return self.header.documents; })
+      .def_property_readonly("tokens", [](const Index& self) { return self.header.tokens; })
+      .def("boundaries", &boundaries, py::arg("first"), py::arg("count"),
+           "First tokens of documents first, ..., first + count - 1 and the last one's end: int64 [count + 1].");
+  py::class_<lpr::LanguageRuns>(module, "LanguageRuns")
+      .def(py::init<const std::string&, std::uint64_t, std::uint64_t>(), py::arg("prefix"), py::kw_only(),
+           py::arg("num_tokens"), py::arg("num_languages"))
+      .def_property_readonly("path", &lpr::LanguageRuns::path)
+      .def("__len__", &lpr::LanguageRuns::size)
+      .def("of_tokens", &languages_of, py::arg("first"), py::arg("count"),
+           "Languages of tokens [first, first + count): uint16 [count].")
+      .def("check", &lpr::LanguageRuns::check, py::call_guard<py::gil_scoped_release>(), "Reads every run.");
 }
 
 // What a sampler is made of; their fields are described in corpus.h, mixture.h and sampler.h.
@@ -171,12 +217,11 @@ void define_settings(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_replay_sampler, module) {
-  module.doc() = "C++ core of megatron_lpr.data: keyed permutation, exact mixture, indexed corpora.";
+  module.doc() = "C++ core of megatron_lpr.data: keyed permutation, mixture, indexed corpora.";
   const py::object user_error = py::module_::import("megatron_lpr.errors").attr("UserError");
   py::register_exception<lpr::CorpusError>(module, "CorpusError", user_error);
 
-  module.def("inspect", &inspect, py::arg("prefix"),
-             "Checked sizes of a corpus: dtype_code, sequences, documents, tokens. Raises CorpusError.");
+  define_files(module);
   module.def("permute", &permute, py::arg("size"), py::arg("seed"), py::arg("stream"), py::arg("epoch"),
              py::arg("first"), py::arg("count"), py::arg("inverse") = false,
              "Images of first, ..., first + count - 1 under the keyed permutation of range(size), uint64 [count].");

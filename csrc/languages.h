@@ -29,6 +29,9 @@ class LanguageRuns {
       throw CorpusError(path_ + " is corrupt: its runs do not cover the corpus");
   }
 
+  const std::string& path() const { return path_; }
+  std::uint64_t size() const { return runs_; }
+
   // Calls visit(language, tokens) for the runs of tokens [first, first + count), cut to them.
   template <typename Visit>
   void for_each(std::uint64_t first, std::uint64_t count, Visit&& visit) const {
@@ -38,21 +41,30 @@ class LanguageRuns {
       const std::uint64_t middle = low + (high - low) / 2;
       (first_token(middle) <= first ? low : high) = middle;
     }
-    const std::uint64_t end = first + count;
-    for (std::uint64_t run = low; first < end; ++run) {
-      const std::uint64_t run_end = run + 1 < runs_ ? first_token(run + 1) : tokens_;
-      const std::uint64_t until = std::min(end, run_end);
-      const auto language = load<std::uint16_t>(file_, kHeader + runs_ * 8 + run * 2);
-      if (until <= first || language >= languages_)
-        throw CorpusError(path_ + " is corrupt at run " + std::to_string(run));
-      visit(language, until - first);
-      first = until;
-    }
+    walk(low, first, first + count, visit);
+  }
+
+  // Reads every run; a search may miss one that is out of order.
+  void check() const {
+    walk(0, 0, tokens_, [](std::size_t, std::uint64_t) {});
   }
 
  private:
   static constexpr std::uint64_t kHeader = 16;
   static constexpr std::uint64_t kRun = 10;
+
+  template <typename Visit>
+  void walk(std::uint64_t run, std::uint64_t first, std::uint64_t end, Visit&& visit) const {
+    for (; first < end; ++run) {
+      const std::uint64_t run_end = run + 1 < runs_ ? first_token(run + 1) : tokens_;
+      const std::uint64_t until = std::min(end, run_end);
+      const auto language = load<std::uint16_t>(file_, kHeader + runs_ * 8 + run * 2);
+      if (until <= first || run_end > tokens_ || language >= languages_)
+        throw CorpusError(path_ + " is corrupt at run " + std::to_string(run));
+      visit(language, until - first);
+      first = until;
+    }
+  }
 
   std::uint64_t first_token(std::uint64_t run) const {
     return load<std::uint64_t>(file_, kHeader + run * 8);

@@ -67,4 +67,32 @@ T load(const File& file, std::uint64_t offset) {
   return value;
 }
 
+// Numbers of a file one after the other, from byte `offset` on; the last ends before byte `end`.
+template <typename T>
+class InOrder {
+ public:
+  InOrder(const File& file, std::uint64_t offset, std::uint64_t end) : file_(file), offset_(offset), end_(end) {}
+
+  T next() {
+    if (place_ == loaded_) {
+      loaded_ = std::min<std::uint64_t>(kNumbers, (end_ - offset_) / sizeof(T));
+      if (loaded_ == 0) throw std::logic_error("a number past the end");
+      file_.read(offset_, loaded_ * sizeof(T), numbers_);
+      offset_ += loaded_ * sizeof(T);
+      place_ = 0;
+    }
+    return numbers_[place_++];
+  }
+
+ private:
+  static constexpr std::uint64_t kNumbers = 1024;
+
+  const File& file_;
+  std::uint64_t offset_;
+  std::uint64_t end_;
+  std::uint64_t place_ = 0;
+  std::uint64_t loaded_ = 0;
+  T numbers_[kNumbers];
+};
+
 }  // namespace megatron_lpr

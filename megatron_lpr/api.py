@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from megatron_lpr.conversion.verify.verification import plan_verification
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
-from megatron_lpr.families.sizes import parse_size
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, single_process, together
+from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.plan import Plan, plan_training
 
@@ -79,20 +80,12 @@ def upcycle(
     if hf is None:
         return import_hf(recipe, dry_run=dry_run, progress=progress)
     together(lambda: single_process("upcycle --hf"))
-    model, settings = recipe.model, recipe.export
+    dtype = recipe.model.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
     return upcycle_hf(
-        model.base,
+        recipe.model.base,
         hf,
-        num_experts=model.num_experts,
-        num_frozen=model.num_frozen_experts,
-        topk=model.topk,
-        router_std=model.router_init_std,
-        seed=model.router_init_seed,
-        dtype=model.dtype if settings.dtype == "auto" else settings.dtype,
-        mlp_only_layers=model.mlp_only_layers,
-        shared_expert_size=settings.shared_expert_size,
-        max_shard_bytes=parse_size(settings.max_shard_size),
-        processes=settings.processes,
+        expansion_of(recipe.model),
+        settings=dataclasses.replace(recipe.export, dtype=dtype),
         on_verified=on_verified,
         command=command,
         progress=progress,

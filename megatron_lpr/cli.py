@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from megatron_lpr import __version__
 from megatron_lpr.commands.command import Command, all_commands
+from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.errors import AlreadyTold, UserError, nearest
-from megatron_lpr.platform.stopping import status_of
 from megatron_lpr.recipe.reading import describe
 
 
@@ -98,8 +98,7 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
 
 def _all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
     """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
-    from megatron_lpr.platform.distributed import Ranks
-    from megatron_lpr.platform.meeting import meeting
+    from megatron_lpr.platform import Ranks, meeting
 
     ranks = Ranks.from_environment()
     return meeting(ranks.rank, ranks.world_size, report)

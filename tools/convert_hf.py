@@ -18,7 +18,7 @@ from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_dry_run
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.reading import from_tree
-from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.settings import ExportConfig, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
@@ -35,7 +35,6 @@ def add_hf_to_hf(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to write (default: that of BASE)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default="4GB", help=f"largest safetensors file {SAYS}")
-    parser.add_argument("--processes", metavar="N", type=int, default=1, help=f"processes that share the work {SAYS}")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
 
 
@@ -77,19 +76,27 @@ def _add_experts(parser: argparse.ArgumentParser, what: str, *, required: bool) 
 def hf_to_hf(options: argparse.Namespace) -> None:
     from megatron_lpr.conversion.export.export import upcycle_hf
     from megatron_lpr.families import read_architecture
-    from megatron_lpr.families.sizes import parse_size
+    from megatron_lpr.families.expansion import Expansion
 
+    experts = _experts(options)
+    expansion = Expansion(
+        num_experts=options.num_experts,
+        num_frozen=experts["num_frozen"],
+        topk=_topk(options.topk, read_architecture(options.base).topk),
+        mlp_only_layers=tuple(options.mlp_only_layers),
+        router_std=experts["router_std"],
+        router_seed=experts["seed"],
+    )
+    settings = ExportConfig(
+        dtype=options.dtype or "auto",
+        max_shard_size=options.max_shard_size,
+        shared_expert_size=options.shared_expert_size,
+    )
     upcycle_hf(
         options.base,
         options.out,
-        num_experts=options.num_experts,
-        **_experts(options),
-        topk=_topk(options.topk, read_architecture(options.base).topk),
-        mlp_only_layers=options.mlp_only_layers,
-        shared_expert_size=options.shared_expert_size,
-        dtype=options.dtype,
-        max_shard_bytes=parse_size(options.max_shard_size),
-        processes=options.processes,
+        expansion,
+        settings=settings,
         on_verified=print if options.verify else None,
         command=options.command_line,
         progress=True,
@@ -142,7 +149,7 @@ def _topk(asked: int | None, of_base: int) -> int:
 
 def _trainable(dtype: str, base: str) -> str:
     """The dtype of the base's checkpoint: its own, but for float16, in which nothing is trained here."""
-    from megatron_lpr.platform.distributed import Ranks
+    from megatron_lpr.platform import Ranks
 
     if dtype != "float16":
         return dtype

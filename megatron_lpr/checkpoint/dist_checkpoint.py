@@ -9,6 +9,10 @@ A checkpoint of any layout holds the same global tensors, cut into other chunks:
 
 Each becomes the parameters that a model has (`decoder.layers.3.mlp.experts.local_experts.0.linear_fc1.weight`), and of
 those only the rows that are asked for are read, from the chunks that hold them.
+
+Which chunks there are says `.metadata`, a pickle, and a pickle can name any function to be called while it is read.
+Here only the classes that describe tensors are known; a file that names anything else is refused before anything of it
+is called.
 """
 
 import itertools
@@ -17,20 +21,82 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_lpr.checkpoint.dist_metadata import read_metadata
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import FileTensor, Shape
 
+METADATA_FILE = ".metadata"
+# Written by torch and by Megatron-Core 0.16 to 0.19. None of them does more than hold what it is given.
+_KNOWN = {
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    # the plans of all ranks, with which the next save of the same layout needs no planning
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "collections": {"OrderedDict"},
+}
 _NOT_WEIGHTS = re.compile(r"(.*\.)?(optimizer|rng_state|opt_param_scheduler)([./].*)?")
 _ONE_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _ALL_LAYERS = re.compile(r"decoder\.layers\.(.+)")
 _ALL_EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
+
+
+class _Foreign(pickle.UnpicklingError):
+    """The pickle names something that no description of tensors is made of."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _KNOWN.get(module, ()):
+            raise _Foreign(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """What a checkpoint folder holds: tensors, their chunks, and where these lie.
+
+    UserError when the file is damaged, names a class that does not belong there, or a data file outside the folder.
+    """
+    try:
+        with open(Path(folder) / METADATA_FILE, "rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+        files = {str(info.relative_path) for info in metadata.storage_data.values()}
+    except _Foreign as error:
+        raise UserError(
+            f"checkpoint {folder}: its .metadata names '{error}', which no checkpoint needs and which may run code: "
+            "do not use it, and ask whoever it came from"
+        ) from error
+    except Exception as error:  # unpickling a damaged file raises whatever it likes
+        raise UserError(
+            f"checkpoint {folder}: its .metadata cannot be read ({type(error).__name__}: {error}); "
+            "it is damaged, or no torch_dist checkpoint"
+        ) from error
+    if outside := sorted(name for name in files if name != Path(name).name):
+        raise UserError(f"checkpoint {folder}: its .metadata names the file '{outside[0]}' outside the folder")
+    return metadata
 
 
 class _Place(NamedTuple):
@@ -51,15 +117,14 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         self._reader = FileSystemReader(self.folder)
         self._metadata = read_metadata(self.folder)
         self._opened: dict[MetadataIndex, FileTensor] = {}
-        self._places = {
-            name: place
+        self._tensors = {
+            key: tensor
             for key, tensor in self._metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata) and not _NOT_WEIGHTS.fullmatch(key)
-            for name, place in _unstack(key, tuple(tensor.size))
         }
-
-    def __reduce__(self):
-        return DistCheckpoint, (self.folder,)
+        self._places = {
+            name: place for key, tensor in self._tensors.items() for name, place in _unstack(key, tuple(tensor.size))
+        }
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -69,7 +134,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
 
     def __getitem__(self, name: str) -> "StoredParameter":
         key, lead = self._places[name]
-        tensor = self._metadata.state_dict_metadata[key]
+        tensor = self._tensors[key]
         axes, pieces = len(lead), []
         for chunk in tensor.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
@@ -155,7 +220,7 @@ class StoredParameter:
     def _opened(self, piece: _Piece) -> FileTensor | torch.Tensor:
         chunk = self.checkpoint.open_chunk(piece.chunk)
         for index in piece.lead:
-            chunk = chunk[index]
+            chunk = chunk.select(0, index)
         return chunk
 
 
@@ -170,7 +235,8 @@ def _overlap(piece: _Piece, wanted: list[tuple[int, int]]) -> list[tuple[int, in
 def _unstack(key: str, size: Shape) -> Iterator[tuple[str, _Place]]:
     """The parameters that a tensor of the checkpoint holds, by the names that a whole model has for them."""
     if one := _ONE_LAYER.fullmatch(key):
-        layers, rest, lead = [int(one[1])], one[2], 0
+        number = int(one[1])
+        layers, rest, lead = range(number, number + 1), one[2], 0
     elif every := _ALL_LAYERS.fullmatch(key):
         layers, rest, lead = range(size[0]), every[1], 1
     else:

@@ -1,7 +1,7 @@
 """What was done to a model, as its checkpoint and the files of its run tell it: for the model card."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,7 @@ class Stage:
 class Provenance:
     """How a model came about; stages in the order in which they were run."""
 
-    router_seed: int | None = None
-    router_std: float | None = None
-    stages: tuple[Stage, ...] = field(default=())
+    stages: tuple[Stage, ...] = ()
 
     def languages(self, role: str) -> list[str]:
         """Languages of the training data that have this role, in order of appearance."""
@@ -52,13 +50,8 @@ class Provenance:
 
 def read_provenance(checkpoint: Path) -> Provenance:
     """Of a checkpoint, and of those that its run and the runs before it started from, as far as they are there."""
-    model = read_run_state(checkpoint).recipe["model"]
     stages = [_stage(folder, state) for folder, state in _lineage(checkpoint) if state.recipe.get("train")]
-    return Provenance(
-        router_seed=model.get("router_init_seed") if model.get("num_experts") else None,
-        router_std=model.get("router_init_std") if model.get("num_experts") else None,
-        stages=tuple(reversed(stages)),
-    )
+    return Provenance(stages=tuple(reversed(stages)))
 
 
 def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:

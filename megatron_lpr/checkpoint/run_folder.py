@@ -1,14 +1,22 @@
-"""The output folder of a run while it runs: locked, tidied, and with one line of checkpoints."""
+"""The output folder of a run while it runs: locked, tidied, and with one line of checkpoints.
+
+Checkpoints are published, dropped and set aside by renaming, so that a process that is killed between any two renames
+leaves whole checkpoints; what it leaves beside them has a name that starts with a dot and goes at the next start.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_lpr.checkpoint.folders import clear_leavings, set_future_aside
-from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
+from megatron_lpr.checkpoint.run_state import find_checkpoint, step_folders, step_of, what_is_missing
 from megatron_lpr.errors import UserError
+from megatron_lpr.files import durable
 from megatron_lpr.files.locks import run_lock
 from megatron_lpr.platform import Ranks, together
+
+_LEAVINGS = (".writing_*", ".dropping_*", ".latest*")
 
 
 @contextlib.contextmanager
@@ -37,3 +45,61 @@ def _take(held: contextlib.ExitStack, output: str, resume: Path | None) -> None:
         print(f"deleted {', '.join(leavings)} in {root}, which a killed run has left", flush=True)
     if resume and (sentence := set_future_aside(root, step_of(resume))):
         print(sentence, flush=True)
+
+
+def publish(writing: Path, folder: Path) -> None:
+    """Give a checkpoint that has been written its name, and let `latest` name it."""
+    for file in writing.iterdir():
+        if not file.name.endswith(".distcp"):  # those Megatron has synced, on the ranks that wrote them
+            durable.sync(file)
+    durable.sync(writing)
+    if folder.exists():
+        set_aside(folder.parent, [folder])
+    writing.rename(folder)
+    durable.write_text(folder.parent / "latest", folder.name)
+
+
+def drop_old(newest: Path, keep: int) -> None:
+    """Delete what the run has written before the `keep` newest checkpoints up to `newest`; 0 keeps all.
+
+    Incomplete ones, and steps beyond `newest`, are not the run's own work and stay.
+    """
+    assert keep >= 0, keep
+    line = [f for f in step_folders(newest.parent) if step_of(f) <= step_of(newest) and not what_is_missing(f)]
+    for folder in line[:-keep] if keep else []:
+        dropping = folder.with_name(f".dropping_{folder.name}")
+        folder.rename(dropping)  # half of it deleted, it must not look like a checkpoint
+        shutil.rmtree(dropping)
+
+
+def set_aside(root: Path, folders: Iterable[Path]) -> Path:
+    """Move checkpoints to a new folder under `abandoned`; returns it."""
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 0
+    while (place := root / "abandoned" / (f"{stamp}-{number}" if number else stamp)).exists():
+        number += 1
+    place.mkdir(parents=True)
+    for folder in folders:
+        folder.rename(place / folder.name)
+    durable.sync(place)
+    durable.sync(root)
+    return place
+
+
+def set_future_aside(root: Path, step: int) -> str | None:
+    """Set aside what lies beyond the step that a run resumes at, complete or not; returns the sentence that says so.
+
+    After a rollback (`latest` names an older step) it is another line of the run, never to be mixed with the new one.
+    """
+    beyond = [folder for folder in step_folders(root) if step_of(folder) > step]
+    if not beyond:
+        return None
+    place, names = set_aside(root, beyond), ", ".join(folder.name for folder in beyond)
+    return f"set aside {names}, beyond the step that the run resumes at, to {place}; delete what you do not need"
+
+
+def clear_leavings(root: Path) -> list[str]:
+    """Delete what killed saves have left; returns the names."""
+    leavings = sorted(path for pattern in _LEAVINGS for path in root.glob(pattern))
+    for path in leavings:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return [path.name for path in leavings]

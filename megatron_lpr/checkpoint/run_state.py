@@ -103,7 +103,7 @@ def step_folders(root: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """The step of a checkpoint, by its name."""
-    return int(_STEP.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step_"))
 
 
 def what_is_missing(folder: Path) -> str | None:

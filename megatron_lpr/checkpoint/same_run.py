@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.file_tensor import tensor_bytes
 from megatron_lpr.files.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsReader
-from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
 _EXPERTS = ("model.num_experts", "model.num_frozen_experts", "model.topk", "model.mlp_only_layers")
@@ -32,17 +34,19 @@ def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> N
     Raises:
         UserError: it is another model or another experiment, or the run cannot go on.
     """
+    train = recipe.train
+    assert train is not None
     if not state.recipe.get("train"):
         raise UserError(
             f"output: {recipe.output} holds a converted model, not a training run; choose another folder, and name "
             "this one in model.load"
         )
-    if state.step > recipe.train.steps:
+    if state.step > train.steps:
         raise UserError(
-            f"train.steps: {recipe.train.steps}, but the run in {recipe.output} has made {state.step} already; "
+            f"train.steps: {train.steps}, but the run in {recipe.output} has made {state.step} already; "
             "raise it, or start a new run in another folder"
         )
-    finished = state.step == recipe.train.steps
+    finished = state.step == train.steps
     old, new = flat(state.recipe), flat(to_tree(recipe))
     fixed = list(_FIXED)
     if recipe.balance.coeff and recipe.balance.group == "micro_batch":
@@ -85,8 +89,15 @@ def rounded(recipe: Recipe, folder: Path) -> str | None:
 
 
 def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
-    """`section.key: old -> new` of what a resumed run changes; never silent."""
-    old, new = flat(state.recipe), flat(to_tree(recipe))
+    """`section.key: old -> new` of what a resumed run changes; never silent.
+
+    A setting that the run of an older version did not have was what is the default now.
+    """
+    try:
+        old = flat(to_tree(from_tree(Recipe, dict(state.recipe), where="run.json")))
+    except UserError:  # it has settings that are gone, or values that are refused by now
+        old = flat(state.recipe)
+    new = flat(to_tree(recipe))
     return [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
 
 
@@ -101,6 +112,7 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
             digest.update(f"{len(names)} {name} {reader.shape(name)}".encode())
             if shape := reader.shape(name):
                 row = reader.slice(name)[shape[0] // 2 : shape[0] // 2 + 1]
+                assert isinstance(row, torch.Tensor)
                 digest.update(tensor_bytes(row)[:_SAMPLED_BYTES])
         weights = digest.hexdigest()
     return {"architecture": to_tree(arch), "weights": weights}

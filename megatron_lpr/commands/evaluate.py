@@ -39,14 +39,14 @@ def run(options: argparse.Namespace) -> None:
 
     refuse_file(options.model, SPELLING)
     if is_hf_model(options.model):
-        recipe = _recipe_for_hf(options)
+        evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
     else:
-        recipe = recipe_of(checkpoint_folder(options.model), options, READS)
-    evaluation = plan_evaluation(options.model, recipe)
+        checkpoint = checkpoint_folder(options.model)  # said aloud once
+        evaluation = plan_evaluation(checkpoint, recipe_of(checkpoint, options, READS))
     check_result_file(options.out)
     if options.dry_run:
         evaluation.check()
-        names = ", ".join(corpus.name for corpus in recipe.evaluation.corpora)
+        names = ", ".join(corpus.name for corpus in evaluation.recipe.evaluation.corpora)
         print(f"would evaluate {evaluation.folder} on {names} into {options.out}")
         return
     result = evaluation.run(options.name, print_progress)
@@ -54,12 +54,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"{result} -> {options.out}")
 
 
-def _recipe_for_hf(options: argparse.Namespace) -> Recipe:
+def _recipe_for_hf(options: argparse.Namespace) -> Recipe | None:
     if options.base is not None:
         raise UserError(f"--base {options.base}: has no effect on {options.model}, which is no checkpoint")
-    if options.recipe is None:
-        raise UserError(f"{options.model} is a Hugging Face model: name the recipe of the held-out text with --recipe")
-    return typed_recipe(options, under=REST)
+    return typed_recipe(options, under=REST) if options.recipe else None
 
 
 COMMAND = Command(

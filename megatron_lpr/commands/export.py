@@ -15,7 +15,7 @@ from megatron_lpr.commands.options import (
 SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
 READS = ("model.base", "export")
 # options that stand for a setting of the section `export`
-_SETTINGS = {"dtype": "DTYPE", "max_shard_size": "SIZE", "processes": "N", "results": "JSON"}
+_SETTINGS = {"dtype": "DTYPE", "max_shard_size": "SIZE", "results": "JSON"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, help_text in (
         ("dtype", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
         ("max_shard_size", "largest safetensors file, as 500MB or 4GB"),
-        ("processes", "processes that share the work"),
         ("results", "evaluations for the model card, the base's first"),
     ):
         nargs = "+" if name == "results" else None
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write a checkpoint as a stock Hugging Face model that has been checked against the base model."""
     from megatron_lpr.conversion.export.export import export_checkpoint
-    from megatron_lpr.platform.distributed import single_process
+    from megatron_lpr.platform import single_process
 
     single_process("export")
     source = found_checkpoint(options.checkpoint, SPELLING)

@@ -16,18 +16,19 @@ def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     """RECIPE, --set and --dry-run."""
     nargs = "?" if optional else None
     parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="YAML file; see the settings below")
-    _add_set(parser, "override a setting, as optimizer.lr=1e-4")
+    _add_set(parser)
 
 
 def add_own_recipe(parser: argparse.ArgumentParser) -> None:
     """For a command that reads a checkpoint, which brings its recipe: --base, --recipe, --set and --dry-run."""
     parser.add_argument("--base", help="folder of the base model (default: where training found it)")
     parser.add_argument("--recipe", help="YAML file that is read in place of the checkpoint's own recipe")
-    _add_set(parser, "override a setting of the recipe, as evaluation.batch=4")
+    _add_set(parser)
 
 
-def _add_set(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    what = "override a setting, one of those below; may be given several times"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
     add_dry_run(parser)
 
 

@@ -47,18 +47,18 @@ def _losses(runs: list[str], path: Path) -> None:
 
 
 def _frozen_share(results: list[str], path: Path, max_share: float) -> None:
-    from megatron_lpr.evaluation.evaluate import read_routing, routing_file
     from megatron_lpr.evaluation.retention import EvaluationResult
     from megatron_lpr.reporting.plots import plot_frozen_share
 
-    names = {result: EvaluationResult.load(result).model for result in dict.fromkeys(results)}
-    for result in names:
-        if not routing_file(Path(result)).is_file():
+    loaded = {file: EvaluationResult.load(file) for file in dict.fromkeys(results)}
+    for file, result in loaded.items():
+        if not result.routing:
             raise UserError(
-                f"evaluation result {result}: says nothing of routing (no {routing_file(Path(result))}), as those of "
-                "models without experts and of Hugging Face models; leave it out"
+                f"evaluation result {file}: says nothing of routing, as those of models without experts and of Hugging "
+                "Face models; leave it out"
             )
-    shares = {result: read_routing(Path(result)) for result in names}
+    names = {file: result.model for file, result in loaded.items()}
+    shares = {file: result.routing for file, result in loaded.items()}
     plot_frozen_share(_by_name(names, shares), path, max_share=max_share)
     print(path)
 

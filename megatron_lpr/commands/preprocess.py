@@ -1,7 +1,7 @@
 """`megatron-lpr preprocess`: text becomes corpora; without a recipe one corpus, described on the command line."""
 
 import argparse
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import yaml
@@ -26,47 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Tokenise the recipe's corpora into Megatron .bin/.idx files and a manifest."""
     from megatron_lpr.data.preprocess.preprocess import check, preprocess
-    from megatron_lpr.data.text.special_tokens import special_tokens
+    from megatron_lpr.recipe.checks import check_preprocessing
 
     recipe = typed_recipe(options, _under(options))
     settings = recipe.preprocess
-    if not settings.corpora:
-        raise UserError("preprocess.corpora: empty; name at least one corpus")
-    if settings.workers < 0:
-        raise UserError(f"preprocess.workers: {settings.workers}; give a number of processes, or 0 for one per core")
-    if settings.max_document_bytes < 0:
-        raise UserError(f"preprocess.max_document_bytes: {settings.max_document_bytes}; give bytes, or 0: no limit")
-    if settings.output is None:
-        raise UserError("preprocess.output: missing; name the folder for the .bin/.idx files and manifest.yaml")
-    if settings.tokenizer is None and not recipe.model.base:
-        raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
-    if settings.tokenizer is None and not Path(recipe.model.base).is_dir():
-        raise UserError(f"model.base: {recipe.model.base}: no such folder, and preprocess.tokenizer is not set")
-    tokenizer = settings.tokenizer or recipe.model.base
-    special = special_tokens(settings)
+    check_preprocessing(recipe)
+    complete = dataclasses.replace(settings, tokenizer=settings.tokenizer or recipe.model.base)
     if options.dry_run:
-        check(
-            settings.corpora,
-            tokenizer_dir=tokenizer,
-            output_dir=settings.output,
-            seed=settings.seed,
-            engine=settings.engine,
-            special=special,
-        )
+        check(complete)
         print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
         return
-    manifest = preprocess(
-        settings.corpora,
-        tokenizer_dir=tokenizer,
-        output_dir=settings.output,
-        seed=settings.seed,
-        on_bad_line=settings.on_bad_line,
-        max_document_bytes=settings.max_document_bytes,
-        workers=settings.workers,
-        engine=settings.engine,
-        special=special,
-        overwrite=options.overwrite,
-    )
+    manifest = preprocess(complete, overwrite=options.overwrite)
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""

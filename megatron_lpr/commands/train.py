@@ -15,24 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run a training recipe; resumes where an earlier run stopped."""
-    from megatron_lpr.checkpoint.run_folder import run_folder
-    from megatron_lpr.platform import distributed
-    from megatron_lpr.platform.meeting import same_on_all_ranks, together
-    from megatron_lpr.training.plan import describe, plan_training
+    from megatron_lpr.api import plan, train
+    from megatron_lpr.platform import Ranks, together
 
     recipe = together(functools.partial(typed_recipe, options))
-    ranks = distributed.Ranks.from_environment()
-    world_size = _ranks(options, ranks.world_size)
-    plan = together(lambda: plan_training(recipe, world_size))
-    same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
+    ranks = Ranks.from_environment()
+    planned = plan(recipe, world_size=_ranks(options, ranks.world_size))
     if ranks.rank == 0:
-        print(describe(plan), flush=True)
-    if options.dry_run or plan.finished:
-        return
-    with run_folder(recipe.output, plan.resume), distributed.megatron():
-        from megatron_lpr.training.train import Trainer
-
-        Trainer(plan).run()
+        print(planned, flush=True)
+    if not options.dry_run:
+        train(planned)
 
 
 def _ranks(options: argparse.Namespace, there: int) -> int:

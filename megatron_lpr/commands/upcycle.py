@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the upcycled model as a checkpoint (step 0), or as what an export of that checkpoint would be."""
     from megatron_lpr import api
-    from megatron_lpr.platform.meeting import together
+    from megatron_lpr.platform import together
 
     recipe = together(functools.partial(typed_recipe, options))
     api.upcycle(

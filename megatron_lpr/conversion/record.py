@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpr import __version__
+from megatron_lpr.checkpoint.provenance import read_provenance
+from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.new_folder import COMPANION_FILES
+from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -25,43 +29,45 @@ _FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """How a model was made of its base; for a dense one the numbers are 0.
+    """How a model was made of its base.
 
-    num_frozen_experts: experts 0..n-1, which were never trained unless everything was (`trainable` "all").
+    expansion: its frozen experts were never trained unless everything was (`trainable` "all").
     trainable: of the last stage, or "all" where any stage trained everything; None: nothing was trained.
     """
 
-    num_experts: int
-    num_frozen_experts: int
-    topk: int
-    mlp_only_layers: tuple[int, ...] = ()
+    expansion: Expansion
     trainable: str | None = None
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, *stages: str) -> "Made":
         """stages: what earlier stages trained, as far as they are known."""
-        model = recipe.model
         trained = [*([recipe.train.trainable] if recipe.train else []), *stages]
-        return cls(
-            num_experts=model.num_experts,
-            num_frozen_experts=model.num_frozen_experts if model.num_experts else 0,
-            topk=model.topk if model.num_experts else 0,
-            mlp_only_layers=tuple(sorted(set(model.mlp_only_layers))),
-            trainable="all" if "all" in trained else (trained or [None])[0],
-        )
+        last = trained[0] if trained else None
+        return cls(expansion=expansion_of(recipe.model), trainable="all" if "all" in trained else last)
 
     @property
     def untouched(self) -> int:
         """Experts that are still the base's."""
-        return 0 if self.trainable == "all" else self.num_frozen_experts
+        return 0 if self.trainable == "all" else self.expansion.num_frozen
+
+    def tree(self) -> dict[str, Any]:
+        """As the record has it."""
+        expansion = self.expansion
+        return {
+            "num_experts": expansion.num_experts,
+            "num_frozen_experts": expansion.num_frozen,
+            "topk": expansion.topk,
+            "mlp_only_layers": expansion.mlp_only_layers,
+            "trainable": self.trainable,
+        }
 
     def differences(self, other: "Made", own: str, others: str) -> Iterator[str]:
         """`field is A in OWN, B in OTHERS`, of what decides how a model is computed and what of it is frozen."""
+        mine, theirs = self.tree(), other.tree()
         for name in ("num_experts", "num_frozen_experts", "topk", "mlp_only_layers"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                yield f"{name} is {mine} in {own}, {theirs} in {others}"
-        if self.num_experts and (self.trainable == "all") != (other.trainable == "all"):
+            if mine[name] != theirs[name]:
+                yield f"{name} is {mine[name]} in {own}, {theirs[name]} in {others}"
+        if self.expansion.num_experts and (self.trainable == "all") != (other.trainable == "all"):
             yield f"trainable is {self.trainable} in {own}, {other.trainable} in {others}"
 
 
@@ -70,7 +76,7 @@ class ExportRecord:
     """The content of `megatron_lpr.json`.
 
     step: of the checkpoint; None: there was none. base, instruct: SHA-256 of the small files (config, tokenizer) of
-    the base and, after delta grafting, of the instruct model. frozen_sha256: `frozen_digest`, where it was verified.
+    the base and, after delta grafting, of the instruct model. frozen_sha256: of all frozen tensors, where verified.
     """
 
     made: Made
@@ -82,7 +88,7 @@ class ExportRecord:
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     def write(self, folder: Path) -> None:
-        tree = {"format": _FORMAT, **dataclasses.asdict(self)}
+        tree = {"format": _FORMAT, **dataclasses.asdict(self), "made": self.made.tree()}
         (folder / RECORD_FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
@@ -103,20 +109,25 @@ def read_record(folder: str | Path) -> ExportRecord | None:
 
 
 def _made(tree: dict[str, Any]) -> Made:
-    made = Made(**tree | {"mlp_only_layers": tuple(tree["mlp_only_layers"])})
-    numbers = [made.num_experts, made.num_frozen_experts, made.topk, *made.mlp_only_layers]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    trainable, layers = tree.pop("trainable", None), tree.pop("mlp_only_layers")
+    numbers = [tree.pop(name) for name in ("num_experts", "num_frozen_experts", "topk")]
+    if tree:
+        raise ValueError(f"unknown: {', '.join(tree)}")
+    if not all(type(number) is int and number >= 0 for number in (*numbers, *layers)):
         raise ValueError("numbers of experts, of layers and top-k are integers")
-    return made
+    num_experts, num_frozen, topk = numbers
+    expansion = Expansion(num_experts=num_experts, num_frozen=num_frozen, topk=topk, mlp_only_layers=tuple(layers))
+    return Made(expansion=expansion, trainable=trainable)
 
 
 def made_of(checkpoint: Path) -> Made:
     """What a checkpoint's run.json, and those of the stages before it that are still there, say was done."""
-    from megatron_lpr.checkpoint.provenance import read_provenance
-    from megatron_lpr.checkpoint.run_state import read_run_state
+    return Made.of_recipe(recipe_of(checkpoint), *(stage.trainable for stage in read_provenance(checkpoint).stages))
 
-    recipe = from_tree(Recipe, read_run_state(checkpoint).recipe, where=f"checkpoint {checkpoint}")
-    return Made.of_recipe(recipe, *(stage.trainable for stage in read_provenance(checkpoint).stages))
+
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe with which a checkpoint was written, as its run.json has it."""
+    return from_tree(Recipe, read_run_state(checkpoint).recipe, where=f"checkpoint {checkpoint}")
 
 
 def digests(hf_dir: str | Path) -> dict[str, str]:

@@ -130,10 +130,7 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
     single_process("evaluate")
     if is_hf_model(model):
         if recipe is None:
-            raise UserError(
-                f"evaluate {model}: a Hugging Face model does not say on which text; give a recipe with "
-                "evaluation.corpora too"
-            )
+            raise UserError(f"{model} is a Hugging Face model: name the recipe of the held-out text with --recipe")
         return Evaluation(recipe=recipe, folder=Path(model), is_hf=True)
     folder = checkpoint_folder(str(model))
     return Evaluation(recipe=recipe or own_recipe(folder), folder=folder, is_hf=False)

@@ -13,6 +13,7 @@ from megatron_lpr.data.text.source_checks import check_files, way_of_reading
 from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe, SourceConfig
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
@@ -35,10 +36,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     """
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
-    for field in ("window", "batch", "max_bytes"):
-        value = getattr(settings, field)
-        if value is not None and value < 1:
-            raise UserError(f"evaluation.{field}: {value}; at least 1")
+    check_section(settings, "evaluation")
     positions = _positions(model_dir)
     if positions is not None and settings.window > positions:
         raise UserError(
@@ -84,8 +82,8 @@ def trained_on(recipe: Recipe) -> Iterator[str]:
         where = f"evaluation.corpora: {corpus.name}"
         files = _files(corpus)
         if shared := next((file for file in files if os.path.realpath(file) in sources), None):
-            name = sources[os.path.realpath(shared)]
-            yield f"{where}: {shared} is training text too, of preprocess.corpora {name}; its score says little"
+            source = sources[os.path.realpath(shared)]
+            yield f"{where}: {shared} is training text too, of preprocess.corpora {source}; its score says little"
         elif digests and (name := digests.get(files_sha256(files, _way_of_reading(corpus, recipe)))):
             yield f"{where}: has the very text that corpus {name} of the manifest was made from; its score says little"
 

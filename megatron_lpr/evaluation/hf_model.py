@@ -1,6 +1,7 @@
 """Any Hugging Face causal language model as the `nll_fn` of `perplexity`: base models, exports, others."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -42,7 +43,7 @@ def hf_nll_fn(path: str, dtype: str = "float32", device: str = "cpu") -> NllFn:
     return nll_fn
 
 
-def _load(path: str, dtype: str) -> torch.nn.Module:
+def _load(path: str, dtype: str) -> Any:  # a PreTrainedModel, which ships no types
     # Seconds to import: not paid by those who score other models.
     from transformers import AutoModelForCausalLM
 

@@ -5,14 +5,15 @@ Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabu
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_lpr.checkpoint import checkpointing
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
@@ -30,7 +31,8 @@ class MegatronModel:
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, self.arch)
         fill(recipe, self.arch, chunks)
-        self.module = chunks[0].eval()
+        self.module: Any = chunks[0]  # a GPTModel, which ships no types
+        self.module.eval()
         if self.module.config.bf16:
             self.module.bfloat16()
 
@@ -43,7 +45,7 @@ class MegatronModel:
         layers = tuple(saved.get("mlp_only_layers", ()))
         model = dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers)
         recipe = dataclasses.replace(recipe, model=model)
-        return cls(recipe, lambda recipe, arch, chunks: checkpointing.load(source, chunks))
+        return cls(recipe, lambda recipe, arch, chunks: load_checkpoint(source, chunks))
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:

@@ -2,21 +2,12 @@
 
 from pathlib import Path
 
+from megatron_lpr.families.hf_config import read_model
 from megatron_lpr.families.llama import LLAMA, MISTRAL
 from megatron_lpr.families.qwen import QWEN2, QWEN3
-from megatron_lpr.families.reading import read_model
-from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER, Architecture, Family, Shape
+from megatron_lpr.families.table import Architecture, Family
 
-__all__ = [
-    "EMBEDDING",
-    "FAMILIES",
-    "OUTPUT_LAYER",
-    "Architecture",
-    "Family",
-    "Shape",
-    "family_of",
-    "read_architecture",
-]
+__all__ = ["FAMILIES", "Architecture", "family_of", "read_architecture"]
 
 # A MoE class that several families are exported to is read as the first of them.
 FAMILIES = {family.name: family for family in (MISTRAL, LLAMA, QWEN2, QWEN3)}

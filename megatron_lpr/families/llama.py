@@ -1,27 +1,7 @@
 """Llama 2 to 3.2 and Mistral: no biases, no norms inside attention; with experts they are Mixtral."""
 
-from megatron_lpr.families.mappings import QKV, Copy, GateUp, Mapping
-from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER, Family, HFClass, MoEClass
+from megatron_lpr.families.table import Family, HFClass, MoEClass
 
-MODEL = (
-    Mapping(EMBEDDING, Copy(split=0, padded=True), {"model.embed_tokens.weight": "VH"}),
-    Mapping("decoder.final_layernorm.weight", Copy(), {"model.norm.weight": "H"}),
-    Mapping(OUTPUT_LAYER, Copy(split=0, padded=True), {"lm_head.weight": "VH"}),
-)
-LAYER = (
-    Mapping("input_layernorm.weight", Copy(), {"input_layernorm.weight": "H"}),
-    Mapping(
-        "self_attention.linear_qkv.weight",
-        QKV(),
-        {"self_attn.q_proj.weight": "QH", "self_attn.k_proj.weight": "KH", "self_attn.v_proj.weight": "KH"},
-    ),
-    Mapping("self_attention.linear_proj.weight", Copy(split=1), {"self_attn.o_proj.weight": "HQ"}),
-    Mapping("pre_mlp_layernorm.weight", Copy(), {"post_attention_layernorm.weight": "H"}),
-)
-FFN = (
-    Mapping("linear_fc1.weight", GateUp(), {"gate_proj.weight": "FH", "up_proj.weight": "FH"}),
-    Mapping("linear_fc2.weight", Copy(split=1), {"down_proj.weight": "HF"}),
-)
 REQUIRED = {"hidden_act": "silu", "quantization_config": None}
 
 MIXTRAL = MoEClass(
@@ -62,9 +42,6 @@ MISTRAL = Family(
         },
     ),
     moe=MIXTRAL,
-    model=MODEL,
-    layer=LAYER,
-    ffn=FFN,
 )
 LLAMA = Family(
     name="llama",
@@ -75,7 +52,4 @@ LLAMA = Family(
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     ),
     moe=MIXTRAL,
-    model=MODEL,
-    layer=LAYER,
-    ffn=FFN,
 )

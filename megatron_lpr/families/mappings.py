@@ -1,19 +1,66 @@
-"""How one Megatron parameter is made of Hugging Face tensors: pure functions, no model, no process group.
+"""A Megatron parameter: what its name says, and how it is made of Hugging Face tensors and taken apart again.
 
-A Megatron parameter is a sequence of *segments* along one axis, each a range of rows (or columns) of one HF
-tensor. The segments of a rank's slice say what to read on import; those of the whole parameter, read
-backwards, say what to write on export. So each kind of mapping is written once and is its own inverse.
+Pure functions: no model, no process group. A parameter is a sequence of *segments* along one axis, each a range of rows
+(or columns) of one HF tensor. The segments of a rank's slice say what to read on import; those of the whole parameter,
+read backwards, say what to write on export. So each kind of mapping is written once and is its own inverse.
 
 Sizes in the names of dimensions:
 V vocabulary, H hidden, F FFN width, Q heads * head_dim, K query groups * head_dim, D head_dim, E experts,
 S width of a shared expert, 1 one.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+
+from megatron_lpr.files.file_tensor import Narrowable, Shape
+
+# Transformer Engine fuses norms into the linear that follows, and keeps a group of experts in one module.
+_TE_TO_LOCAL = (
+    (r"self_attention\.linear_qkv\.layer_norm_weight$", "input_layernorm.weight"),
+    (r"mlp\.linear_fc1\.layer_norm_weight$", "pre_mlp_layernorm.weight"),
+    (r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r"mlp.experts.local_experts.\2.\1.weight"),
+)
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.(frozen_experts|experts\.local_experts)\.(\d+)\.(.+)")
+_DENSE = re.compile(r"mlp\.(linear_fc[12]\..+)")
+Role = Literal["model", "layer", "router", "dense_ffn", "frozen_expert", "new_expert"]
+_ROLE: dict[str, Role] = {"frozen_experts": "frozen_expert", "experts.local_experts": "new_expert"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterName:
+    """A parsed Megatron parameter name.
+
+    weight: the name relative to the model, the layer or the FFN, as in the family tables.
+    layer: the layer number in the name, None outside the decoder layers.
+    expert: the expert number in the name (among the frozen, or among the new experts), None outside experts.
+    """
+
+    role: Role
+    weight: str
+    layer: int | None = None
+    expert: int | None = None
+
+
+def parse(name: str) -> ParameterName:
+    """Parses the name of a parameter of a local-spec or TE-spec GPTModel."""
+    in_layer = _LAYER.fullmatch(name)
+    if in_layer is None:
+        return ParameterName(role="model", weight=name)
+    layer, rest = int(in_layer[1]), in_layer[2]
+    for pattern, replacement in _TE_TO_LOCAL:
+        rest = re.sub("^" + pattern, replacement, rest)
+    if rest == "mlp.router.weight":
+        return ParameterName(role="router", weight=rest, layer=layer)
+    if expert := _EXPERT.fullmatch(rest):
+        return ParameterName(role=_ROLE[expert[1]], weight=expert[3], layer=layer, expert=int(expert[2]))
+    if dense := _DENSE.fullmatch(rest):
+        return ParameterName(role="dense_ffn", weight=dense[1], layer=layer)
+    return ParameterName(role="layer", weight=rest, layer=layer)
 
 
 class Segment(NamedTuple):
@@ -89,20 +136,23 @@ class GateUp:
         return [Segment(source, rank * half, (rank + 1) * half) for source in (0, 1)]
 
 
+Kind = Copy | QKV | GateUp
+
+
 @dataclass(frozen=True)
 class Mapping:
     """A Megatron parameter and the HF tensors it is made of (`hf`: name -> dimensions, a letter each)."""
 
     megatron: str
-    kind: Copy | QKV | GateUp
+    kind: Kind
     hf: dict[str, str]
 
 
 def fill(
     target: torch.Tensor,
     sources: Sequence[Sliceable],
-    kind: Copy | QKV | GateUp,
-    shapes: Sequence[tuple[int, ...]],
+    kind: Kind,
+    shapes: Sequence[Shape],
     *,
     groups: int,
     rank: int = 0,
@@ -130,9 +180,7 @@ def fill(
     target.narrow(axis, filled, rows - filled).zero_()
 
 
-def positions(
-    kind: Copy | QKV | GateUp, shapes: Sequence[tuple[int, ...]], *, rows: int, groups: int
-) -> list[list[tuple[int, int]]]:
+def positions(kind: Kind, shapes: Sequence[Shape], *, rows: int, groups: int) -> list[list[tuple[int, int]]]:
     """Of each HF tensor: (first row, number of rows) of its parts in the whole parameter, which has `rows` rows.
 
     Rows are counted along the mapping's axis; those that only pad the parameter belong to no tensor.
@@ -149,9 +197,7 @@ def positions(
     return found
 
 
-def take_apart(
-    tensor: torch.Tensor, kind: Copy | QKV | GateUp, shapes: Sequence[tuple[int, ...]], *, groups: int
-) -> list[torch.Tensor]:
+def take_apart(tensor: Narrowable, kind: Kind, shapes: Sequence[Shape], *, groups: int) -> list[torch.Tensor]:
     """The HF tensors a whole (unpartitioned) Megatron parameter is made of; padding is cut off."""
     axis = kind.axis
     tensors = []

@@ -1,8 +1,8 @@
 """Qwen 1.5 to 3: with biases of q, k and v (Qwen2-MoE) or norms of q and k (Qwen3-MoE)."""
 
-from megatron_lpr.families.llama import FFN, LAYER, MODEL, REQUIRED
+from megatron_lpr.families.llama import REQUIRED
 from megatron_lpr.families.mappings import QKV, Copy, Mapping
-from megatron_lpr.families.table import Family, HFClass, MoEClass
+from megatron_lpr.families.table import LAYER, Family, HFClass, MoEClass
 
 QKV_BIAS = Mapping(
     "self_attention.linear_qkv.bias",
@@ -22,11 +22,6 @@ MOE_FIELDS = {
     "topk": ("num_experts_per_tok",),
     "ffn_hidden_size": ("moe_intermediate_size", "intermediate_size"),
     "mlp_only_layers": ("mlp_only_layers",),
-}
-EXPERT = {
-    "router": "mlp.gate.weight",
-    "expert": "mlp.experts.{expert}.{weight}",
-    "weights": {name: name for mapping in FFN for name in mapping.hf},
 }
 
 QWEN2 = Family(
@@ -53,11 +48,8 @@ QWEN2 = Family(
             "mlp.shared_expert.down_proj.weight": "HS",
             "mlp.shared_expert_gate.weight": "1H",
         },
-        **EXPERT,
     ),
-    model=MODEL,
     layer=(*LAYER, QKV_BIAS),
-    ffn=FFN,
 )
 QWEN3 = Family(
     name="qwen3",
@@ -74,9 +66,6 @@ QWEN3 = Family(
         fields={**MOE_FIELDS, "num_experts": ("num_experts", "num_local_experts")},
         required={**MOE_REQUIRED, "attention_bias": False},
         defaults={**MOE_DEFAULTS, "num_key_value_heads": 4, "num_experts_per_tok": 8},
-        **EXPERT,
     ),
-    model=MODEL,
     layer=(*LAYER, *QK_NORM),
-    ffn=FFN,
 )

@@ -1,15 +1,22 @@
-"""What a user should know of a conversion that works all the same: sentences for warnings."""
+"""What to know before a conversion: the size of the model, and what is odd of one that works all the same."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lpr.families import Architecture
+from megatron_lpr.families import Architecture, family_of
 from megatron_lpr.files.safetensors_io import torch_dtype
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Every number of the first is one of the second.
 _EXACT = {("bfloat16", "float32"), ("float16", "float32")}
 _ROW_BYTES = 16  # torch.nn.functional.grouped_mm refuses matrices whose rows do not start at a multiple
+
+
+def model_bytes(arch: Architecture, num_experts: int, dtype: str) -> int:
+    """Bytes of all tensors on disk of a model with `num_experts` experts (0: dense)."""
+    shapes = family_of(arch).shapes(arch, num_experts)
+    return sum(map(math.prod, shapes.values())) * torch_dtype(dtype).itemsize
 
 
 def remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str, num_experts: int) -> Iterator[str]:

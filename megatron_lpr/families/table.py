@@ -3,15 +3,36 @@
 Names in `Mapping.megatron` and `Mapping.hf` are relative: to the model, to a decoder layer, or to an FFN.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_lpr.families.mappings import Mapping
+from megatron_lpr.families.mappings import QKV, Copy, GateUp, Mapping, ParameterName
+from megatron_lpr.files.file_tensor import Shape
 
-Shape = tuple[int, ...]
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
+
+# What all families have alike: embedding, last norm and head; a layer's attention and norms; an FFN.
+MODEL = (
+    Mapping(EMBEDDING, Copy(split=0, padded=True), {"model.embed_tokens.weight": "VH"}),
+    Mapping("decoder.final_layernorm.weight", Copy(), {"model.norm.weight": "H"}),
+    Mapping(OUTPUT_LAYER, Copy(split=0, padded=True), {"lm_head.weight": "VH"}),
+)
+LAYER = (
+    Mapping("input_layernorm.weight", Copy(), {"input_layernorm.weight": "H"}),
+    Mapping(
+        "self_attention.linear_qkv.weight",
+        QKV(),
+        {"self_attn.q_proj.weight": "QH", "self_attn.k_proj.weight": "KH", "self_attn.v_proj.weight": "KH"},
+    ),
+    Mapping("self_attention.linear_proj.weight", Copy(split=1), {"self_attn.o_proj.weight": "HQ"}),
+    Mapping("pre_mlp_layernorm.weight", Copy(), {"post_attention_layernorm.weight": "H"}),
+)
+FFN = (
+    Mapping("linear_fc1.weight", GateUp(), {"gate_proj.weight": "FH", "up_proj.weight": "FH"}),
+    Mapping("linear_fc2.weight", Copy(split=1), {"down_proj.weight": "HF"}),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +108,14 @@ class HFClass:
 class MoEClass(HFClass):
     """A stock class with experts, and its names inside a decoder layer.
 
-    expert: with {expert} and {weight} to fill in. weights: the dense FFN's weight -> its name in `expert`.
+    expert: with {expert} and {weight} to fill in. weights: a dense FFN's weight -> its name in `expert`, where it has
+        another.
     zeros: tensors that the class has, the method has not, and that do nothing when they are zero (name -> dimensions).
     """
 
-    router: str
-    expert: str
-    weights: dict[str, str]
+    router: str = "mlp.gate.weight"
+    expert: str = "mlp.experts.{expert}.{weight}"
+    weights: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, str] = field(default_factory=dict)
 
 
@@ -119,9 +141,9 @@ class Family:
     name: str
     dense: HFClass
     moe: MoEClass
-    model: tuple[Mapping, ...]
-    layer: tuple[Mapping, ...]
-    ffn: tuple[Mapping, ...]
+    model: tuple[Mapping, ...] = MODEL
+    layer: tuple[Mapping, ...] = LAYER
+    ffn: tuple[Mapping, ...] = FFN
 
     def hf_class(self, num_experts: int) -> HFClass:
         return self.moe if num_experts else self.dense
@@ -129,26 +151,31 @@ class Family:
     def has(self, megatron: str) -> bool:
         return any(mapping.megatron == megatron for mapping in self.layer)
 
+    def mapping(self, name: ParameterName) -> Mapping | None:
+        """Of a Megatron parameter other than a router; None for one that the family does not have."""
+        table = {"model": self.model, "layer": self.layer}.get(name.role, self.ffn)
+        return next((mapping for mapping in table if mapping.megatron == name.weight), None)
+
+    def hf_names(self, name: ParameterName, expert: int | None = None) -> list[str]:
+        """The HF tensors that a Megatron parameter is made of; none for one that the family does not have.
+
+        expert: whose FFN is meant, in the HF model's count; None: the dense one.
+        """
+        if name.role == "router":
+            return [self.router_name(name.layer)] if name.layer is not None else []
+        mapping = self.mapping(name)
+        if mapping is None or name.layer is None:
+            return list(mapping.hf) if mapping else []
+        if name.role == "layer":
+            return [f"model.layers.{name.layer}.{weight}" for weight in mapping.hf]
+        return [self.ffn_name(name.layer, weight, expert) for weight in mapping.hf]
+
     def ffn_name(self, layer: int, weight: str, expert: int | None) -> str:
         """The HF name of an FFN weight (`gate_proj.weight`), of the dense FFN or of an expert."""
         if expert is None:
             return f"model.layers.{layer}.mlp.{weight}"
-        return f"model.layers.{layer}." + self.moe.expert.format(expert=expert, weight=self.moe.weights[weight])
-
-    def find(self, role: str, megatron: str) -> Mapping:
-        """The mapping of a parameter, by its role and relative name (`ParameterName`, names.py)."""
-        table = {"model": self.model, "layer": self.layer}.get(role, self.ffn)
-        found = next((mapping for mapping in table if mapping.megatron == megatron), None)
-        assert found is not None, f"the {self.name} table has no {role} parameter '{megatron}'"
-        return found
-
-    def hf_names(self, mapping: Mapping, *, role: str, layer: int | None, expert: int | None = None) -> list[str]:
-        """Full HF names of a mapping's tensors, of a dense layer or (with `expert`) of an expert."""
-        if role == "model":
-            return list(mapping.hf)
-        if role == "layer":
-            return [f"model.layers.{layer}.{name}" for name in mapping.hf]
-        return [self.ffn_name(layer, name, expert) for name in mapping.hf]
+        weight = self.moe.weights.get(weight, weight)
+        return f"model.layers.{layer}." + self.moe.expert.format(expert=expert, weight=weight)
 
     def router_name(self, layer: int) -> str:
         return f"model.layers.{layer}.{self.moe.router}"
@@ -177,7 +204,8 @@ class Family:
             has_experts = num_experts and layer not in arch.mlp_only_layers
             if has_experts:
                 yield self.router_name(layer), (num_experts, arch.hidden_size)
-            for expert in range(num_experts) if has_experts else (None,):
+            experts: Sequence[int | None] = range(num_experts) if has_experts else (None,)
+            for expert in experts:
                 for mapping in self.ffn:
                     for name, dims in mapping.hf.items():
                         yield self.ffn_name(layer, name, expert), arch.shape(dims)

@@ -5,12 +5,13 @@ is closed, so that converting a model through a mapping takes as much memory as 
 """
 
 import errno
+import io
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
@@ -32,22 +33,24 @@ class Narrowable(Protocol):
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A row-major tensor at a byte offset of a file. Indexing reads: `t[a:b]`, `t[:, a:b]`; `t[i]` does not yet."""
+    """A row-major tensor at a byte offset of a file. Indexing reads: `t[a:b]`, `t[:, a:b]`."""
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: Shape
 
-    def __getitem__(self, index: "int | slice | tuple[slice, slice]") -> "FileTensor | torch.Tensor":
-        if isinstance(index, int):
-            assert 0 <= index < self.shape[0], (index, self.shape)
-            skipped = index * math.prod(self.shape[1:]) * self.dtype.itemsize
-            return FileTensor(self.path, self.offset + skipped, self.dtype, self.shape[1:])
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
         rows, *columns = index if isinstance(index, tuple) else (index,)
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1
         return self._read(start, stop)[(slice(None), *columns)]
+
+    def select(self, dim: int, index: int) -> "FileTensor":
+        """As torch.Tensor.select, along the first dimension; not read yet."""
+        assert dim == 0 and 0 <= index < self.shape[0], (dim, index, self.shape)
+        row = self.rows(index, index + 1)
+        return FileTensor(row.path, row.offset, row.dtype, row.shape[1:])
 
     def rows(self, start: int, stop: int) -> "FileTensor":
         """A range of rows, not read yet."""
@@ -124,7 +127,7 @@ def equal_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.FileIO:
     try:
         return open(path, "rb", buffering=0)
     except OSError as error:
@@ -144,4 +147,4 @@ def write_at(file: int, data: memoryview, offset: int) -> None:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, without a copy where it is contiguous on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

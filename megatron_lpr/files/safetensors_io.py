@@ -21,6 +21,7 @@ from megatron_lpr.files.file_tensor import FileTensor, Shape, tensor_bytes, writ
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
 
@@ -30,6 +31,23 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"dtype '{name}' is not supported for a checkpoint; valid: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '500MB' or '4GB' (decimal units, as Hugging Face counts).
+
+    Raises:
+        UserError: neither a number nor a number with a unit.
+    """
+    unit = text[-2:].upper()
+    number, factor = (text[:-2], _UNITS[unit]) if unit in _UNITS else (text, 1)
+    try:
+        size = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UserError(f"max_shard_size: '{text}' is no size; write it as 500MB or 4GB")
+    return size
 
 
 def dtype_on_disk(folder: str | Path) -> str:
@@ -155,9 +173,8 @@ class ShardedWriter:
     """Writes a safetensors checkpoint of one dtype, tensor by tensor, straight to its place in its shard.
 
     shapes: every tensor of the checkpoint, in file order. A shard holds at most `max_shard_bytes` of tensors
-    (a larger tensor gets a shard of its own). A copy of the writer (by pickle) writes to the same shards; what it
-    wrote is told to the original by `mark_written`. UserError when the disk is full, and on `close()` when a tensor
-    was never written.
+    (a larger tensor gets a shard of its own). UserError when the disk is full, and on `close()` when a tensor was
+    never written.
 
     sizes: bytes of each tensor.
     """
@@ -226,10 +243,6 @@ class ShardedWriter:
                     write_at(shard.fileno(), tensor_bytes(tensor.to(self._dtype)), offset)
         except OSError as error:
             raise UserError(f"cannot write '{self.folder / file}': {error.strerror}") from error
-        self.mark_written(name)
-
-    def mark_written(self, name: str) -> None:
-        """Takes note of a tensor that a copy of this writer has written."""
         self._missing.remove(name)
 
     def close(self) -> None:

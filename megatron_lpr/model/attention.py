@@ -6,6 +6,8 @@ Shapes: S positions, B sequences, N heads and G key/value groups of this tensor-
 context parallelism S are the positions of this rank (see `context_parallel`), K those of a prefix of the sequence.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -80,7 +82,7 @@ class SDPACoreAttention(MegatronModule):
             out_BNSD = self._attend_within_window(q_BNSD, k_BGKD, v_BGKD, self.window, documents_BK)
         else:
             # torch's own causal mask is aligned at the first query and the first key
-            mask = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
+            mask: Tensor | None = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
             if documents_BK is not None:
                 mask = _within_documents(documents_BK, len(query))
             out_BNSD = F.scaled_dot_product_attention(
@@ -133,4 +135,5 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = self.weight  # Megatron looks for the mark
+        weight.sequence_parallel = config.sequence_parallel

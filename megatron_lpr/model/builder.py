@@ -6,11 +6,13 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.losses import GlobalCounts
-from megatron_lpr.model.layer_specs import block_spec, use_transformer_engine
+from megatron_lpr.model.layer_specs import block_spec
 from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
-from megatron_lpr.model.vocabulary import TrueVocabGPTModel, padded_vocab_size
+from megatron_lpr.model.vocabulary import TrueVocabGPTModel
+from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 
@@ -33,7 +35,7 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
     config = transformer_config(recipe, arch, te)
     virtual = recipe.parallel.virtual_pipeline
     counts = GlobalCounts()
-    chunks = []
+    chunks: list[torch.nn.Module] = []
     for stage in range(virtual):
         vp_stage = stage if virtual > 1 else None
         chunk = TrueVocabGPTModel(

@@ -6,7 +6,6 @@ ModuleSpec is written, which both accept.
 
 import copy
 import functools
-import importlib.util
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -18,21 +17,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_lpr.errors import UserError
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.transformer_config import layer_has_experts
-
-
-def use_transformer_engine(spec: str) -> bool:
-    """Whether `model.spec` (auto, local or te) means Transformer Engine's modules here."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if spec == "te" and not installed:
-        raise UserError("model.spec: te needs Transformer Engine: pip install 'megatron-lpr[te]', or use local")
-    return installed and spec != "local"
 
 
 def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -66,7 +66,7 @@ class LPRRouter(TopKRouter):
         return F.linear(input.float(), self.weight.float())
 
     @property
-    def _token_loss(self):
+    def _token_loss(self) -> "partial[Tensor]":
         return partial(
             lpr_token_loss,
             num_frozen=self.config.num_frozen_experts,

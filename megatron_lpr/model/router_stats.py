@@ -4,7 +4,7 @@ Columns of the sums [L, 3 + E]: tokens, sum of p_frozen, sum of the LPR token lo
 Shapes: T tokens, E experts, L languages.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class RouterStats:
         logits_TE: Tensor,
         chosen_TE: Tensor,
         tags: Tensor,
-        token_loss: Callable[[Tensor], Tensor],
+        token_loss: "partial[Tensor]",
     ) -> None:
-        """Add one micro-batch; padding (tag 0) is left out."""
+        """Add one micro-batch; padding (tag 0) is left out. `token_loss` is `lpr_token_loss` with its settings."""
         if not self.num_languages:
             return
         one_hot_TL = one_hot_languages(tags, self.num_languages)

@@ -1,4 +1,4 @@
-"""The vocabulary padded for tensor parallelism, and a GPTModel whose loss knows which rows are padding.
+"""A GPTModel whose loss knows which rows of the vocabulary are padding.
 
 Shapes: B sequences, S positions, V columns of the (padded) vocabulary on this tensor-parallel rank.
 """
@@ -6,14 +6,6 @@ Shapes: B sequences, S positions, V columns of the (padded) vocabulary on this t
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-
-VOCAB_DIVISOR = 128
-
-
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank holds whole, aligned rows."""
-    multiple = VOCAB_DIVISOR * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
 
 
 class TrueVocabGPTModel(GPTModel):

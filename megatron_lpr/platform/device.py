@@ -1,6 +1,7 @@
 """The device of this process, and Megatron-Core made ready for it."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -9,7 +10,7 @@ import warnings
 import torch
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform import cpu_shims, megatron_fixes
+from megatron_lpr.platform import shims
 
 # What no user of this package can act on: optional packages that are missing, names of torch and of its own that
 # Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type").
@@ -51,18 +52,18 @@ def prepare() -> None:
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     on_cpu = device().type == "cpu"
     if on_cpu:
-        cpu_shims.install()
+        shims.stand_in_for_cuda()
     else:
         torch.cuda.set_device(device())
     try:
-        import megatron.core.models.gpt  # noqa: F401
+        importlib.import_module("megatron.core.models.gpt")
     except RuntimeError as error:
         # a Transformer Engine without its compiled part raises RuntimeError, which Megatron lets through
         raise UserError(
             f"Transformer Engine is installed but does not load ({error}): "
             "reinstall it with its core library, or uninstall it"
         ) from None
-    megatron_fixes.install(on_cpu)
+    shims.mend_megatron(on_cpu)
 
 
 def _refuse_foreign_apex() -> None:

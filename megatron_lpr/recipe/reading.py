@@ -1,33 +1,40 @@
-"""Recipes from YAML and dotted overrides, and back; unknown keys and wrong types end in one sentence."""
+"""Recipes from YAML and dotted overrides, and back; what is no recipe, or has no effect, ends in one sentence."""
 
+import contextlib
 import copy
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lpr.errors import UserError, nearest
+from megatron_lpr.errors import UserError, nearest, warn
 from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
+from megatron_lpr.recipe.fields import Range
+from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import Recipe
 
 T = TypeVar("T")
 
 # Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
 REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
+# Settings that are no more, with the value that they had unless somebody chose another: older checkpoints and recipes
+# name them. (section, setting) -> (value, why it may be left out)
+_REMOVED = {("export", "processes"): (1, "one process writes as fast as several")}
 
 
 def load_recipe(
     path: str | Path | None, overrides: Sequence[str] = (), under: Mapping[str, Any] = types.MappingProxyType({})
 ) -> Recipe:
-    """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names and types.
+    """Read `path`, lay it over its `include`, apply `key.path=value` overrides, and check names, types and ranges.
 
     All of it lies over `under`, which is the whole recipe where there is no `path`.
 
     Raises:
-        UserError: no such file, no mapping, unknown key (names the nearest), wrong type, missing required key.
+        UserError: no such file, no mapping, and as `from_tree`.
     """
     tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
@@ -44,14 +51,17 @@ def to_tree(config: Any) -> Any:
     return dict(config) if isinstance(config, Mapping) else config
 
 
-def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    if path.is_dir():
+def _read(path: Path, including: tuple[str, ...]) -> dict[str, Any]:
+    if os.path.isdir(path):
         raise UserError(f"recipe {path}: a folder; name the YAML file in it")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"recipe {path}: no such file")
-    if path.resolve() in including:
+    identity = os.path.realpath(path)
+    if identity in including:
         raise UserError(f"recipe {path}: includes itself")
     tree = read_yaml(path, f"recipe {path}")
+    if tree is None:
+        raise UserError(f"recipe {path}: is empty; a recipe has at least name, output and model")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
     include = tree.pop("include", None)
@@ -59,7 +69,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(include, str):
         raise UserError(f"recipe {path}: include names one file, as include: common.yaml, not {include!r}")
-    return _merge(_read(path.parent / include, (*including, path.resolve())), tree)
+    return _merge(_read(path.parent / include, (*including, identity)), tree)
 
 
 def _merge(under: Any, over: Any) -> Any:
@@ -82,44 +92,71 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def from_tree(cls: type[T], tree: Any, where: str) -> T:
-    """Build dataclass `cls` from plain dicts; `where` names the place in messages."""
+    """Build dataclass `cls` from plain dicts; `where` names the place in messages.
+
+    Raises:
+        UserError: unknown key (names the nearest), wrong type, missing required key, and as `check_section`.
+    """
+    if cls is Recipe:
+        tree = _without_removed(tree, where)
+    built: T = _build(cls, tree, where, "")
+    try:
+        check_section(built)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return built
+
+
+def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
+    """`prefix` is the section's dotted name and a dot."""
+    section = f"{where}: {prefix.removesuffix('.')}" if prefix else where
     if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected a mapping, found {tree!r}")
+        raise UserError(f"{section}: expected a mapping, found {tree!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(str(key), fields)}")
+            raise UserError(f"{section}: unknown key '{key}'{nearest(str(key), fields)}")
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in tree and no_default:
-            raise UserError(f"{where}: missing key '{name}' ({f.metadata['doc']})")
-    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in tree.items()})
+            raise UserError(f"{section}: missing key '{name}' ({f.metadata['doc']})")
+    return cls(**{key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _without_removed(tree: Any, where: str) -> Any:
+    for (section, name), (value, why) in _REMOVED.items():
+        settings = tree.get(section) if isinstance(tree, dict) else None
+        if isinstance(settings, dict) and name in settings:
+            if settings[name] != value:
+                warn(f"{where}: {section}.{name} is no setting any more and does nothing: {why}")
+            tree = tree | {section: {key: settings[key] for key in settings if key != name}}
+    return tree
+
+
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     """`value` as `hint`; YAML reads 1e-4 as a string and 1 as an int, so numbers are converted, not only checked."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, name)
     if origin is typing.Literal:
         if isinstance(value, bool):
             value = str(value).lower()  # YAML reads the word true as a bool
         if value not in arguments:
-            raise UserError(f"{where}: unknown value '{value}'{nearest(str(value), arguments)}")
+            raise UserError(f"{where}: {name}: unknown value '{value}'{nearest(str(value), arguments)}")
         return value
     if dataclasses.is_dataclass(hint):
-        return from_tree(hint, value, where)
+        return _build(typing.cast(type, hint), value, where, f"{name}.")
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+        return tuple(_convert(arguments[0], item, where, f"{name}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: expected a mapping, found {value!r}")
-        return {str(key): _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    return _scalar(hint, value, where)
+            raise UserError(f"{where}: {name}: expected a mapping, found {value!r}")
+        return {str(key): _convert(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
+    return _scalar(hint, value, f"{where}: {name}")
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
@@ -132,17 +169,22 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         if isinstance(value, str | int | float):
             return str(value)
         raise wrong
+    if hint is int:  # directly, for a float cannot hold every int
+        if isinstance(value, int):
+            return value
+        with contextlib.suppress(ValueError):
+            return int(value if isinstance(value, str) else "")
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if not math.isfinite(number) or (hint is int and not number.is_integer()):
         raise wrong
-    return value if isinstance(value, hint) else hint(number)  # a float cannot hold every int
+    return hint(number)
 
 
 def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None = None) -> list[str]:
-    """For each setting `section.key: type = default` and, in a line below, its sentence: the body of `--help`.
+    """For each setting `section.key: type = default (range)` and, below, its sentence: the body of `--help`.
 
     Args:
         only: what is described, sections or single settings by their dotted names; all without it.
@@ -155,7 +197,7 @@ def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None 
         name = f"{prefix}{f.name}"
         if nested is not None:
             many = typing.get_origin(hint) is tuple
-            lines += describe(nested, f"{name}[]." if many else f"{name}.", only)
+            lines += describe(typing.cast(type, nested), f"{name}[]." if many else f"{name}.", only)
             continue
         if only is not None and not any(name == one or name.startswith((f"{one}.", f"{one}[].")) for one in only):
             continue
@@ -169,5 +211,7 @@ def describe(cls: type = Recipe, prefix: str = "", only: Collection[str] | None 
         type_name = "|".join(map(str, typing.get_args(hint))) if literal else getattr(hint, "__name__", str(hint))
         if typing.get_args(hint) and not literal:
             type_name = str(hint).replace("typing.", "")
-        lines.append(f"  {name}: {type_name}{default}\n      {f.metadata['doc']}")
+        stated = f.metadata["range"]
+        bounds = f" ({stated})" if stated != Range() else ""
+        lines.append(f"  {name}: {type_name}{default}{bounds}\n      {f.metadata['doc']}")
     return lines

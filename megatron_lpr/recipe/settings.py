@@ -5,20 +5,10 @@ another file underneath it. Dotted overrides (`optimizer.lr=1e-4`) come last. Pa
 the working directory.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def opt(default: Any, doc: str) -> Any:
-    """A field with a default and the sentence that `--help` shows for it."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
-
-
-def required(doc: str) -> Any:
-    """A field that the recipe must set."""
-    return field(metadata={"doc": doc})
+from megatron_lpr.recipe.fields import MOST_SAMPLES, opt, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +19,18 @@ class ModelConfig:
         "folder of the Hugging Face model (safetensors, config.json, tokenizer): dense, or upcycled before"
     )
     load: str | None = opt(None, "checkpoint folder to start from; without it the weights come from `base`")
-    num_experts: int = opt(0, "experts of each MoE layer, frozen ones included; 0 keeps the model dense")
-    num_frozen_experts: int = opt(
-        1, "experts 0..n-1 that are never trained: the original FFN first, or all of a base that has experts"
+    num_experts: int = opt(
+        0, "experts of each MoE layer, frozen ones included; 0 keeps the model dense", at_least=0, at_most=10**6
     )
-    topk: int = opt(2, "experts that each token goes to")
-    mlp_only_layers: tuple[int, ...] = opt((), "layers (from 0) that get no experts; Qwen models only")
-    router_init_std: float = opt(0.02, "standard deviation of a new router, or of the noise on new rows of an old one")
-    router_init_seed: int = opt(0, "seed of the same")
+    num_frozen_experts: int = opt(
+        1, "experts 0..n-1, never trained: the original FFN first, or all of a base that has experts", at_least=1
+    )
+    topk: int = opt(2, "experts that each token goes to", at_least=1)
+    mlp_only_layers: tuple[int, ...] = opt((), "layers (from 0) that get no experts; Qwen models only", at_least=0)
+    router_init_std: float = opt(
+        0.02, "standard deviation of a new router, or of the noise on new rows of an old one", at_least=0, at_most=100
+    )
+    router_init_seed: int = opt(0, "seed of the same", at_least=0)
     dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
 
@@ -45,14 +39,14 @@ class ModelConfig:
 class ParallelConfig:
     """Sizes of the parallel dimensions; data parallelism is what remains of the world size."""
 
-    tensor: int = opt(1, "tensor-parallel size (sequence parallelism is on above 1)")
-    pipeline: int = opt(1, "pipeline-parallel size")
-    virtual_pipeline: int = opt(1, "model chunks on each pipeline rank (interleaved schedule above 1)")
-    first_stage_layers: int | None = opt(None, "layers of the first pipeline stage; without it an equal share")
-    last_stage_layers: int | None = opt(None, "layers of the last pipeline stage; without it an equal share")
-    context: int = opt(1, "context-parallel size: ranks that share every sequence")
-    expert: int = opt(1, "expert-parallel size; divides the number of new experts")
-    expert_tensor: int = opt(1, "tensor-parallel size inside each new expert")
+    tensor: int = opt(1, "tensor-parallel size (sequence parallelism is on above 1)", at_least=1)
+    pipeline: int = opt(1, "pipeline-parallel size", at_least=1)
+    virtual_pipeline: int = opt(1, "model chunks on each pipeline rank (interleaved schedule above 1)", at_least=1)
+    first_stage_layers: int | None = opt(None, "layers of the first stage; without it an equal share", at_least=1)
+    last_stage_layers: int | None = opt(None, "layers of the last stage; without it an equal share", at_least=1)
+    context: int = opt(1, "context-parallel size: ranks that share every sequence", at_least=1)
+    expert: int = opt(1, "expert-parallel size; divides the number of new experts", at_least=1)
+    expert_tensor: int = opt(1, "tensor-parallel size inside each new expert", at_least=1)
     dispatcher: Literal["alltoall", "allgather", "flex"] = opt("alltoall", "Megatron token dispatcher")
     distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
@@ -63,10 +57,12 @@ class ParallelConfig:
 class MixturePiece:
     """A mixture that takes over in the middle of a run."""
 
-    from_sample: int = required("consumed samples from which on it holds")
-    mixture: dict[str, float] | None = opt(None, "share of the samples of each role; without it data.mixture")
+    from_sample: int = required("consumed samples from which on it holds", at_least=0, at_most=MOST_SAMPLES)
+    mixture: dict[str, float] | None = opt(
+        None, "share of the samples of each role; without it data.mixture", at_least=0
+    )
     weights: dict[str, float] = opt(
-        {}, "weights of corpora inside their role, by name, instead of the manifest's; 0 leaves a corpus out"
+        {}, "weights of corpora inside their role, by name, not the manifest's; 0 leaves a corpus out", at_least=0
     )
 
 
@@ -75,15 +71,15 @@ class ReplayConfig:
     """How much there is to replay, and how much of it may be replayed."""
 
     documents: dict[str, int] = opt(
-        {}, "documents read of each language, by language or role: a fixed subset, chosen by the seed; default all"
+        {}, "documents that are read, by language or role: a fixed subset, chosen by the seed; default all", at_least=1
     )
     tokens: dict[str, float] = opt(
-        {}, "the same as a share of the tokens, as {original: 0.01}; a language has one of the two"
+        {}, "the same as a share of the tokens, as {original: 0.01}; a language has one of the two", above=0, at_most=1
     )
     max_share: float = opt(
-        0.01, "original-language tokens that the run may read, as a share of stage 1's tokens; more is refused"
+        0.01, "original-language tokens that the run may read, as a share of stage 1's; more is refused", at_least=0
     )
-    stage1_tokens: int | None = opt(None, "tokens of stage 1; without it those of the run in model.load")
+    stage1_tokens: int | None = opt(None, "tokens of stage 1; without it those of the run in model.load", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +87,9 @@ class DataConfig:
     """What the model reads."""
 
     manifest: str = required("manifest of the preprocessed corpora")
-    seq_length: int = opt(1024, "tokens of a sample")
+    seq_length: int = opt(1024, "tokens of a sample", at_least=1, at_most=1 << 31)
     mixture: dict[str, float] = opt(
-        {"expanded": 1.0}, "share of the samples from corpora of each role (expanded, original)"
+        {"expanded": 1.0}, "share of the samples from corpora of each role (expanded, original)", at_least=0
     )
     schedule: tuple[MixturePiece, ...] = opt((), "mixtures that take over from data.mixture later in the run")
     windows: Literal["packed", "fixed", "document"] = opt(
@@ -101,7 +97,9 @@ class DataConfig:
     )
     reset_attention: bool = opt(False, "tokens attend to those of their own document only")
     replay: ReplayConfig = opt(ReplayConfig(), "subset and budget of the replay data")
-    read_ahead: int = opt(2, "micro-batches that a thread reads while the model computes; 0 reads without a thread")
+    read_ahead: int = opt(
+        2, "micro-batches that a thread reads in advance; 0 reads without a thread", at_least=0, at_most=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +107,18 @@ class TrainConfig:
     """How much is trained, and what."""
 
     trainable: Literal["new_experts_and_routers", "routers", "all"] = required("the parameters that learn")
-    steps: int = required("optimizer steps of the whole run")
-    global_batch_size: int = opt(512, "samples of one optimizer step")
-    micro_batch_size: int = opt(1, "samples of one forward pass on one rank")
+    steps: int = required("optimizer steps of the whole run", at_least=1)
+    global_batch_size: int = opt(512, "samples of one optimizer step", at_least=1)
+    micro_batch_size: int = opt(1, "samples of one forward pass on one rank", at_least=1)
     recompute: Literal["none", "selective", "full"] = opt("none", "activations recomputed in the backward pass")
-    seed: int = opt(1234, "seed of the data order")
+    seed: int = opt(1234, "seed of the data order", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
     """Load balancing (stage 1): L += coeff * mean over layers of E * sum_i f_i P_i, arXiv 2408.11396."""
 
-    coeff: float = opt(0.0, "alpha, in the paper's formula: f_i sums to one over the experts, floor 1")
+    coeff: float = opt(0.0, "alpha, in the paper's formula: f_i sums to one over the experts, floor 1", at_least=0)
     group: Literal["sequence", "micro_batch"] = opt(
         "sequence", "tokens over which f_i and P_i are taken; `sequence` does not depend on any batch split"
     )
@@ -130,7 +128,7 @@ class BalanceConfig:
 class LPRConfig:
     """Language Priors Routing (stage 2): L += coeff * mean over layers and original tokens of -log p_0."""
 
-    coeff: float = opt(0.0, "gamma of the paper")
+    coeff: float = opt(0.0, "gamma of the paper", at_least=0)
     loss: Literal["log_softmax", "double_softmax"] = opt(
         "log_softmax", "`double_softmax` is the published code's loss, for reproducing its numbers only"
     )
@@ -140,23 +138,23 @@ class LPRConfig:
 class OptimizerConfig:
     """AdamW with a warmed-up decay."""
 
-    lr: float = opt(5e-5, "peak learning rate")
-    min_lr: float = opt(0.0, "learning rate that the decay would reach one step after the last")
+    lr: float = opt(5e-5, "peak learning rate", above=0)
+    min_lr: float = opt(0.0, "learning rate that the decay would reach one step after the last", at_least=0)
     schedule: Literal["cosine", "linear", "constant"] = opt("cosine", "shape of the decay")
-    warmup_steps: int = opt(0, "steps of linear warm-up")
-    beta1: float = opt(0.9, "Adam beta1")
-    beta2: float = opt(0.95, "Adam beta2")
-    eps: float = opt(1e-8, "Adam epsilon")
-    weight_decay: float = opt(0.1, "decoupled weight decay of matrices")
-    clip_grad: float = opt(1.0, "gradient norm limit; 0 does not clip")
+    warmup_steps: int = opt(0, "steps of linear warm-up", at_least=0)
+    beta1: float = opt(0.9, "Adam beta1", at_least=0, below=1)
+    beta2: float = opt(0.95, "Adam beta2", at_least=0, below=1)
+    eps: float = opt(1e-8, "Adam epsilon", at_least=1e-30)
+    weight_decay: float = opt(0.1, "decoupled weight decay of matrices", at_least=0)
+    clip_grad: float = opt(1.0, "gradient norm limit; 0 does not clip", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Distributed checkpoints under `output`/checkpoints."""
 
-    every: int = opt(0, "steps between checkpoints; 0 saves at the end only")
-    keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all")
+    every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
+    keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
 
 
@@ -164,9 +162,11 @@ class CheckpointConfig:
 class LoggingConfig:
     """Metrics: a progress line, JSONL and TensorBoard always."""
 
-    router_every: int = opt(1, "steps between summaries over the layers of each language's router statistics")
+    router_every: int = opt(
+        1, "steps between summaries of each language's router statistics over the layers", at_least=1
+    )
     router_layers_every: int = opt(
-        100, "steps between their full records, every layer and expert; the first and the last step have one too"
+        100, "steps between full records of every layer and expert; the first and last step have one too", at_least=1
     )
 
 
@@ -188,9 +188,9 @@ class EvaluationConfig:
     """Bits per byte on held-out text."""
 
     corpora: tuple[EvaluationCorpus, ...] = opt((), "held-out corpora")
-    window: int = opt(1024, "tokens of context window")
-    batch: int = opt(8, "windows of one forward pass")
-    max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all")
+    window: int = opt(1024, "tokens of context window", at_least=1, at_most=1 << 31)
+    batch: int = opt(8, "windows of one forward pass", at_least=1)
+    max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all", at_least=1)
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
 
 
@@ -200,13 +200,12 @@ class ExportConfig:
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = opt("auto", "`auto` is the dtype that was trained")
     max_shard_size: str = opt("4GB", "largest safetensors file, as 500MB or 4GB")
-    processes: int = opt(1, "processes that read the checkpoint and write the shards")
     results: tuple[str, ...] = opt((), "evaluation results (JSON) for the model card, the base model's first")
     base_model: str | None = opt(
         None, "hub id (organisation/name) of the base for the model card; without it as its folder tells, if it does"
     )
     shared_expert_size: int | None = opt(
-        None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128"
+        None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128", at_least=0
     )
 
 
@@ -219,7 +218,7 @@ class SourceConfig:
     prefix: str | None = opt(None, "in place of `files`: existing Megatron corpus, path without .bin")
     language: str = required("language code; of a corpus that mixes languages the one it counts as in the mixture")
     role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")
-    weight: float = opt(1.0, "share inside its role")
+    weight: float = opt(1.0, "share inside its role", above=0)
     format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "`auto`: by the name, .parquet, .txt, else JSONL")
     text_field: str = opt("text", "field (column) of the text")
     sample_by: Literal["document", "paragraph", "line"] = opt(
@@ -241,10 +240,12 @@ class PreprocessConfig:
     corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
     max_document_bytes: int = opt(
-        16 << 20, "a longer document is a bad line (140 to 210 MB of memory for each MB of a document); 0: no limit"
+        16 << 20,
+        "a longer document is a bad line (each MB of it takes 140 to 210 MB of memory); 0: no limit",
+        at_least=0,
     )
-    seed: int = opt(0, "seed of the document shuffle")
-    workers: int = opt(0, "tokenising processes; 0 is one per core")
+    seed: int = opt(0, "seed of the document shuffle", at_least=0)
+    workers: int = opt(0, "tokenising processes; 0 is one per core", at_least=0, at_most=1024)
     engine: Literal["tokenizers", "fastokens"] = opt(
         "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
     )

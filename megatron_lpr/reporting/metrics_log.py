@@ -1,14 +1,13 @@
 """Every step's metrics: one JSON line in metrics.jsonl, and TensorBoard. docs/metrics.md says what each key means."""
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import NotRequired, TypedDict, cast
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.json_lines import JsonLines, complete_lines, from_json, utc_now
-from megatron_lpr.reporting.abandoned_steps import set_aside
+from megatron_lpr.files.json_lines import JsonLines, complete_lines, from_json, utc_now, writing
 
 
 class OverLayers(TypedDict):
@@ -65,10 +64,12 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | Path, *, resumed_step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds, and who reads metrics need not wait
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        self.moved = set_aside(path, resumed_step) if path.exists() else None
+        self.moved = _set_aside(path, resumed_step) if path.exists() else None
         self._lines = JsonLines(path)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -107,22 +108,73 @@ def each_record(path: str | Path) -> Iterator[StepMetrics]:
         record = from_json(line)
         if record is None or "step" not in record:
             raise UserError(f"metrics {path}, line {number}: not a step's record; remove the line")
-        yield record
+        yield cast(StepMetrics, record)
+
+
+def _set_aside(path: Path, step: int) -> str | None:
+    """Move the lines of later steps than `step`, a future that will not happen, to metrics.abandoned-<time>.jsonl.
+
+    The file is shortened in place, never replaced: whoever else has it open goes on writing into the same file. A last
+    line without its end, of a killed process, is dropped. Reads line by line.
+
+    Returns:
+        A sentence that says what was moved where; None where nothing was.
+
+    Raises:
+        UserError: one of the files cannot be written.
+    """
+    kept, steps = _kept_bytes(path, step)
+    if kept == path.stat().st_size:
+        return None
+    aside = path.with_name(f"{path.stem}.abandoned-{utc_now().replace('-', '').replace(':', '')}{path.suffix}")
+    with writing(path), path.open("r+b") as file:
+        if steps:
+            file.seek(kept)
+            with aside.open("xb") as out:
+                shutil.copyfileobj(file, out)
+                out.flush()
+                os.fsync(out.fileno())
+        file.truncate(kept)
+    if not steps:
+        return None
+    named = [number for number in steps if number is not None]
+    which = f"of steps {min(named)} to {max(named)}" if named else "that cannot be read"
+    return f"{path}: lines {which}, beyond step {step} where this run goes on, are now in {aside.name}"
+
+
+def _kept_bytes(path: Path, step: int) -> tuple[int, list[int | None]]:
+    """Where the last line of a step up to `step` ends, and the steps of the lines after it (None: cannot be read)."""
+    kept = position = 0
+    beyond: list[int | None] = []
+    with path.open("rb") as lines:
+        for line in lines:
+            position += len(line)
+            if not line.endswith(b"\n"):
+                break
+            found = (from_json(line) or {}).get("step")
+            found = found if isinstance(found, int) else None
+            if found is not None and found <= step:
+                kept = position
+                beyond.clear()
+            else:
+                beyond.append(found)
+    return kept, beyond
 
 
 def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     """TensorBoard tags and values; layers and experts count from 0, as in the names of the parameters."""
-    groups = {
+    groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
         "loss_per_language": metrics.get("ntp_loss_per_language", {}),
         "optimizer": {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"]},
-        "throughput": {key: metrics[key] for key in ("tokens_per_second", "seconds")},
+        "throughput": {"tokens_per_second": metrics["tokens_per_second"], "seconds": metrics["seconds"]},
         "data": {"tokens_per_step": metrics["tokens"], "consumed_samples": metrics["consumed_samples"]},
         "tokens": metrics["tokens_per_language"],
     }
     for group, values in groups.items():
         yield from ((f"{group}/{name}", value) for name, value in values.items() if value is not None)
-    for language, summary in metrics.get("router_summary", {}).items():
+    summaries = cast(Mapping[str, Mapping[str, Mapping[str, float]]], metrics.get("router_summary", {}))
+    for language, summary in summaries.items():
         for statistic, over_layers in summary.items():
             yield from ((f"router_summary/{statistic}/{language}/{name}", value) for name, value in over_layers.items())
     for language, router in metrics.get("router", {}).items():

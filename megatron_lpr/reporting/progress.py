@@ -1,11 +1,20 @@
-"""The progress line: one plain line per step, made for terminals, files and Slurm logs alike."""
+"""How far something is: a line per training step on stdout, documents and bytes on stderr.
+
+A terminal's line is rewritten; files and Slurm logs get a new one, every ten seconds where not every step has its own.
+"""
 
 import sys
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TextIO
 
+from tqdm import tqdm
+
 from megatron_lpr.reporting.metrics_log import StepMetrics
+
+_TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
 
 
 class Progress:
@@ -65,3 +74,65 @@ def _clock(seconds: float) -> str:
     if days:
         return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class DocumentProgress:
+    """Shows share done, documents, tokens, tokens per second and time left of preprocessing.
+
+    What an earlier run did counts in the share, not in the rate or the time left.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._start = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+        self._interval = _TERMINAL_SECONDS if self._terminal else _LOG_SECONDS
+        self._next = self._start + self._interval
+        self._line = ""
+        self._kept = (0.0, 0)
+
+    def keep(self, done: float, tokens: int) -> None:
+        """Takes the share done and the tokens so far; all of them were there before."""
+        self._kept = (done, tokens)
+
+    def update(self, done: float, documents: int, tokens: int) -> None:
+        """Takes the share done, in [0, 1], and the counts so far."""
+        now = time.monotonic()
+        seconds = max(now - self._start, 1e-9)
+        kept, kept_tokens = self._kept
+        left = 0.0 if done >= 1 else seconds * (1 - done) / (done - kept) if done > kept else float("inf")
+        self._line = (
+            f"{self._name}: {done:4.0%} | {documents:,} documents | {tokens:,} tokens | "
+            f"{(tokens - kept_tokens) / seconds:,.0f} tokens/s | {_duration(left)} left"
+        )
+        if now >= self._next:
+            self._show()
+            self._next = now + self._interval
+
+    def close(self) -> None:
+        """Shows the last state."""
+        if self._line:
+            self._show()
+            if self._terminal:
+                sys.stderr.write("\n")
+
+    def _show(self) -> None:
+        sys.stderr.write(f"\r{self._line}\x1b[K" if self._terminal else f"{self._line}\n")
+        sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "? s"
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+@contextmanager
+def byte_progress(name: str, total: int, *, show: bool) -> Iterator[tqdm]:
+    """Share done, bytes, bytes per second, time left: a bar whose `update` takes bytes."""
+    interval = 0.2 if sys.stderr.isatty() else _LOG_SECONDS
+    with tqdm(
+        total=total, desc=name, unit="B", unit_scale=True, disable=not show, mininterval=interval, dynamic_ncols=True
+    ) as bar:
+        yield bar

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,13 +88,14 @@ def count_dispatch(base: Path, num_new: int, tokens: int, batches: list[list[flo
         return results
 
 
-def _our_layer(recipe: Recipe) -> torch.nn.Module:
+def _our_layer(recipe: Recipe) -> Any:
     from megatron_lpr.model.builder import build_model
 
-    return build_model(recipe, read_architecture(recipe.model.base))[0].decoder.layers[0].mlp
+    model: Any = build_model(recipe, read_architecture(recipe.model.base))[0]
+    return model.decoder.layers[0].mlp
 
 
-def _megatron_layer(recipe: Recipe, num_experts: int) -> torch.nn.Module:
+def _megatron_layer(recipe: Recipe, num_experts: int) -> Any:
     """Megatron-Core's own MoELayer of the same sizes, every expert dispatched."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -110,7 +112,7 @@ def _megatron_layer(recipe: Recipe, num_experts: int) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _count(layer: torch.nn.Module, chosen_TE: Tensor) -> LayerCounts:
+def _count(layer: Any, chosen_TE: Tensor) -> LayerCounts:
     """One forward pass with the routing given instead of the router's."""
     counts, hidden = LayerCounts(), layer.config.hidden_size
 

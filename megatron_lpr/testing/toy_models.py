@@ -114,7 +114,7 @@ def toy_recipes(root: Path) -> dict[str, dict[str, Any]]:
         files = str(root / f"text/{language}{suffix}.jsonl")
         return {"name": language, "language": language, "role": role, "files": files}
 
-    common = {
+    common: dict[str, dict[str, Any]] = {
         "model": {"base": str(root / "base"), "num_experts": 3, "topk": 2, "router_init_std": 0.1},
         "data": {"manifest": str(root / "data/manifest.yaml"), "seq_length": 32},
         "preprocess": {"output": str(root / "data"), "corpora": [text("qaa"), text("qab")]},

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
 
 from megatron_lpr.errors import UserError
 
@@ -59,10 +60,9 @@ def explain(error: NotFinite, step: int, chunks: Iterable[torch.nn.Module], lr: 
 
 def _own(chunks: Iterable[torch.nn.Module]):
     for chunk in chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        first = chunk.decoder.layers[0].layer_number - 1
-        for name, parameter in chunk.named_parameters():
+        model = unwrap_model(chunk)
+        first = model.decoder.layers[0].layer_number - 1
+        for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 yield f"the {'trained' if parameter.requires_grad else 'frozen'} weight {_in_the_model(name, first)}"
 

@@ -12,18 +12,20 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
 
-from megatron_lpr.model.freezing import freeze
+from megatron_lpr.model.parameters import freeze
 from megatron_lpr.platform import on_leave
-from megatron_lpr.platform.cpu_shims import cuda_type_names
+from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 
 
 def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     """Freeze by the recipe's policy and wrap for data parallelism; gradients are summed in fp32, never averaged."""
+    assert recipe.train is not None
     freeze(chunks, recipe.train.trainable)
-    config = chunks[0].config
+    config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
@@ -81,6 +83,7 @@ def build_optimizer(
     recipe: Recipe, chunks: list[DistributedDataParallel]
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW over what `wrap` left trainable, and its schedule in steps."""
+    assert recipe.train is not None
     settings, bf16 = recipe.optimizer, chunks[0].config.bf16
     config = OptimizerConfig(
         optimizer="adam",
@@ -99,6 +102,7 @@ def build_optimizer(
     with cuda_type_names():
         optimizer = get_megatron_optimizer(config, chunks)
     refuse_gradients_that_are_not_finite(optimizer)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr / (settings.warmup_steps + 1),  # a first step at 0 would learn nothing
@@ -115,6 +119,18 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def update(optimizer: MegatronOptimizer) -> float:
+    """Change the weights by the accumulated gradients; returns the gradient's norm before clipping.
+
+    Raises:
+        NotFinite: the norm is not finite; no weight has changed.
+    """
+    with cuda_type_names():
+        updated, grad_norm, _ = optimizer.step()
+    assert updated, "Megatron has skipped the step, as it does with a gradient scale only"
+    return float(grad_norm)
 
 
 def trainable_parameters(chunks: list[torch.nn.Module]) -> int:

@@ -1,5 +1,6 @@
 """What a training run is going to do, checked and printed before any process group or GPU is taken."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +10,55 @@ import yaml
 
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, locate, read_run_state
+from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
+from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
-from megatron_lpr.data.sampler.subset import short_windows, unshuffled
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.files.output_place import check_place
+from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
 from megatron_lpr.recipe.reading import to_tree
-from megatron_lpr.recipe.settings import Recipe
-from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
+from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
+from megatron_lpr.training.cost import model_size
+
+_NOT_READ = ("evaluation", "export", "preprocess")  # sections that say nothing of a training run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayBudget:
+    """Original-language tokens (positions with a label) of the whole run, and the tokens of stage 1."""
+
+    replayed: int
+    stage1: int | None  # not known: the run does not start from a trained checkpoint
+    limit: float
+
+    def check(self) -> None:
+        """Raises UserError above the limit (the paper replays under 1% of stage 1, arXiv 2408.11396)."""
+        if self.stage1 and self.replayed > self.limit * self.stage1:
+            raise UserError(
+                f"data.replay.max_share: the run reads {self.replayed:,} tokens of original languages, "
+                f"{self.replayed / self.stage1:.2%} of stage 1's {self.stage1:,}, above the limit of {self.limit:.2%}; "
+                "read fewer (train.steps, data.mixture), or raise data.replay.max_share"
+            )
+
+    def __str__(self) -> str:
+        share = "stage 1 not known (data.replay.stage1_tokens)"
+        if self.stage1:
+            share = f"{self.replayed / self.stage1:.2%} of stage 1's {self.stage1:,} (limit {self.limit:.2%})"
+        return f"{self.replayed:,} tokens of original languages, {share}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A checked run."""
+    """A checked run: what a `Trainer` is built from."""
 
     recipe: Recipe
     arch: Architecture
@@ -47,13 +77,23 @@ class Plan:
         return describe(self)
 
     @property
+    def train(self) -> TrainConfig:
+        assert self.recipe.train is not None  # plan_training has seen to it
+        return self.recipe.train
+
+    @property
+    def data(self) -> DataConfig:
+        assert self.recipe.data is not None
+        return self.recipe.data
+
+    @property
     def first_step(self) -> int:
         return self.state.step if self.state else 0
 
     @property
     def finished(self) -> bool:
         """Whether an earlier start of the run has made its last step."""
-        return self.first_step >= self.recipe.train.steps
+        return self.first_step >= self.train.steps
 
     def recipe_path(self) -> Path:
         """Where the resolved recipe is written."""
@@ -65,33 +105,44 @@ class Plan:
         return [role == "original" for role in self.manifest.language_roles.values()]
 
 
-def plan_training(recipe: Recipe, world_size: int) -> Plan:
+def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
     """Check the recipe against the model, the corpora, the checkpoints and the number of ranks; nothing is written.
+
+    Args:
+        world_size: ranks of the run; without it those that this process was started with.
 
     Raises:
         UserError: whatever is wrong, in one sentence.
     """
-    if recipe.train is None:
+    train, data = recipe.train, recipe.data
+    if train is None:
         raise UserError("train: missing; the recipe describes no training run")
+    ranks = Ranks.from_environment()
+    world_size = ranks.world_size if world_size is None else world_size
     arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
-    manifest = Manifest.load(recipe.data.manifest)
+    assert data is not None
+    manifest = Manifest.load(data.manifest)
     _check_tokenizer(recipe, arch, manifest)
-    sampler = ReplaySampler.of(manifest, recipe.data, recipe.train.seed)
-    check_at_start(manifest, Ranks.from_environment().local_rank)
+    sampler = ReplaySampler.of(manifest, data, train.seed)
+    check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
     resume, source = find_checkpoint(recipe.output), None
     state = origin = None
     if resume:
         state = read_run_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
-        sampler.check_state(state.data_state)
+        sampler.check_state(state.data_state or {})
         origin = same_run.source_of(recipe, state)
     elif recipe.model.load:
         source = locate(recipe.model.load)
         same_run.check_source(recipe, source.folder, base)
         origin = same_run.source_identity(source.folder)
-    replay = replay_budget(recipe, sampler, source and source.folder, origin and origin["tokens"])
+    else:
+        check_checkpoint(SafetensorsReader(recipe.model.base), arch)
+    if state is None or state.step < train.steps:
+        check_place(recipe.output, recipe.model.base)
+    replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
     if replay:
         replay.check()
     notes = [found.note for found in (resume, source) if found]
@@ -112,7 +163,23 @@ def plan_training(recipe: Recipe, world_size: int) -> Plan:
     )
 
 
+def replay_budget(
+    train: TrainConfig, data: DataConfig, sampler: ReplaySampler, stage1_tokens: int | None
+) -> ReplayBudget | None:
+    """The budget of a run from its first step to its last; None where it replays nothing.
+
+    Args:
+        stage1_tokens: of the checkpoint that the weights come from, as far as the run knows.
+    """
+    replayed = sampler.count(0, train.steps * train.global_batch_size).original_tokens
+    if not replayed:
+        return None
+    stage1 = stage1_tokens if data.replay.stage1_tokens is None else data.replay.stage1_tokens
+    return ReplayBudget(replayed=replayed, stage1=stage1, limit=data.replay.max_share)
+
+
 def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
+    assert recipe.data is not None
     tokenizer = manifest.tokenizer
     base = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
     if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
@@ -126,38 +193,63 @@ def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> 
 
 def _warnings(plan: Plan) -> Iterator[str]:
     yield from plan.notes
-    yield from unshuffled(plan.manifest, plan.recipe.data.replay)
+    yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
 
 
 def describe(plan: Plan) -> str:
-    """The resolved recipe and what it comes to."""
-    recipe, train = plan.recipe, plan.recipe.train
+    """What differs from the default settings, and what the run comes to."""
+    recipe, train = plan.recipe, plan.train
     if plan.finished:
-        return (
+        done = (
             f"nothing to do: the run in {recipe.output} has made all its {train.steps:,} steps ({plan.resume}); raise "
             "train.steps to train on"
         )
-    steps = train.steps - plan.first_step
+        return "\n".join([done, *(f"warning      {sentence}" for sentence in plan.notes)])
+    steps, size = train.steps - plan.first_step, model_size(recipe, plan.arch)
     samples = steps * train.global_batch_size
     counts = plan.sampler.count(plan.state.consumed_samples if plan.state else 0, samples)
     shares = ", ".join(f"{language} {n:,}" for language, n in counts.tokens_per_language.items())
     start = f"checkpoint {plan.source}" if plan.source else f"base model {recipe.model.base}"
     if plan.resume:
         start = f"step {plan.first_step} of this run ({plan.resume})"
+    settings = {section: value for section, value in _differing(recipe).items() if section not in _NOT_READ}
     return "\n".join(
         [
-            *(f"{section}: {_one_line(value)}" for section, value in to_tree(recipe).items()),
+            f"# what differs from the defaults; {plan.recipe_path()} has every setting",
+            *(f"{section}: {_one_line(value)}" for section, value in settings.items()),
             "",
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
+            f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
+            f"checkpoint   {_size(size.weight_bytes)}, {_size(size.checkpoint_bytes)} with the optimizer's state",
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in _warnings(plan)),
             *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
+
+
+def _differing(config: Any) -> dict[str, Any]:
+    """The settings that are not what they are without a word in the recipe, as plain dicts and lists."""
+    tree = {}
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            tree[field.name] = _differing(value) if dataclasses.is_dataclass(value) else to_tree(value)
+    return tree
+
+
+def _size(number_of_bytes: int) -> str:
+    """In the decimal units that disks are sold in."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number_of_bytes >= size:
+            return f"{number_of_bytes / size:.1f} {unit}"
+    return f"{number_of_bytes / 1e3:.1f} KB"
 
 
 def _one_line(value: Any) -> str:

@@ -1,10 +1,10 @@
-"""One optimizer step: forward and backward of every micro-batch through Megatron's pipeline schedule.
+"""Forward and backward of every micro-batch of a step through Megatron's pipeline schedule.
 
 Shapes: B samples, S positions of a micro-batch, L languages.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,12 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_lpr.data.sampler.batches import MicroBatches, RankLayout
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.platform import device
-from megatron_lpr.platform.cpu_shims import cuda_type_names
-from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.training.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,26 +29,18 @@ class RankLosses:
     token_loss_sums_L: Tensor  # [L] fp64, of its own tokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What the optimizer step says of itself."""
-
-    losses: RankLosses  # before reduction over ranks
-    grad_norm: float  # global
-
-
 def forward_backward(
-    recipe: Recipe, chunks: list[torch.nn.Module], batches: list[Iterator[Batch]], counts: GlobalCounts
+    plan: Plan, chunks: Sequence[torch.nn.Module], batches: list[Iterator[Batch]], counts: GlobalCounts
 ) -> RankLosses:
-    """Accumulate the gradients of this rank's micro-batches; returns this rank's part of the losses."""
-    sizes = recipe.train
+    """Accumulate the gradients of this rank's micro-batches of a step; returns this rank's part of the losses."""
+    sizes = plan.train
     data_parallel = parallel_state.get_data_parallel_world_size()
     reported = get_forward_backward_func()(
         forward_step_func=functools.partial(_forward_step, counts),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
         num_microbatches=sizes.global_batch_size // (sizes.micro_batch_size * data_parallel),
-        seq_length=recipe.data.seq_length,
+        seq_length=plan.data.seq_length,
         micro_batch_size=sizes.micro_batch_size,
         forward_only=False,
     )
@@ -62,21 +54,16 @@ def forward_backward(
     return RankLosses(ntp_loss=torch.stack(shares).sum(), token_loss_sums_L=torch.stack(sums_L).sum(0))
 
 
-def train_step(recipe: Recipe, chunks, optimizer, scheduler, batches, counts: GlobalCounts) -> StepResult:
-    """One optimizer step.
-
-    Raises:
-        NotFinite: the gradient is not; no weight has changed.
-    """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = forward_backward(recipe, chunks, batches, counts)
-    with cuda_type_names():
-        updated, grad_norm, _ = optimizer.step()
-    assert updated, "Megatron has skipped the step, as it does with a gradient scale only"
-    scheduler.step(increment=1)
-    return StepResult(losses=losses, grad_norm=float(grad_norm))
+def micro_batches(plan: Plan, consumed_samples: int) -> MicroBatches:
+    """This rank's micro-batches of the samples from `consumed_samples` on."""
+    layout = RankLayout(
+        micro_batch_size=plan.train.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+    )
+    return MicroBatches(plan.sampler, layout, consumed_samples=consumed_samples, read_ahead=plan.data.read_ahead)
 
 
 def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):

@@ -4,18 +4,69 @@ Shapes: N layers with experts, L languages, C columns of `RouterStats`, E expert
 """
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 
+from megatron_lpr.data.sampler.replay_sampler import BatchCounts
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
-from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary
+from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.training.hooks import RunningTrainer
 from megatron_lpr.training.step import RankLosses
+
+
+def step_metrics(
+    trainer: RunningTrainer, seen: BatchCounts, losses: RankLosses, *, lr: float, grad_norm: float, start: float
+) -> StepMetrics:
+    """The metrics of the step that `trainer` has just made; all ranks call it.
+
+    Args:
+        seen: what the step has read.
+        start: when it began, by time.perf_counter.
+    """
+    plan, recipe, step = trainer.plan, trainer.recipe, trainer.step
+    stats = reduce_stats(
+        trainer.routers,
+        moe_layers=plan.arch.moe_layers(),
+        num_languages=len(plan.manifest.languages),
+        num_experts=recipe.model.num_experts,
+        losses=losses,
+    )
+    seconds = time.perf_counter() - start
+    metrics = StepMetrics(
+        step=step,
+        steps=plan.train.steps,
+        stage=recipe.name,
+        ntp_loss=stats.ntp_loss,
+        ntp_loss_per_language=loss_per_language(stats, seen.tokens_per_language),
+        balance_loss=float(stats.balance_N.mean()) if recipe.balance.coeff else None,
+        lpr_loss=lpr_loss(stats, plan.is_original) if trainer.routers else None,
+        grad_norm=grad_norm,
+        lr=lr,
+        tokens=seen.tokens,
+        tokens_per_second=seen.tokens / seconds,
+        tokens_per_language=dict(trainer.tokens_seen),
+        seconds=seconds,
+        consumed_samples=trainer.consumed_samples,
+    )
+    if trainer.routers:
+        first_or_last = step in (1, plan.train.steps)
+        metrics.update(
+            router_metrics(
+                stats.sums_NLC,
+                plan.manifest.languages,
+                recipe.model.num_frozen_experts,
+                summary=step % recipe.logging.router_every == 0,
+                layers=first_or_last or step % recipe.logging.router_layers_every == 0,
+            )
+        )
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +121,25 @@ def lpr_loss(stats: ReducedStats, is_original: list[bool]) -> float | None:
     return float(sums_NC[:, LPR_LOSS].mean()) / tokens if tokens else None
 
 
+class RouterEntries(TypedDict, total=False):
+    """The entries of a step's metrics that not every step has."""
+
+    router_summary: dict[str, RouterSummary]
+    router: dict[str, RouterMetrics]
+
+
 def router_metrics(
     sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int, *, summary: bool, layers: bool
-) -> dict[str, Any]:
-    """Those of the entries router_summary and router of a step's metrics that are asked for."""
-    metrics: dict[str, Any] = {}
+) -> RouterEntries:
+    """Those of the entries that are asked for."""
+    entries = RouterEntries()
     if summary or layers:
         record = router_record(sums_NLC, languages, num_frozen)
         if summary:
-            metrics["router_summary"] = {language: router_summary(full) for language, full in record.items()}
+            entries["router_summary"] = {language: router_summary(full) for language, full in record.items()}
         if layers:
-            metrics["router"] = record
-    return metrics
+            entries["router"] = record
+    return entries
 
 
 def router_summary(full: RouterMetrics) -> RouterSummary:
@@ -100,7 +158,7 @@ def _over_layers(values_N: list[float]) -> OverLayers:
 
 def router_record(sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int) -> dict[str, RouterMetrics]:
     """Per language: lists over layers of the frozen experts' share of slots, mean p_frozen, load of each expert."""
-    record = {}
+    record: dict[str, RouterMetrics] = {}
     for index, language in enumerate(languages):
         sums_NC = sums_NLC[:, index]
         if not sums_NC[0, TOKENS]:

@@ -49,7 +49,7 @@ def write_and_read(base: Path, root: Path) -> dict:
         for _ in range(steps):
             trainer.train_step()
         if save:
-            trainer.save(last=False)
+            trainer.save()
         result = one_more_step(trainer)
         del trainer
         leave_layout()

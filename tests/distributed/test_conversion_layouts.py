@@ -12,7 +12,7 @@ from tiny_models import rewrite, save_tiny, train_a_little
 
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.families import read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import Expansion, with_layers_kept_dense
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
@@ -78,8 +78,8 @@ def assert_all_written(chunks) -> None:
 def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
-        from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
 
@@ -92,7 +92,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             fill_weights(recipe, arch, chunks, None)
             assert_all_written(chunks)
             state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
-            checkpointing.save(recipe.output, state, chunks)
+            save_checkpoint(recipe.output, state, chunks)
             del chunks
             leave_layout()
 
@@ -103,14 +103,21 @@ def root(on_ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("conversion")
     for family in FAMILIES:
         save_tiny(family, root / family / "dense", num_hidden_layers=4)
-        rewrite(upcycle_hf(root / family / "dense", root / family / "moe", num_experts=5), train_a_little)
+        rewrite(upcycle_hf(root / family / "dense", root / family / "moe", Expansion(num_experts=5)), train_a_little)
         for source, (base, num_experts, num_frozen) in SOURCES.items():
             if source == "mixed" and not family.startswith("qwen"):
                 continue
             upcycle_hf(
-                root / family / base, root / family / f"expected_{source}", num_experts=num_experts,
-                num_frozen=num_frozen, router_std=0.1, seed=3, mlp_only_layers=mlp_only_layers(source),
-            )  # fmt: skip
+                root / family / base,
+                root / family / f"expected_{source}",
+                Expansion(
+                    num_experts=num_experts,
+                    num_frozen=num_frozen,
+                    router_std=0.1,
+                    router_seed=3,
+                    mlp_only_layers=mlp_only_layers(source),
+                ),
+            )
     for world_size, layouts in LAYOUTS.items():
         on_ranks(convert, world_size, root, [case for case in CASES if case[1] in layouts])
     return root

@@ -4,6 +4,7 @@ import pytest
 from layouts import recipe_of, write_source
 
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.platform import leave_layout
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -31,8 +32,8 @@ def rewrite(root, models):
 
 
 def rewrite_one(base, source, out, parallel):
-    from megatron_lpr.checkpoint import checkpointing
     from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+    from megatron_lpr.checkpoint.save_and_load import save_checkpoint
     from megatron_lpr.conversion.load.weights import fill_weights
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -41,7 +42,7 @@ def rewrite_one(base, source, out, parallel):
     init_model_parallel(recipe.parallel)
     chunks = build_model(recipe, arch)
     fill_weights(recipe, arch, chunks, checkpoint_folder(source))
-    checkpointing.save(str(out), read_run_state(checkpoint_folder(source)), chunks)
+    save_checkpoint(str(out), read_run_state(checkpoint_folder(source)), chunks)
 
 
 MODELS = {"untied": False, "tied": True}
@@ -72,7 +73,7 @@ def in_memory(base, source, out):
 
     model = MegatronModel.of_checkpoint(recipe_of(base, "stage1", out, {}), str(source))
     parameters = model.module.named_parameters()
-    return export_model(parameters, model.arch, base_dir=base, out_dir=out, num_experts=5, num_frozen=1)
+    return export_model(parameters, model.arch, Expansion(num_experts=5, num_frozen=1), base_dir=base, out_dir=out)
 
 
 @pytest.mark.parametrize("model", MODELS)

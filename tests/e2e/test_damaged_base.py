@@ -11,7 +11,9 @@ from tiny_models import rewrite, rewrite_config, save_tiny
 from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter
+from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_recipe
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -94,7 +96,7 @@ def test_no_megatron_checkpoint_and_no_folder(tmp_path, capsys, damage):
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.count("\n") == 1
     with pytest.raises(UserError, match="") as refused:
-        upcycle_hf(base, tmp_path / "hf", num_experts=3)
+        upcycle_hf(base, tmp_path / "hf", Expansion(num_experts=3))
     assert message in str(refused.value)
     left = {path.name for path in tmp_path.iterdir()} - {"elsewhere.safetensors"}
     assert left == {"base", "recipe.yaml"}
@@ -120,12 +122,18 @@ def test_values_that_are_not_finite_are_refused_by_name(tmp_path, capsys, value,
     assert f"tensor '{UP}' of '{base}' holds values that are not finite as torch.{dtype}" in error
     assert error.count("error: ") == 1 and "Traceback" not in error and not (tmp_path / "out/checkpoints").exists()
     with pytest.raises(UserError, match=r"fails its own verification: values: .* is not finite"):
-        upcycle_hf(base, tmp_path / "hf", num_experts=3, dtype=dtype, on_verified=lambda report: None)
+        upcycle_hf(
+            base,
+            tmp_path / "hf",
+            Expansion(num_experts=3),
+            settings=ExportConfig(dtype=dtype),
+            on_verified=lambda report: None,
+        )
     assert not (tmp_path / "hf").exists()
 
 
 def test_a_router_that_is_not_finite(tmp_path):
-    base = upcycle_hf(save_tiny("llama", tmp_path / "base"), tmp_path / "moe", num_experts=3)
+    base = upcycle_hf(save_tiny("llama", tmp_path / "base"), tmp_path / "moe", Expansion(num_experts=3))
     name = "model.layers.1.block_sparse_moe.gate.weight"
     rewrite(base, lambda tensors: tensors[name].__setitem__((0, 0), float("nan")))
     model = {"base": str(base), "num_experts": 5, "num_frozen_experts": 3}
@@ -137,18 +145,18 @@ def test_a_tied_head_that_is_the_embedding_again(tmp_path):
     """Old versions of transformers save it."""
     base = save_tiny("llama_tied_llama3_head_dim", tmp_path / "base")
     rewrite(base, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    upcycle_hf(base, tmp_path / "out", num_experts=3, on_verified=lambda report: None)
+    upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3), on_verified=lambda report: None)
     rewrite(base, lambda tensors: tensors["lm_head.weight"][5, 7].neg_())
     with pytest.raises(UserError, match=r"holds a 'lm_head.weight' that is not its"):
-        upcycle_hf(base, tmp_path / "other", num_experts=3)
+        upcycle_hf(base, tmp_path / "other", Expansion(num_experts=3))
 
 
 def test_a_trained_shared_expert_is_refused(tmp_path):
     base = save_tiny("qwen2", tmp_path / "base")
-    moe = upcycle_hf(base, tmp_path / "moe", num_experts=3)
+    moe = upcycle_hf(base, tmp_path / "moe", Expansion(num_experts=3))
     rewrite(moe, lambda t: t["model.layers.0.mlp.shared_expert.down_proj.weight"].fill_(1.0))
     with pytest.raises(UserError, match="shared_expert.down_proj.weight' .* is not zero"):
-        upcycle_hf(moe, tmp_path / "out", num_experts=5, num_frozen=3)
+        upcycle_hf(moe, tmp_path / "out", Expansion(num_experts=5, num_frozen=3))
 
 
 @pytest.mark.parametrize(
@@ -158,33 +166,47 @@ def test_a_trained_shared_expert_is_refused(tmp_path):
         ({"num_experts": 3}, "has 4 experts already, so num_experts cannot be 3"),
         ({"num_experts": 5, "num_frozen": 4, "topk": 1}, "routes to its top 2 experts"),
         ({"num_experts": 5, "num_frozen": 4, "mlp_only_layers": [0]}, "a MixtralForCausalLM has experts in every"),
-        ({"num_experts": 5, "num_frozen": 4, "shared_expert_size": 8}, "a MixtralForCausalLM has no shared expert"),
     ],
 )
 def test_what_a_model_with_experts_cannot_become(tmp_path, asked, message):
-    once = upcycle_hf(save_tiny("llama", tmp_path / "base"), tmp_path / "once", num_experts=4)
+    once = upcycle_hf(save_tiny("llama", tmp_path / "base"), tmp_path / "once", Expansion(num_experts=4))
     with pytest.raises(UserError, match=message):
-        upcycle_hf(once, tmp_path / "out", **asked)
+        upcycle_hf(once, tmp_path / "out", Expansion(**asked))
+
+
+def test_a_mixtral_has_no_shared_expert(tmp_path):
+    base = save_tiny("llama", tmp_path / "base")
+    with pytest.raises(UserError, match="a MixtralForCausalLM has no shared expert"):
+        upcycle_hf(base, tmp_path / "out", Expansion(num_experts=5), settings=ExportConfig(shared_expert_size=8))
 
 
 def test_a_shared_expert_keeps_its_width(tmp_path):
-    moe = upcycle_hf(save_tiny("qwen2", tmp_path / "base"), tmp_path / "moe", num_experts=3, shared_expert_size=8)
+    moe = upcycle_hf(
+        save_tiny("qwen2", tmp_path / "base"),
+        tmp_path / "moe",
+        Expansion(num_experts=3),
+        settings=ExportConfig(shared_expert_size=8),
+    )
     with pytest.raises(UserError, match="has one of width 8 already"):
-        upcycle_hf(moe, tmp_path / "out", num_experts=5, num_frozen=3, shared_expert_size=128)
+        upcycle_hf(
+            moe, tmp_path / "out", Expansion(num_experts=5, num_frozen=3), settings=ExportConfig(shared_expert_size=128)
+        )
     with pytest.raises(UserError, match="shared_expert_size -1: at least 0"):
-        upcycle_hf(tmp_path / "base", tmp_path / "out", num_experts=5, shared_expert_size=-1)
+        upcycle_hf(
+            tmp_path / "base", tmp_path / "out", Expansion(num_experts=5), settings=ExportConfig(shared_expert_size=-1)
+        )
 
 
 @pytest.mark.parametrize("layers", [[-1], [2], [0, 1]])
 def test_layers_that_are_not_there(tmp_path, layers):
     base = save_tiny("qwen3", tmp_path / "base")
     with pytest.raises(UserError, match="some, not all, of the layers 0 to 1"):
-        upcycle_hf(base, tmp_path / "out", num_experts=3, mlp_only_layers=layers)
+        upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3, mlp_only_layers=layers))
 
 
 def test_a_config_of_another_dtype_than_its_tensors(tmp_path):
     base = rewrite_config(save_tiny("llama", tmp_path / "base"), dtype="bfloat16")
     with pytest.raises(UserError, match="is torch.float32, but its config says torch.bfloat16"):
-        upcycle_hf(base, tmp_path / "out", num_experts=3)
+        upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
     shutil.rmtree(base)
     assert not list(tmp_path.iterdir())

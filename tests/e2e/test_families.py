@@ -17,6 +17,7 @@ from tiny_models import (
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
 from megatron_lpr.conversion.verify.verify import verify_export
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -35,7 +36,7 @@ def megatron_model(base, **model):
 
 def export(model, out, **experts):
     base = model.recipe.model.base
-    return export_model(model.module.named_parameters(), model.arch, base_dir=base, out_dir=out, **experts)
+    return export_model(model.module.named_parameters(), model.arch, Expansion(**experts), base_dir=base, out_dir=out)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -59,7 +60,7 @@ def test_dense_and_upcycled_logits_are_transformers(megatron, tmp_path, name):
 def test_distinct_experts_logits_are_transformers(megatron, tmp_path, name):
     """As training leaves them: in Megatron, under transformers, and exported again, byte for byte."""
     base = save_tiny(name, tmp_path / "base")
-    upcycled = rewrite(upcycle_hf(base, tmp_path / "moe", num_experts=4), train_a_little)
+    upcycled = rewrite(upcycle_hf(base, tmp_path / "moe", Expansion(num_experts=4)), train_a_little)
     model = megatron_model(upcycled, num_experts=4)
     expected = stock_logits(upcycled)
     torch.testing.assert_close(model.logits(tokens_BS()), expected, rtol=0, atol=1e-4)
@@ -86,7 +87,7 @@ def test_layers_without_experts(megatron, tmp_path, name):
 
 
 class TestSecondRound:
-    """A model that has experts is expanded again: all of them frozen, new ones beside them (origins.py)."""
+    """A model that has experts is expanded again: all of them frozen, new ones beside them (expansion.py)."""
 
     AGAIN = {"num_experts": 6, "num_frozen_experts": 4}
 
@@ -96,13 +97,13 @@ class TestSecondRound:
 
     def test_equal_experts_compute_the_same(self, megatron, tmp_path, name):
         base = save_tiny(name, tmp_path / "base")
-        once = upcycle_hf(base, tmp_path / "once", num_experts=4, router_std=1.0)
+        once = upcycle_hf(base, tmp_path / "once", Expansion(num_experts=4, router_std=1.0))
         twice = megatron_model(once, **self.AGAIN, router_init_std=1.0)
         torch.testing.assert_close(twice.logits(tokens_BS()), stock_logits(base), rtol=0, atol=1e-5)
 
     def test_distinct_experts_are_kept_and_the_export_agrees(self, megatron, tmp_path, name):
         base = save_tiny(name, tmp_path / "base")
-        once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=4), train_a_little)
+        once = rewrite(upcycle_hf(base, tmp_path / "once", Expansion(num_experts=4)), train_a_little)
         twice = megatron_model(once, **self.AGAIN, router_init_std=0.1)
         out = export(twice, tmp_path / "twice", num_experts=6, num_frozen=4)
         report = verify_export(out, once, num_frozen=4)
@@ -114,15 +115,15 @@ class TestSecondRound:
     def test_top_1_computes_the_same(self, tmp_path, name):
         """Expert 0 or a copy of it, whichever is chosen."""
         base = save_tiny(name, tmp_path / "base")
-        once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=4, topk=1), train_a_little)
-        twice = upcycle_hf(once, tmp_path / "twice", num_experts=6, num_frozen=4, topk=1, router_std=0.0)
+        once = rewrite(upcycle_hf(base, tmp_path / "once", Expansion(num_experts=4, topk=1)), train_a_little)
+        twice = upcycle_hf(once, tmp_path / "twice", Expansion(num_experts=6, num_frozen=4, topk=1, router_std=0.0))
         torch.testing.assert_close(stock_logits(twice), stock_logits(once), rtol=0, atol=1e-5)
 
     def test_only_tokens_that_prefer_the_original_ffn_change(self, tmp_path, name):
         """One layer, top-2, no noise: a token with expert 0 first gets what the dense model gives, the others keep."""
         base = save_tiny(name, tmp_path / "base", num_hidden_layers=1)
-        once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=4), train_a_little)
-        twice = upcycle_hf(once, tmp_path / "twice", num_experts=6, num_frozen=4, router_std=0.0)
+        once = rewrite(upcycle_hf(base, tmp_path / "once", Expansion(num_experts=4)), train_a_little)
+        twice = upcycle_hf(once, tmp_path / "twice", Expansion(num_experts=6, num_frozen=4, router_std=0.0))
         first_BS = most_probable_expert(once)
         before, after, dense = (stock_logits(folder) for folder in (once, twice, base))
         prefers = first_BS == 0

@@ -81,7 +81,7 @@ def test_lost_pointer_and_damaged_newest(run):
 
 
 def test_no_complete_checkpoint_is_no_fresh_start(run, monkeypatch):
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
     for folder in run.checkpoints.glob("step_*"):
         (folder / ".metadata").unlink()
     (run.checkpoints / "latest").unlink()
@@ -91,7 +91,7 @@ def test_no_complete_checkpoint_is_no_fresh_start(run, monkeypatch):
 
 
 def test_finished_run_has_nothing_to_do(run, monkeypatch):
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
     before = sorted(run.folder.rglob("*"))
     status, printed, error = run()
     assert (status, error) == (0, "")
@@ -99,6 +99,10 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     assert sorted(run.folder.rglob("*")) == before
     status, _, error = run("optimizer.lr=0.5")
     assert status == 2 and "optimizer.lr: 0.5, but the run in" in error
+    (run.checkpoints / "latest").write_text("step_00000008")
+    status, printed, _ = run()
+    assert status == 0 and printed.startswith("nothing to do: the run in ")
+    assert "latest names step_00000008, which is not there: takes step_00000006, the newest complete" in printed
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     ],
 )
 def test_another_experiment_is_refused_before_any_group(run, monkeypatch, assignment, start):
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
     roll_back(run, 4)
     before = sorted(run.folder.rglob("*"))
     status, printed, error = run(assignment)
@@ -134,7 +138,7 @@ def test_resumes_without_the_folder_of_model_load(run, done, capsys):
 
 
 def test_run_json_of_a_newer_version(run, monkeypatch):
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
     file = run.checkpoints / "step_00000006/run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
     status, _, error = run("train.steps=8")

@@ -133,9 +133,7 @@ DAMAGE = {
 def test_verify_finds_damage(project, trained, tmp_path, capsys, damage):
     """By the checkpoint's tensors and by the logits, and says so in its exit status."""
     export = rewrite(shutil.copytree(project.root / "hf_stage2", tmp_path / "broken"), DAMAGE[damage])
-    status = cli.main(
-        ["verify", str(project.recipes["stage2"]), str(export), "--checkpoint", str(project.root / "stage2")]
-    )
+    status = cli.main(["verify", str(export), "--checkpoint", str(project.root / "stage2")])
     printed = capsys.readouterr().out
     assert status != 0
     assert {"checkpoint", "logits"} <= {line.split()[1] for line in printed.splitlines() if line.startswith("FAIL")}

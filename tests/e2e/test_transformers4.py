@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.recipe.settings import ExportConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("MEGATRON_LPR_TRANSFORMERS4_PYTHON", ROOT / ".venv-transformers4/bin/python"))
 QWEN_OPTIONS = {
-    "layers_without_experts": ("qwen3", {"mlp_only_layers": [1]}),
-    "no_shared_expert": ("qwen2", {"shared_expert_size": 0}),
+    "layers_without_experts": ("qwen3", {"mlp_only_layers": (1,)}, None),
+    "no_shared_expert": ("qwen2", {}, 0),
 }
 
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no transformers 4 at {PYTHON}: make venv-transformers4")
@@ -33,10 +35,18 @@ def folders(tmp_path_factory):
     """Exports by name, with experts that differ; and one of a dense model."""
     root = tmp_path_factory.mktemp("exports")
     bases = {name: save_tiny(name, root / f"{name}_base") for name in TINY}
-    options = {name: (name, {}) for name in TINY} | QWEN_OPTIONS
+    options = {name: (name, {}, None) for name in TINY} | QWEN_OPTIONS
     exports = {
-        name: rewrite(upcycle_hf(bases[base], root / name, num_experts=4, **chosen), train_a_little)
-        for name, (base, chosen) in options.items()
+        name: rewrite(
+            upcycle_hf(
+                bases[base],
+                root / name,
+                Expansion(num_experts=4, **chosen),
+                settings=ExportConfig(shared_expert_size=shared_expert_size),
+            ),
+            train_a_little,
+        )
+        for name, (base, chosen, shared_expert_size) in options.items()
     }
     for name in ("llama_other_llama3", "qwen2", "qwen3"):
         exports[f"{name}_dense"] = dense_again(bases[name], root / f"{name}_dense")
@@ -48,7 +58,7 @@ def dense_again(base, out):
     arch = read_architecture(base)
     parameters = empty_parameters(arch, layers=arch.num_layers, num_frozen=0, num_experts=0)
     load_dense(parameters.items(), SafetensorsReader(base), arch)
-    return export_model(parameters.items(), arch, base_dir=base, out_dir=out)
+    return export_model(parameters.items(), arch, Expansion(), base_dir=base, out_dir=out)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def refused(project, tmp_path, monkeypatch, capsys):
     def no_work(*arguments):
         raise AssertionError("joined the process group")
 
-    monkeypatch.setattr(distributed, "megatron", no_work)
+    monkeypatch.setattr(distributed, "join", no_work)
 
     def run(command, recipe, *arguments):
         before = sorted(tmp_path.rglob("*"))
@@ -84,6 +84,13 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
     assert "tokenizer of another vocabulary" in error and str(base) in error
+
+
+@pytest.mark.parametrize("place", ["", "/run"])
+def test_output_inside_the_base_model(refused, project, tmp_path, place):
+    base = copy_of_base(project, tmp_path / "base")
+    error = refused("train", "stage1", *changed("model.load=null", f"model.base={base}", f"output={base}{place}"))
+    assert f"output folder '{base}{place}' is or lies in '{base}', which is read" in error
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
@@ -272,6 +279,6 @@ def test_several_processes_for_one(refused, project, trained, tmp_path, monkeypa
 
 @pytest.mark.parametrize("command", ["train", "upcycle"])
 def test_dry_run_writes_nothing(project, tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     printed = project.run(command, "stage1", "--dry-run", *changed(f"output={tmp_path}/out"))
     assert not list(tmp_path.iterdir()) and printed

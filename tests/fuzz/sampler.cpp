@@ -124,6 +124,19 @@ void use(const Sampler& sampler, bool valid) {
   }
 }
 
+// Everything that can be read of a corpus' .idx and .lang files, as verify-data does.
+void read_all(const std::string& prefix) {
+  refused_by_name([&] {
+    const CorpusHeader header = CorpusReader(prefix).header();
+    const DocumentOffsets documents(prefix, header);
+    const std::vector<std::int64_t> bounds = documents.boundaries(0, documents.size());
+    require(bounds.front() == 0 && static_cast<std::uint64_t>(bounds.back()) == header.tokens,
+            "documents that do not cover the corpus");
+    require(std::is_sorted(bounds.begin(), bounds.end()), "documents that go back");
+    LanguageRuns(prefix, header.tokens, kLanguages).check();
+  });
+}
+
 void run(const unsigned char* data, std::size_t size, bool valid = false) {
   Bytes input(data, data + size);
   if (input.size() < fuzz::kHead) input.resize(fuzz::kHead);
@@ -137,6 +150,7 @@ void run(const unsigned char* data, std::size_t size, bool valid = false) {
     files["corpus" + std::to_string(i / 3) + kSuffixes[i % 3]] = Bytes(input.begin() + place, input.begin() + end);
     place = end;
   }
+  for (std::size_t i = 0; i < fuzz::kCorpora; ++i) read_all("corpus" + std::to_string(i));
   std::unique_ptr<Sampler> sampler;
   if (refused_by_name([&] { sampler = make_sampler(input.data()); })) return;
   ++outcomes.opened;

@@ -45,7 +45,7 @@ def test_checkpoints_load_into_each_other(source, toy_base, tmp_path, written, r
 
     writer = trainer_of(toy_base, "stage1", tmp_path, with_spec(written, "bfloat16"), source=source)
     writer.train_step()
-    writer.save(last=False)
+    writer.save()
     expected = writer.train_step()
     del writer
     leave_layout()

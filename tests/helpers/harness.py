@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import Batch, BatchCounts
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.plan import Plan

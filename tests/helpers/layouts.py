@@ -116,7 +116,7 @@ def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int
     metrics = [trainer.train_step()]
     gradients = gradient_pieces(trainer)
     if case.resume_at is not None:
-        trainer.save(last=False)
+        trainer.save()
         del trainer
         leave_layout()
         resume = output / "checkpoints/step_00000001"
@@ -151,7 +151,7 @@ def write_source(base: Path, output: Path) -> Path:
     """A checkpoint in which every expert has weights of its own."""
     trainer = trainer_of(base, "moe_full", output)
     scramble(unwrapped(trainer))
-    trainer.save(last=True)
+    trainer.save(with_optimizer=False)
     return output / "checkpoints/step_00000000"
 
 

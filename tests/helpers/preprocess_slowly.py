@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from preprocessing import preprocess
+
 from megatron_lpr.data.preprocess import make_corpus, tokenize_parts
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.recipe.settings import SourceConfig
 
 
@@ -28,7 +29,7 @@ def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str,
     make_corpus.read_blocks = slow_blocks
     source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")
     try:
-        preprocess([source], tokenizer_dir=tokenizer, output_dir=output, workers=int(workers))
+        preprocess([source], tokenizer=tokenizer, output=output, workers=int(workers))
     except KeyboardInterrupt:
         sys.exit(130)
     # Not getrusage: its maximum starts with that of the process that forked this one.

@@ -8,6 +8,7 @@ from dist_checkpoints import write_dist_checkpoint
 
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
@@ -36,8 +37,12 @@ def toy_parameters(base, *, num_experts=3, num_frozen=1, dtype="float32", traine
     if not arch.tie_word_embeddings:
         shapes["output_layer.weight"] = (rows, hidden)
     parameters = {name: torch.full(shape, torch.nan, dtype=torch_dtype(dtype)) for name, shape in shapes.items()}
-    experts = {"num_experts": num_experts, "num_frozen": num_frozen} if num_experts else {}
-    load_dense(parameters.items(), SafetensorsReader(base), arch, **experts, router_std=0.1)
+    load_dense(
+        parameters.items(),
+        SafetensorsReader(base),
+        arch,
+        Expansion(num_experts=num_experts, num_frozen=num_frozen, router_std=0.1),
+    )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in parameters.items():
         if trained and (".local_experts." in name or ".router." in name):

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_a_user_error(project, tmp_path, megatron):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="against what"):
         verify(project / "base")
-    with pytest.raises(UserError, match="a Hugging Face model does not say on which text"):
+    with pytest.raises(UserError, match="is a Hugging Face model: name the recipe"):
         evaluate(project / "base")
     with pytest.raises(UserError, match="is a rank of a run already"), session(plan(recipe)):
         pass

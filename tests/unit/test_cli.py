@@ -1,6 +1,8 @@
 """The command line: what reaches the commands, exit statuses, help, and how errors of users look."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -96,9 +98,8 @@ def test_without_a_command_help_is_printed(capsys):
     assert printed == "" and cli.main(["--help"]) == 0
     assert capsys.readouterr() == (told, "")
     assert all(f"\n  {command.name} " in told for command in COMMANDS)
-    assert list(map(told.index, (f"\n  {word} " for word in ("preprocess", "train", "export", "verify")))) == sorted(
-        map(told.index, (f"\n  {word} " for word in ("preprocess", "train", "export", "verify")))
-    )
+    places = [told.index(f"\n  {word} ") for word in ("preprocess", "train", "evaluate", "export", "verify")]
+    assert places == sorted(places)
 
 
 def help_of(command, capsys):
@@ -133,3 +134,15 @@ def test_every_setting_is_in_some_help():
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """Help and mistakes are told at once, and Ctrl-C is taken before the seconds of importing torch."""
+    script = (
+        "import sys; from megatron_lpr import cli; "
+        "assert cli.main(['--help']) == 0 and cli.main(['exprot']) == 2; "
+        "assert cli.main(['export', 'none', 'out', '--checkpoint', 'x']) == 2; "
+        "print([m for m in ('torch', 'numpy', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines()[-1] == "[]"

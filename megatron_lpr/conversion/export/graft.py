@@ -7,17 +7,18 @@ sum is the instruct model's tensor: those bytes are written, and the frozen expe
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from megatron_lpr.conversion.export.sources import Source
+from megatron_lpr.conversion.export.sources import HFTensors, Source, TrainedModel
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
+from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import Origin, origins
+from megatron_lpr.families.expansion import Origin, origins
 from megatron_lpr.files.file_tensor import FileTensor
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 
@@ -28,31 +29,45 @@ _SAME_IDS = ("model", "normalizer", "pre_tokenizer")
 _ROWS = 2**24  # elements of fp32 arithmetic at a time
 
 
+def grafted(
+    model: TrainedModel, made: Made, graft_delta: Sequence[str | Path], *, base_dir: str | Path, dtype: str
+) -> TrainedModel:
+    """The model with INSTRUCT - BASE added, of `graft_delta`; it has INSTRUCT's config, tokenizer and frozen tensors.
+
+    base_dir: the HF model that training started from. dtype: of the export. UserError when they do not fit.
+    """
+    base, instruct = map(Path, graft_delta)
+    check_own_base(base, base_dir)
+    source = GraftedSource(model.source, model.arch, made, base_dir=base, instruct_dir=instruct, dtype=dtype)
+    theirs = read_architecture(instruct)
+    arch = replace(model.arch, max_position_embeddings=theirs.max_position_embeddings, dtype=theirs.dtype)
+    return TrainedModel(arch=arch, hf_dir=instruct, source=source)
+
+
 class GraftedSource:
     """A source of the expanded `base_dir` whose tensors leave it with `instruct_dir - base_dir` added.
 
-    arch: of the export. dtype: that it is written in. num_frozen: experts that were never trained; 0 if everything was.
-    UserError where the two models do not fit, and, as soon as it shows, where a frozen tensor is not the base's.
+    arch: of the export. made: what was made of the base. dtype: that the export is written in. UserError where the two
+    models do not fit, and, as soon as it shows, where a frozen tensor is not the base's.
     """
 
     def __init__(
         self,
         source: Source,
         arch: Architecture,
+        made: Made,
         *,
         base_dir: str | Path,
         instruct_dir: str | Path,
-        num_experts: int,
-        num_frozen: int,
         dtype: str,
     ):
         check_pair(base_dir, instruct_dir)
         self._source, self.units = source, source.units
         self._base, self._instruct = SafetensorsReader(base_dir), SafetensorsReader(instruct_dir)
-        self._origins = origins(arch, num_experts)
-        self._num_frozen, self._dtype = num_frozen if num_experts else 0, torch_dtype(dtype)
+        self._origins = origins(arch, made.expansion.num_experts)
+        self._num_frozen, self._dtype = made.untouched, torch_dtype(dtype)
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
+    def stream(self, units: Iterable[str]) -> HFTensors:
         for name, tensor in self._source.stream(units):
             yield name, self._graft(name, tensor, self._origins[name])
 
@@ -61,9 +76,8 @@ class GraftedSource:
             tensor = tensor[:]
         if origin.kind != "copy":
             return tensor
-        frozen = self._num_frozen and (origin.expert is None or origin.expert < self._num_frozen)
-        base, instruct = self._base.get(origin.base), self._instruct.get(origin.base)
-        if not frozen:
+        base, instruct = self._base.get(origin.copied), self._instruct.get(origin.copied)
+        if not origin.is_frozen(self._num_frozen):
             return add_delta(tensor, base, instruct, self._dtype)
         if not torch.equal(tensor, base.to(tensor.dtype)):
             raise UserError(

@@ -1,71 +1,102 @@
 """Where the tensors of an export come from: a checkpoint, or a base model that is upcycled on the way.
 
-A source is a list of units, each of which gives some HF tensors. Any process can stream any of them, so that several
-can share the work; a source crosses to them by pickle and takes no open file along.
+A source is a list of units, each of which gives some HF tensors: those of one parameter of a checkpoint. Tensors that
+lie in a file in one piece are not read here: the writer copies them from file to file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
-from megatron_lpr.conversion.export.to_hf import has_shape_of, hf_names, to_hf
+from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint, StoredParameter
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
+from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture, family_of
-from megatron_lpr.families.origins import initial_tensor, origins, zero_tensors
-from megatron_lpr.files.file_tensor import FileTensor
+from megatron_lpr.families import Architecture, family_of, read_architecture
+from megatron_lpr.families.expansion import (
+    Expansion,
+    initial_tensor,
+    origins,
+    with_layers_kept_dense,
+    with_shared_expert,
+    zero_tensors,
+)
+from megatron_lpr.families.mappings import Mapping, parse, positions, take_apart
+from megatron_lpr.files.file_tensor import FileTensor, Narrowable, Shape
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+
+HFTensors = Iterator[tuple[str, torch.Tensor | FileTensor]]
 
 
 class Source(Protocol):
     """units: name of each -> the HF tensors that it gives, in the order in which they are best read."""
 
-    units: Mapping[str, list[str]]
+    units: dict[str, list[str]]
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]: ...
+    def stream(self, units: Iterable[str]) -> HFTensors: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A checkpoint as HF tensors: what export writes, and what verification compares an export with.
+
+    arch: of the export. hf_dir: whose config, tokenizer and frozen tensors it has.
+    """
+
+    arch: Architecture
+    hf_dir: Path
+    source: Source
+
+
+def trained_model(
+    folder: Path, made: Made, *, base_dir: str | Path, shared_expert_size: int | None = None
+) -> TrainedModel:
+    """The model in the checkpoint `folder`. UserError when it and the base that training started from do not fit."""
+    arch = with_layers_kept_dense(read_architecture(base_dir), made.expansion.mlp_only_layers)
+    arch = with_shared_expert(arch, shared_expert_size)
+    source = CheckpointSource(folder, arch, made.expansion)
+    return TrainedModel(arch=arch, hf_dir=Path(base_dir), source=source)
 
 
 class UpcycledSource:
     """A HF model upcycled as it is read; a unit is a tensor of the result. UserError: see `check_checkpoint`."""
 
-    def __init__(self, base_dir: str | Path, arch: Architecture, *, num_experts: int, router_std: float, seed: int):
-        self._reader, self._arch = SafetensorsReader(base_dir), arch
+    def __init__(self, base_dir: str | Path, arch: Architecture, expansion: Expansion):
+        self._reader, self._arch, self._expansion = SafetensorsReader(base_dir), arch, expansion
         check_checkpoint(self._reader, arch)
-        self._options = {"num_experts": num_experts, "router_std": router_std, "seed": seed}
-        self._origins = origins(arch, num_experts)
+        self._origins = origins(arch, expansion.num_experts)
         self.units = {name: [name] for name in self._origins}
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
+    def stream(self, units: Iterable[str]) -> HFTensors:
         for name in units:
             origin = self._origins[name]
             if origin.kind == "copy":
-                yield name, self._reader.slice(origin.base)
+                yield name, self._reader.slice(origin.copied)
             else:
-                yield name, initial_tensor(name, origin, self._reader, self._arch, **self._options)
+                yield name, initial_tensor(name, origin, self._reader, self._arch, self._expansion)
 
 
 class CheckpointSource:
     """A Megatron distributed checkpoint of any layout; a unit is one of its parameters.
 
-    arch: of the base model. UserError when the checkpoint does not hold exactly what a model of this architecture
-    with `num_experts` experts (0: dense), `num_frozen` of them frozen, is made of.
+    arch: of the base model. UserError when the checkpoint does not hold exactly what a model of this architecture is
+    made of after this expansion.
     """
 
-    def __init__(self, folder: str | Path, arch: Architecture, *, num_experts: int, num_frozen: int):
-        self._checkpoint, self._num_frozen = DistCheckpoint(folder), num_frozen
-        self._arch = arch
-        names = {name: hf_names(name, arch, num_frozen=num_frozen) for name in self._checkpoint}
+    def __init__(self, folder: str | Path, arch: Architecture, expansion: Expansion):
+        self._checkpoint, self._arch, self._num_frozen = DistCheckpoint(folder), arch, expansion.num_frozen
+        names = {name: hf_names(name, arch, num_frozen=self._num_frozen) for name in self._checkpoint}
         for name, tensors in names.items():
-            if not tensors or not has_shape_of(self._checkpoint[name], name, arch, num_experts=num_experts):
+            if not tensors or not _has_its_shape(self._checkpoint[name], name, arch, expansion.num_experts):
                 raise UserError(
                     f"checkpoint {folder}: its parameter '{name}' {list(self._checkpoint[name].shape)} has no place in "
                     f"a {arch.family} model like the base: was it trained from another one?"
                 )
-        self._zeros = dict(zero_tensors(arch, num_experts))
-        shapes = family_of(arch).shapes(arch, num_experts)
+        self._zeros = dict(zero_tensors(arch, expansion.num_experts))
+        shapes = family_of(arch).shapes(arch, expansion.num_experts)
         given = {tensor for tensors in names.values() for tensor in tensors} | self._zeros.keys()
         missing = [name for name in shapes if name not in given]
         unexpected = [name for name in given if name not in shapes]
@@ -78,9 +109,67 @@ class CheckpointSource:
         units = names | {name: [name] for name in self._zeros}
         self.units = dict(sorted(units.items(), key=lambda unit: position[unit[1][0]]))
 
-    def stream(self, units: Iterable[str]) -> Iterator[tuple[str, torch.Tensor | FileTensor]]:
+    def stream(self, units: Iterable[str]) -> HFTensors:
         for unit in units:
             if unit in self._zeros:
                 yield unit, self._zeros[unit]
             else:
                 yield from to_hf([(unit, self._checkpoint[unit])], self._arch, num_frozen=self._num_frozen)
+
+
+def to_hf(parameters: Iterable[tuple[str, Narrowable]], arch: Architecture, *, num_frozen: int) -> HFTensors:
+    """Whole Megatron parameters, in memory or on disk, renamed and unpacked, one at a time.
+
+    Layers and new experts are numbered over the whole model.
+    """
+    family = family_of(arch)
+    for megatron_name, parameter in parameters:
+        names, mapping = hf_names(megatron_name, arch, num_frozen=num_frozen), family.mapping(parse(megatron_name))
+        assert names, f"the {family.name} table has no parameter '{megatron_name}'"
+        if isinstance(parameter, torch.Tensor):
+            parameter = parameter.detach()
+        if mapping is None:  # a router
+            yield names[0], parameter.narrow(0, 0, parameter.shape[0])
+            continue
+        shapes = [arch.shape(dims) for dims in mapping.hf.values()]
+        stored = _on_disk(parameter, mapping, shapes, arch) if isinstance(parameter, StoredParameter) else None
+        yield from zip(
+            names, stored or take_apart(parameter, mapping.kind, shapes, groups=arch.num_query_groups), strict=True
+        )
+
+
+def _on_disk(
+    parameter: StoredParameter, mapping: Mapping, shapes: list[Shape], arch: Architecture
+) -> list[FileTensor] | None:
+    """The HF tensors of a parameter where they lie; None unless each of them lies in a file in one piece."""
+    kind, found = mapping.kind, []
+    for pieces in positions(kind, shapes, rows=parameter.shape[kind.axis], groups=arch.num_query_groups):
+        tensor = parameter.on_disk(kind.axis, *pieces[0]) if len(pieces) == 1 else None
+        if tensor is None:
+            return None
+        found.append(tensor)
+    return found
+
+
+def hf_names(megatron_name: str, arch: Architecture, *, num_frozen: int) -> list[str]:
+    """The HF tensors that a parameter is made of; none for a parameter that the family does not have."""
+    name = parse(megatron_name)
+    expert = name.expert
+    if expert is not None and name.role == "frozen_expert" and expert >= num_frozen:
+        return []
+    if expert is not None and name.role == "new_expert":
+        expert += num_frozen
+    return family_of(arch).hf_names(name, expert)
+
+
+def _has_its_shape(parameter: Narrowable, megatron_name: str, arch: Architecture, num_experts: int) -> bool:
+    """Whether a parameter is as large as its HF tensors are together."""
+    mapping, found = family_of(arch).mapping(parse(megatron_name)), tuple(parameter.shape)
+    if mapping is None:  # a router
+        return found == (num_experts, arch.hidden_size)
+    shapes, axis = [arch.shape(dims) for dims in mapping.hf.values()], mapping.kind.axis
+    rows = sum(shape[axis] for shape in shapes)
+    expected = (*shapes[0][:axis], rows, *shapes[0][axis + 1 :])
+    if len(found) == len(expected) and mapping.kind.padded and found[axis] >= rows:
+        return found[:axis] + found[axis + 1 :] == expected[:axis] + expected[axis + 1 :]
+    return found == expected

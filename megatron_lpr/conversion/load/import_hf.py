@@ -7,7 +7,7 @@ from typing import Any
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.origins import with_layers_kept_dense
+from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe.reading import to_tree
@@ -17,7 +17,7 @@ from megatron_lpr.recipe.settings import Recipe
 def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) -> Path:
     """Write the model of a recipe as a checkpoint (step 0) in its output; returns its folder.
 
-    progress: show a bar, and say what was done. A dry run says what would be done, and returns the output.
+    progress: show a bar, and say what was done, or in a dry run, which returns the output, what would be.
 
     Raises:
         UserError: before any process group: the model, a size or the output folder cannot be.
@@ -28,14 +28,15 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
     arch, base = together(lambda: _check(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
     if dry_run:
-        print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
+        if progress:
+            print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
-        from megatron_lpr.checkpoint import checkpointing
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
-        from megatron_lpr.reporting.byte_progress import byte_progress
+        from megatron_lpr.reporting.progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
@@ -43,7 +44,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         with byte_progress("convert", total, show=progress and ranks.rank == 0) as bar:
             fill_weights(recipe, arch, chunks, None, progress=bar.update)
         state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
-        folder = checkpointing.save(recipe.output, state, chunks)
+        folder = save_checkpoint(recipe.output, state, chunks)
         if progress and ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")
         return folder
@@ -53,8 +54,7 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
     from megatron_lpr.checkpoint.run_state import find_checkpoint
     from megatron_lpr.checkpoint.same_run import base_identity
-    from megatron_lpr.families.remarks import base_remarks
-    from megatron_lpr.families.sizes import model_bytes
+    from megatron_lpr.families.remarks import base_remarks, model_bytes
     from megatron_lpr.files.output_place import check_place
     from megatron_lpr.recipe.checks import check_recipe
 

@@ -1,6 +1,6 @@
 """Virtual upcycling: every rank fills its own parameters straight from the base's safetensors, experts too.
 
-There is no second model and no intermediate checkpoint; what each parameter is made of says origins.py.
+There is no second model and no intermediate checkpoint; what each parameter is made of says expansion.py.
 """
 
 import math
@@ -11,16 +11,17 @@ from dataclasses import replace
 import torch
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import EMBEDDING, OUTPUT_LAYER, Architecture, family_of
-from megatron_lpr.families.mappings import fill
-from megatron_lpr.families.names import ParameterName, parse
-from megatron_lpr.families.origins import check_experts, check_upcycling, router_rows, source_expert
+from megatron_lpr.families import Architecture, family_of
+from megatron_lpr.families.expansion import Expansion, check_upcycling, router_rows, source_expert
+from megatron_lpr.families.mappings import ParameterName, fill, parse
+from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.files.file_tensor import same_bits
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.platform.place import RankPlace
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-
-__all__ = ["check_checkpoint", "check_experts", "load_dense", "router_rows"]
+DENSE, ONLY_RANK = Expansion(), RankPlace()
+_InLayer = tuple[str, str, int | None]  # role, weight, expert
 
 
 def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
@@ -68,51 +69,32 @@ def load_dense(
     named_parameters: Iterable[tuple[str, torch.Tensor]],
     reader: SafetensorsReader,
     arch: Architecture,
+    expansion: Expansion = DENSE,
     *,
+    place: RankPlace = ONLY_RANK,
     layer_offset: int = 0,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    ep_rank: int = 0,
-    ep_size: int = 1,
-    etp_rank: int = 0,
-    etp_size: int = 1,
-    num_frozen: int = 0,
-    num_experts: int = 0,
-    router_std: float = 0.0,
-    seed: int = 0,
 ) -> list[ParameterName]:
     """Fills this rank's parameters of one model chunk in place; casts to each parameter's dtype.
 
     named_parameters: as `GPTModel.named_parameters()` gives them (local or TE spec), layers numbered from 0
         within the chunk; the global layer is that number + `layer_offset`.
-    num_experts, num_frozen: of the model to fill; 0 and 0 for a dense one. A base that has experts already keeps
-        them as the first ones.
+    expansion: of the base to the model to fill. A base that has experts already keeps them as the first ones.
     Returns the parsed name of every parameter, each filled exactly once, layers numbered globally and new
     experts by their global index among the new ones. Raises UserError when the checkpoint does not hold what
     its config promises or the new experts cannot be divided over the expert-parallel ranks.
     """
-    check_upcycling(arch, num_experts=num_experts, num_frozen=num_frozen)
+    check_upcycling(arch, expansion)
     check_checkpoint(reader, arch)
-    num_local = _experts_per_rank(num_experts, num_frozen, ep_size)
-    first_new = ep_rank * num_local
-    ranks = {"frozen_expert": (0, 1), "new_expert": (etp_rank, etp_size)}
+    own = _own_experts(expansion, place)
     filled: list[ParameterName] = []
     for local_name, parameter in named_parameters:
-        name = _globally(parse(local_name), layer_offset=layer_offset, first_new=first_new)
+        name = _globally(parse(local_name), layer_offset=layer_offset, first_new=own.start)
         if name.role == "router":
-            assert parameter.shape == (num_experts, arch.hidden_size), (local_name, parameter.shape)
-            router = family_of(arch).router_name(name.layer)
-            old = _Finite(reader, router, parameter.dtype)[:] if arch.num_experts else None
-            parameter.copy_(
-                router_rows(arch, layer=name.layer, num_experts=num_experts, router_std=router_std, seed=seed, old=old)
-            )
+            _fill_router(parameter, name, reader, arch, expansion)
         else:
-            rank, size = ranks.get(name.role, (tp_rank, tp_size))
-            _fill_from_base(parameter, name, reader, arch, num_frozen=num_frozen, rank=rank, size=size)
+            _fill_from_base(parameter, name, reader, arch, expansion, place)
         filled.append(name)
-    _check_complete(
-        filled, arch, num_experts=num_experts, num_frozen=num_frozen, first_new=first_new, num_local=num_local
-    )
+    _check_complete(filled, arch, expansion, own)
     return filled
 
 
@@ -121,8 +103,18 @@ def _globally(name: ParameterName, *, layer_offset: int, first_new: int) -> Para
     if name.layer is not None:
         name = replace(name, layer=name.layer + layer_offset)
     if name.role == "new_expert":
+        assert name.expert is not None
         name = replace(name, expert=name.expert + first_new)
     return name
+
+
+def _fill_router(
+    parameter: torch.Tensor, name: ParameterName, reader: SafetensorsReader, arch: Architecture, expansion: Expansion
+) -> None:
+    assert name.layer is not None and parameter.shape == (expansion.num_experts, arch.hidden_size), (name, parameter)
+    router = family_of(arch).router_name(name.layer)
+    old = _Finite(reader, router, parameter.dtype)[:] if arch.num_experts else None
+    parameter.copy_(router_rows(arch, expansion, layer=name.layer, old=old))
 
 
 def _fill_from_base(
@@ -130,22 +122,24 @@ def _fill_from_base(
     name: ParameterName,
     reader: SafetensorsReader,
     arch: Architecture,
-    *,
-    num_frozen: int,
-    rank: int,
-    size: int,
+    expansion: Expansion,
+    place: RankPlace,
 ) -> None:
     """Fills one parameter from the base's tensors that it is made of."""
     family, expert = family_of(arch), None
     if name.expert is not None:
-        expert = source_expert(arch, name.expert + (num_frozen if name.role == "new_expert" else 0))
+        expert = source_expert(arch, name.expert + (expansion.num_frozen if name.role == "new_expert" else 0))
     # The last pipeline stage of a model with tied embeddings holds a copy of the embedding as its head.
     tied_head = name.weight == OUTPUT_LAYER and arch.tie_word_embeddings
-    mapping = family.find(name.role, EMBEDDING if tied_head else name.weight)
-    sources = family.hf_names(mapping, role=name.role, layer=name.layer, expert=expert)
+    made_of = replace(name, weight=EMBEDDING) if tied_head else name
+    mapping = family.mapping(made_of)
+    assert mapping is not None, f"the {family.name} table has no {name.role} parameter '{name.weight}'"
+    whole, new_expert = (0, 1), (place.etp_rank, place.etp_size)
+    ranks = {"frozen_expert": whole, "new_expert": new_expert}
+    rank, size = ranks.get(name.role, (place.tp_rank, place.tp_size))
     fill(
         parameter,
-        [_Finite(reader, source, parameter.dtype) for source in sources],
+        [_Finite(reader, source, parameter.dtype) for source in family.hf_names(made_of, expert)],
         mapping.kind,
         [arch.shape(dims) for dims in mapping.hf.values()],
         groups=arch.num_query_groups,
@@ -175,38 +169,29 @@ class _Finite:
         return part
 
 
-def _experts_per_rank(num_experts: int, num_frozen: int, ep_size: int) -> int:
-    if not num_experts:
-        return 0
-    if (num_experts - num_frozen) % ep_size:
-        raise UserError(
-            f"{num_experts - num_frozen} new experts cannot be divided over {ep_size} expert-parallel ranks"
-        )
-    return (num_experts - num_frozen) // ep_size
+def _own_experts(expansion: Expansion, place: RankPlace) -> range:
+    """The new experts of this rank, numbered over all new experts."""
+    new = expansion.num_experts - expansion.num_frozen
+    if new % place.ep_size:
+        raise UserError(f"{new} new experts cannot be divided over {place.ep_size} expert-parallel ranks")
+    each = new // place.ep_size
+    return range(place.ep_rank * each, (place.ep_rank + 1) * each)
 
 
-def _check_complete(
-    filled: list[ParameterName],
-    arch: Architecture,
-    *,
-    num_experts: int,
-    num_frozen: int,
-    first_new: int,
-    num_local: int,
-) -> None:
-    """Each layer that was met got all of its parameters, each once."""
+def _check_complete(filled: list[ParameterName], arch: Architecture, expansion: Expansion, own: range) -> None:
+    """Each layer that was met got all of its parameters, each once. own: this rank's new experts."""
     assert len(set(filled)) == len(filled), "a parameter was given twice"
-    by_layer: dict[int, set[tuple]] = defaultdict(set)
+    by_layer: dict[int, set[_InLayer]] = defaultdict(set)
     for name in filled:
         if name.layer is not None:
             by_layer[name.layer].add((name.role, name.weight, name.expert))
     family = family_of(arch)
     ffn = [mapping.megatron for mapping in family.ffn]
-    attention = {("layer", mapping.megatron, None) for mapping in family.layer}
+    attention: set[_InLayer] = {("layer", mapping.megatron, None) for mapping in family.layer}
     dense = attention | {("dense_ffn", weight, None) for weight in ffn}
     upcycled = attention | {("router", "mlp.router.weight", None)}
-    upcycled |= {("frozen_expert", weight, expert) for weight in ffn for expert in range(num_frozen)}
-    upcycled |= {("new_expert", weight, first_new + expert) for weight in ffn for expert in range(num_local)}
+    upcycled |= {("frozen_expert", weight, expert) for weight in ffn for expert in range(expansion.num_frozen)}
+    upcycled |= {("new_expert", weight, expert) for weight in ffn for expert in own}
     for layer, names in by_layer.items():
-        expected = upcycled if num_experts and layer not in arch.mlp_only_layers else dense
+        expected = upcycled if expansion.num_experts and layer not in arch.mlp_only_layers else dense
         assert names == expected, f"layer {layer}: {sorted(map(str, names ^ expected))} missing or unexpected"

@@ -1,17 +1,17 @@
-"""Where the weights of a run come from, and the proof that frozen ones never change."""
+"""Where the weights of a run come from."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
-from megatron.core import parallel_state
 
-from megatron_lpr.checkpoint import checkpointing
+from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import Architecture
-from megatron_lpr.files.file_tensor import tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.platform.place import RankPlace
+from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -27,27 +27,23 @@ def fill_weights(
     progress: gets the bytes of each parameter that was filled from the base model.
     """
     if source is not None:
-        checkpointing.load(source, chunks)
+        load_checkpoint(source, chunks)
         return
-    model = recipe.model
-    reader = SafetensorsReader(model.base)
+    reader, place = SafetensorsReader(recipe.model.base), RankPlace.of_this_rank()
     for chunk in chunks:
         load_dense(
             _told(chunk.named_parameters(), progress),
             reader,
             arch,
-            layer_offset=chunk.decoder.layers[0].layer_number - 1,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            ep_rank=parallel_state.get_expert_model_parallel_rank(),
-            ep_size=parallel_state.get_expert_model_parallel_world_size(),
-            etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
-            etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
-            num_frozen=model.num_frozen_experts if model.num_experts else 0,
-            num_experts=model.num_experts,
-            router_std=model.router_init_std,
-            seed=model.router_init_seed,
+            expansion_of(recipe.model),
+            place=place,
+            layer_offset=_first_layer(chunk),
         )
+
+
+def _first_layer(chunk: torch.nn.Module) -> int:
+    """Counted from 0 over the whole model."""
+    return cast(int, chunk.get_submodule("decoder.layers.0").layer_number) - 1
 
 
 def _told(
@@ -56,14 +52,3 @@ def _told(
     for name, parameter in parameters:
         yield name, parameter
         progress(parameter.nbytes)
-
-
-def frozen_digest(chunks: Iterable[torch.nn.Module]) -> str:
-    """SHA-256 over names and bytes of this rank's frozen parameters."""
-    digest = hashlib.sha256()
-    for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(f"{index}.{name}".encode())
-                digest.update(tensor_bytes(parameter))
-    return digest.hexdigest()

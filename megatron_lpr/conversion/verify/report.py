@@ -24,7 +24,7 @@ class Check:
 class VerifyReport:
     """All checks of one export. `str(report)` is one line per check; `ok` is the exit status.
 
-    frozen_sha256: `frozen_digest` of the frozen tensors as they are in the export; empty where none is frozen.
+    frozen_sha256: of all frozen tensors as they are in the export (`digest_of_digests`); empty where none is frozen.
     """
 
     checks: tuple[Check, ...]

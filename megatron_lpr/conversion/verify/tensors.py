@@ -3,34 +3,55 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from megatron_lpr.conversion.export.sources import Source
+from megatron_lpr.conversion.export.graft import grafted
+from megatron_lpr.conversion.export.sources import Source, trained_model
+from megatron_lpr.conversion.record import Made
 from megatron_lpr.conversion.verify.report import Check, listed
 from megatron_lpr.errors import UserError
-from megatron_lpr.families.origins import Origin
+from megatron_lpr.families import family_of, read_architecture
+from megatron_lpr.families.expansion import Origin
+from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.files.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
-from megatron_lpr.reporting.byte_progress import byte_progress
-
-
-def frozen_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 (hex) over names, dtypes and bytes of named tensors, in whatever order they come."""
-    return digest_of_digests((name, _sha256(tensor)) for name, tensor in tensors)
+from megatron_lpr.reporting.progress import byte_progress
 
 
 def digest_of_digests(digests: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 (hex) over names and SHA-256s of tensors, in whatever order they come."""
     return hashlib.sha256("\n".join(f"{name} {digest}" for name, digest in sorted(digests)).encode()).hexdigest()
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    digest = hashlib.sha256(str(tensor.dtype).encode())
-    digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+def compare_with_checkpoint(
+    checkpoint: Path,
+    made: Made,
+    export_dir: str | Path,
+    base_dir: str | Path,
+    *,
+    graft_delta: Sequence[str | Path] | None = None,
+) -> Check:
+    """Every tensor of an export against the checkpoint's, with the delta added again where it was grafted.
+
+    UserError when the checkpoint, the base and the models of the delta do not fit; what is wrong with the export itself
+    fails the check.
+    """
+    config = read_config(export_dir)
+    field = family_of(read_architecture(base_dir)).moe.fields.get("shared_expert_size", ("",))[0]
+    width = config.get(field) if made.expansion.num_experts else None
+    size = width if type(width) is int and width >= 0 else None
+    model = trained_model(checkpoint, made, base_dir=base_dir, shared_expert_size=size)
+    if graft_delta:
+        model = grafted(model, made, graft_delta, base_dir=base_dir, dtype=config.get("dtype", "float32"))
+    try:
+        return compare_tensors(SafetensorsReader(export_dir), model.source)
+    except UserError as error:
+        return Check(name="checkpoint", ok=False, detail=str(error))
 
 
 def compare_tensors(export: SafetensorsReader, source: Source) -> Check:
@@ -119,9 +140,8 @@ class _Look(NamedTuple):
 
 
 def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int) -> _Look:
-    is_copy = origin.kind == "copy"
-    is_frozen = is_copy and num_frozen and (origin.expert is None or origin.expert < num_frozen)
-    expected = base.slice(origin.base) if is_copy else None
+    is_frozen = origin.is_frozen(num_frozen)
+    expected = base.slice(origin.copied) if origin.kind == "copy" else None
     digest = hashlib.sha256(str(there.dtype).encode())
     finite, zero, base_zero, same = True, True, True, there.dtype == dtype
     for place in there.blocks():
@@ -132,13 +152,13 @@ def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: tor
         zero = zero and low == high == 0
         if is_frozen:
             digest.update(tensor_bytes(block))
-        if is_copy:
+        if expected is not None:
             original = expected.narrow(0, *place).to(dtype)
             same = same and equal_bytes(block, original)
             base_zero = base_zero and not (zero and original.any())
     wrong = [] if finite else ["not finite"]
     if origin.kind == "zeros" and not zero:
         wrong.append("not zero")
-    if is_copy and zero and not base_zero:
+    if expected is not None and zero and not base_zero:
         wrong.append("all zero")
-    return _Look(wrong, same if is_copy else None, digest.hexdigest() if is_frozen else None)
+    return _Look(wrong, same if expected is not None else None, digest.hexdigest() if is_frozen else None)

@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.conversion.record import Made, made_of
-from megatron_lpr.conversion.verify.against_checkpoint import compare_with_checkpoint
 from megatron_lpr.conversion.verify.report import Check, VerifyReport
+from megatron_lpr.conversion.verify.tensors import compare_with_checkpoint
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
@@ -103,7 +103,9 @@ def plan_verification(
     if folder and used and logits and not graft_delta:
         single_process("verify --checkpoint")
         if not used.evaluation.corpora:
-            raise UserError("evaluation.corpora: empty; comparing logits needs some held-out text, or --no-logits")
+            raise UserError(
+                "evaluation.corpora: empty; comparing logits needs some held-out text (--recipe), or --no-logits"
+            )
         text = dataclasses.replace(used, model=dataclasses.replace(used.model, base=str(base)))
     read_config(export_dir), read_architecture(base)
     return Verification(

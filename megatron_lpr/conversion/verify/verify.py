@@ -6,18 +6,22 @@ from typing import Any
 
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.conversion.record import Made, read_record
-from megatron_lpr.conversion.verify.against_record import check_record
-from megatron_lpr.conversion.verify.folder import census_problems, companions_of, config_problems, file_problems
+from megatron_lpr.conversion.verify.folder import (
+    census_problems,
+    check_record,
+    companions_of,
+    config_problems,
+    file_problems,
+    stock_shapes,
+)
 from megatron_lpr.conversion.verify.report import Check, VerifyReport, check, listed
-from megatron_lpr.conversion.verify.stock_class import stock_shapes
 from megatron_lpr.conversion.verify.tensors import Scan, digest_of_digests, scan
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture, Family, family_of, read_architecture
+from megatron_lpr.families import Architecture, family_of, read_architecture
+from megatron_lpr.families.expansion import Expansion, origins, with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
-from megatron_lpr.families.origins import check_experts, origins, with_layers_kept_dense
+from megatron_lpr.families.table import Family
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
-
-__all__ = ["Check", "VerifyReport", "verify_export"]
 
 
 def verify_export(
@@ -53,15 +57,16 @@ def verify_export(
     _check_class(config, family_of(arch), export_dir)
     record = read_record(export_dir)
     made = checkpoint or (record and record.made) or recipe or _as_config_says(config, arch, num_frozen, export_dir)
-    has_frozen = made.num_experts > 0 and made.untouched > 0
+    num_experts = made.expansion.num_experts
+    has_frozen = made.untouched > 0
     if has_frozen:
-        check_experts(num_experts=made.num_experts, num_frozen=made.untouched)
+        Expansion(num_experts=num_experts, num_frozen=made.untouched, topk=1).check()
     arch = _as_exported(arch, config, made)
-    shapes = family_of(arch).shapes(arch, made.num_experts)
+    shapes = family_of(arch).shapes(arch, num_experts)
     dtype_name = record.dtype if record else config.get("dtype", "float32")
     dtype = torch_dtype(dtype_name)
     sound = [name for name, shape in shapes.items() if name in export and _shape(export, name) == shape]
-    found = scan(export, base, origins(arch, made.num_experts), sound, dtype, made.untouched, progress)
+    found = scan(export, base, origins(arch, num_experts), sound, dtype, made.untouched, progress)
     frozen_sha256 = digest_of_digests(found.frozen.items()) if has_frozen else ""
     names = f"{len(shapes)} names and shapes agree"
     return VerifyReport(
@@ -103,24 +108,29 @@ def _as_config_says(config: dict[str, Any], arch: Architecture, num_frozen: int 
     """Of an export about which nothing else is known. An expanded one has at least the base's experts frozen."""
     family = family_of(arch)
     if _architecture(config) == family.dense.architecture:
-        return Made(num_experts=0, num_frozen_experts=0, topk=0)
-    numbers = {name: config.get(family.moe.fields[name][0]) for name in ("num_experts", "topk")}
+        return Made(expansion=Expansion())
+    num_experts, topk = (_number(config, family.moe.fields[name][0], export_dir) for name in ("num_experts", "topk"))
     layers = config.get("mlp_only_layers") or []
-    for name, value in numbers.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"'{export_dir}/config.json' has {family.moe.fields[name][0]} = {value!r}: not a number")
     if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         raise UserError(f"'{export_dir}/config.json' has mlp_only_layers = {layers!r}: not a list of layers")
     frozen = 1 if num_frozen is None else num_frozen
-    if frozen and numbers["num_experts"] > arch.num_experts:
+    if frozen and num_experts > arch.num_experts:
         frozen = max(frozen, arch.num_experts)
-    return Made(num_frozen_experts=frozen, mlp_only_layers=tuple(sorted(layers)), **numbers)
+    expansion = Expansion(num_experts=num_experts, num_frozen=frozen, topk=topk, mlp_only_layers=tuple(layers))
+    return Made(expansion=expansion)
+
+
+def _number(config: dict[str, Any], field: str, export_dir: Path) -> int:
+    value = config.get(field)
+    if type(value) is not int or value < 1:
+        raise UserError(f"'{export_dir}/config.json' has {field} = {value!r}: not a number")
+    return value
 
 
 def _as_exported(arch: Architecture, config: dict[str, Any], made: Made) -> Architecture:
     """The base with what was chosen for the export: which layers stayed dense, how wide the zero shared expert is."""
-    if made.num_experts:
-        arch = with_layers_kept_dense(arch, made.mlp_only_layers)
+    if made.expansion.num_experts:
+        arch = with_layers_kept_dense(arch, made.expansion.mlp_only_layers)
     fields = family_of(arch).moe.fields
     if "shared_expert_size" in fields:
         size = config.get(fields["shared_expert_size"][0])

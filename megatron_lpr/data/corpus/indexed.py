@@ -1,30 +1,32 @@
-"""Megatron's indexed corpora: `<prefix>.bin` holds the tokens, `<prefix>.idx` the documents' boundaries.
+"""Corpora on disk, written here and read by way of csrc/, which is the only place that takes their headers apart.
 
-Index layout (MMIDIDX version 1, little-endian): magic, version u64, dtype code u8, number of sequences u64,
-length of the document index u64, sequence lengths i32, byte offsets i64, document index i64. Every document
-we write is one sequence.
+`<prefix>.bin` holds the tokens, `<prefix>.idx` the documents' boundaries (layout: csrc/reader.h; every document that we
+write is one sequence), `<prefix>.lang` the languages of a corpus that mixes them.
 """
 
 import contextlib
 import hashlib
 import os
+import shutil
 import struct
-from typing import NoReturn
 
 import numpy as np
 
-from megatron_lpr._replay_sampler import inspect
+from megatron_lpr._replay_sampler import Index
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_array import FileArray
 
+MAX_LANGUAGES = 1 << 16
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_OF_CODE = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_LANG_HEADER = struct.Struct("<8sQ")
+_LANG_MAGIC = b"LPRLANG1"
+_DTYPE_OF_CODE: dict[int, type[np.integer]] = {1: np.uint8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items()}
 _CHUNK = 1 << 16
 
 
-def token_dtype(vocab_size: int) -> type:
+def token_dtype(vocab_size: int) -> type[np.integer]:
     """What a token is stored as: uint16 where `vocab_size` is below 65,500, int32 otherwise (Megatron's rule)."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
@@ -133,6 +135,58 @@ class IndexedWriter:
             offset = int(ends[-1])
 
 
+class LanguageRunsWriter:
+    """Writes the sidecar `<prefix>.lang` of a corpus that mixes languages, in constant memory.
+
+    Layout: csrc/languages.h. A run is of neighbouring tokens of one language, a position in the `languages` of the
+    manifest's entry; an end-of-document token belongs to the language before it. The file gets its name in `close`.
+
+    Attributes:
+        digest: SHA-256 of the file, hexadecimal; known after `close`.
+    """
+
+    def __init__(self, prefix: str):
+        self._path = f"{prefix}.lang"
+        self._runs = 0
+        self._tokens = 0
+        self._last = -1
+        self.digest: str | None = None
+        self._firsts = open(f"{self._path}.partial", "w+b")
+        self._languages = open(f"{self._path}.partial2", "w+b")
+        self._firsts.write(_LANG_HEADER.pack(_LANG_MAGIC, 0))
+
+    def add(self, languages: np.ndarray) -> None:
+        """Takes the languages [n] of the next n tokens."""
+        before = np.concatenate(([self._last], languages[:-1].astype(np.int64)))
+        changes = np.flatnonzero(languages != before)
+        self._firsts.write((changes + self._tokens).astype("<u8").tobytes())
+        self._languages.write(languages[changes].astype("<u2").tobytes())
+        self._runs += len(changes)
+        self._tokens += len(languages)
+        self._last = int(languages[-1])
+
+    def close(self) -> None:
+        self._languages.seek(0)
+        shutil.copyfileobj(self._languages, self._firsts)
+        self._firsts.seek(0)
+        self._firsts.write(_LANG_HEADER.pack(_LANG_MAGIC, self._runs))
+        self._firsts.flush()
+        os.fsync(self._firsts.fileno())
+        self._firsts.seek(0)
+        self.digest = hashlib.file_digest(self._firsts, "sha256").hexdigest()
+        self._firsts.close()
+        self._languages.close()
+        os.remove(self._languages.name)
+        os.replace(self._firsts.name, self._path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        for file in (self._firsts, self._languages):
+            file.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(file.name)
+
+
 class IndexedCorpus:
     """Reads a corpus that we or Megatron wrote, where it is asked for.
 
@@ -145,18 +199,11 @@ class IndexedCorpus:
     """
 
     def __init__(self, prefix: str):
-        header = inspect(prefix)
+        self._index = Index(prefix)
         self.prefix = prefix
-        self.num_documents: int = header["documents"]
-        self.num_tokens: int = header["tokens"]
-        sequences = header["sequences"]
-        self.tokens = FileArray(f"{prefix}.bin", _DTYPE_OF_CODE[header["dtype_code"]], length=self.num_tokens)
-        index = f"{prefix}.idx"
-        first_offset = _HEADER.size + 4 * sequences
-        first_boundary = first_offset + 8 * sequences
-        self._lengths = FileArray(index, np.int32, offset=_HEADER.size, length=sequences)
-        self._offsets = FileArray(index, np.int64, offset=first_offset, length=sequences)
-        self._boundaries = FileArray(index, np.int64, offset=first_boundary, length=self.num_documents + 1)
+        self.num_documents: int = self._index.documents
+        self.num_tokens: int = self._index.tokens
+        self.tokens = FileArray(f"{prefix}.bin", _DTYPE_OF_CODE[self._index.dtype_code], length=self.num_tokens)
 
     def __len__(self) -> int:
         return self.num_documents
@@ -175,28 +222,4 @@ class IndexedCorpus:
             UserError: the index is corrupt there.
         """
         assert 0 <= first and 0 < count <= self.num_documents - first, f"documents {first}, {count}"
-        sequences = self._boundaries[first : first + count + 1]
-        low, high = int(sequences[0]), int(sequences[-1])
-        if not 0 <= low <= high <= len(self._offsets) or np.any(np.diff(sequences) < 0):
-            self._corrupt(first, count)
-        for start in range(low, high, _CHUNK):  # of a corrupt index they may be very many
-            if not self._in_order(start, min(start + _CHUNK, high)):
-                self._corrupt(first, count)
-        inside = sequences < len(self._offsets)
-        positions = np.full(count + 1, self.num_tokens)
-        positions[inside] = self._offsets[sequences[inside]] // self.tokens.itemsize
-        return positions
-
-    def _in_order(self, start: int, end: int) -> bool:
-        """Whether sequences start, ..., end - 1 lie in the .bin file, each where the one before ends."""
-        size = self.num_tokens * self.tokens.itemsize
-        offsets = self._offsets[start : end + 1]
-        if end == len(self._offsets):
-            offsets = np.append(offsets, size)
-        lengths = self._lengths[start:end].astype(np.int64) * self.tokens.itemsize
-        inside = np.all(offsets >= 0) and np.all(offsets <= size) and not np.any(offsets % self.tokens.itemsize)
-        return bool(inside and np.all(lengths >= 0) and np.all(np.diff(offsets) == lengths))
-
-    def _corrupt(self, first: int, count: int) -> NoReturn:
-        which = f"document {first} lies" if count == 1 else f"documents {first} to {first + count - 1} lie"
-        raise UserError(f"{self.prefix}.idx is corrupt: {which} outside {self.prefix}.bin, or out of order")
+        return self._index.boundaries(first, count)

@@ -27,8 +27,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES, LanguageRuns
+from megatron_lpr._replay_sampler import LanguageRuns
+from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES, IndexedCorpus
 from megatron_lpr.data.corpus.yaml_records import check_keys, read_record
 from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.files import durable
@@ -68,7 +68,7 @@ class Corpus:
     """One corpus; `prefix` is its path without .bin, `weight` its share within its role.
 
     `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
-    `prefix`.lang (language_runs.py), which numbers them in the order of `languages`, a mapping to their roles;
+    `prefix`.lang (csrc/languages.h), which numbers them in the order of `languages`, a mapping to their roles;
     `language_digest` is that file's SHA-256. `index_digest` and `spot_digests` are missing in manifests of old.
     """
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
@@ -19,7 +19,7 @@ from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
 from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.reading import REST, load_recipe
-from megatron_lpr.reporting.byte_progress import byte_progress
+from megatron_lpr.reporting.progress import byte_progress
 
 _CHUNK_BYTES = 8 << 20
 _DOCUMENTS = 1 << 16
@@ -110,7 +110,7 @@ def _check_tokens(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
     total = hashlib.sha256()
     outside = None
     for first, data in _chunks(path, advance):
-        total.update(data)
+        total.update(data.data)
         if outside is None:
             outside = _outside(corpus, first, data, vocab_size)
     if total.hexdigest() != corpus.digest:
@@ -149,6 +149,7 @@ def _check_index(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
 
 
 def _check_languages(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    assert corpus.languages is not None and corpus.language_digest is not None
     path = f"{corpus.prefix}.lang"
     digest = file_sha256(path, advance)
     if digest != corpus.language_digest:

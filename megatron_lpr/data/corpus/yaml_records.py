@@ -3,11 +3,14 @@
 import dataclasses
 import typing
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_lpr.errors import UserError, nearest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _KINDS = {
     int: "an integer",
     int | None: "an integer",
@@ -30,7 +33,7 @@ def read_record(record: type[T], entry: Any, where: str) -> T:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    nested = next(filter(dataclasses.is_dataclass, typing.get_args(kind)), None)
+    nested = next((of for of in typing.get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)), None)
     if nested is not None:
         return read_record(nested, value, where)
     if kind == (dict[str, str] | None):

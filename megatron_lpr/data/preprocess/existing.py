@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Corpus, TokenizerRecord
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
@@ -68,7 +68,7 @@ def _check_tokens(corpus: IndexedCorpus, tokenizer: TokenizerRecord) -> str:
 
 
 def _check_documents(corpus: IndexedCorpus, name: str, tokenizer: TokenizerRecord) -> None:
-    without_end, openings = 0, Counter()
+    without_end, openings = 0, Counter[int]()
     for first in range(0, corpus.num_documents, _DOCUMENTS):
         bounds = corpus.boundaries(first, min(_DOCUMENTS, corpus.num_documents - first))
         full = bounds[1:] > bounds[:-1]
@@ -88,7 +88,7 @@ def _check_documents(corpus: IndexedCorpus, name: str, tokenizer: TokenizerRecor
 def _check_openings(corpus: IndexedCorpus, name: str, openings: Counter[int], bos_id: int | None) -> None:
     """`openings`: how many documents open with each token."""
     documents = openings.total()
-    without = documents - openings[bos_id]
+    without = documents - (0 if bos_id is None else openings[bos_id])
     if bos_id is None:
         if documents > 1 and len(openings) == 1:
             [token] = openings

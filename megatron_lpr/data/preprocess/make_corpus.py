@@ -1,50 +1,32 @@
-"""One corpus from its text files: blocks, parts, merge."""
+"""One corpus from its text files: read in blocks, tokenised to parts, merged in the order of their keys."""
 
 import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import tokenizers
 
-from megatron_lpr.data.corpus.indexed import IndexedWriter, token_dtype
-from megatron_lpr.data.corpus.language_runs import LanguageRunsWriter
+from megatron_lpr.data.corpus.indexed import IndexedWriter, LanguageRunsWriter, token_dtype
 from megatron_lpr.data.corpus.manifest import Corpus, Source
 from megatron_lpr.data.corpus.spot_check import with_checksums
-from megatron_lpr.data.preprocess.combine_parts import combine_parts, combined_parts, fan_in
-from megatron_lpr.data.preprocess.parts import Part
-from megatron_lpr.data.preprocess.shuffle import BUCKET_BYTES, merge
+from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge
 from megatron_lpr.data.preprocess.tokenize_parts import PartJob, tokenize_parts
-from megatron_lpr.data.preprocess.work_folder import open_work_folder
-from megatron_lpr.data.text.documents import BadLines, OnBadLine, Reading
-from megatron_lpr.data.text.source_checks import tagger_settings
-from megatron_lpr.data.text.special_tokens import SpecialTokens
+from megatron_lpr.data.preprocess.work_folder import combine_parts, combined_parts, fan_in, open_work_folder
+from megatron_lpr.data.text.documents import BadLines
 from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
-from megatron_lpr.data.text.tokenize import Engine, Tokenizer
+from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
-from megatron_lpr.reporting.document_progress import Progress
+from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.reporting.progress import DocumentProgress
 
 _LEAST_BLOCK_BYTES = 4 << 20
 
 
-def make_corpus(
-    source: SourceConfig,
-    *,
-    prefix: str,
-    tokenizer: Tokenizer,
-    tokenizer_dir: str,
-    sha256: str,
-    seed: int,
-    on_bad_line: OnBadLine,
-    max_document_bytes: int,
-    workers: int,
-    engine: Engine,
-    special: SpecialTokens,
-) -> Corpus:
-    """Writes `prefix`.bin, .idx and, where the corpus mixes languages, .lang; returns the manifest's entry.
+def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tokenizer, sha256: str) -> Corpus:
+    """Writes the corpus' .bin, .idx and, where it mixes languages, .lang; returns the manifest's entry.
 
     Args:
         source: its files are paths, without patterns.
@@ -53,30 +35,21 @@ def make_corpus(
     Raises:
         UserError: a bad line that is to be refused, no usable document, an unreadable file, a full disk.
     """
-    size = sum(os.path.getsize(path) for path in source.files)
-    identity = {
-        "corpus_sha256": sha256,
-        "seed": seed,
-        "tokenizer_sha256": tokenizer.sha256,
-        "eod_id": tokenizer.eod_id,
-        "bos_id": tokenizer.bos_id,
-        "parse_special_tokens": special.parse,
-        "tokenizers": tokenizers.__version__,
-        "engine": engine,
-        "max_document_bytes": max_document_bytes,
-    }
-    # Enough blocks to keep every process busy to the end, none so small that starting a process costs more.
-    block_bytes = min(max(size // (4 * workers), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
-    bad_lines = BadLines(on_bad_line)
+    assert settings.output is not None
+    prefix = os.path.join(settings.output, source.name)
+    settings = dataclasses.replace(settings, corpora=())  # which may be thousands, and go to every process
+    bad_lines = BadLines(settings.on_bad_line)
+    identity, block_bytes = _identity(settings, tokenizer, sha256), _block_bytes(source, settings)
     try:
         with open_work_folder(prefix, identity, block_bytes) as (folder, block_bytes):
-            job = _job(source, tokenizer_dir, engine, special, sha256, seed, folder, on_bad_line, max_document_bytes)
-            parts = _tokenize(source, job, prefix, block_bytes, workers, bad_lines, size)
+            job = PartJob(source=source, settings=settings, sha256=sha256, folder=folder)
+            parts = _tokenize(job, prefix, block_bytes, bad_lines)
             if not any(part.record.documents for part in parts):
                 raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
             writer, language_digest = _merge(source, prefix, parts, tokenizer.vocab_size)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
+    assert writer.digest is not None
     entry = Corpus(
         name=source.name,
         prefix=prefix,
@@ -86,62 +59,52 @@ def make_corpus(
         documents=writer.documents,
         tokens=writer.tokens,
         digest=writer.digest,
-        source=Source(sha256=sha256, seed=seed, skipped_lines=bad_lines.count),
+        source=Source(sha256=sha256, seed=settings.seed, skipped_lines=bad_lines.count),
         languages=dict(source.languages) or None,
         language_digest=language_digest,
     )
     return with_checksums(entry)
 
 
-def _job(
-    source: SourceConfig,
-    tokenizer_dir: str,
-    engine: Engine,
-    special: SpecialTokens,
-    sha256: str,
-    seed: int,
-    folder: str,
-    on_bad_line: OnBadLine,
-    max_document_bytes: int,
-) -> PartJob:
-    reading = Reading(
-        format=source.format,
-        text_field=source.text_field,
-        language_field=source.language_field,
-        languages=tuple(source.languages),
-        sample_by=source.sample_by,
-        max_document_bytes=max_document_bytes,
-    )
-    return PartJob(
-        tokenizer=tokenizer_dir,
-        engine=engine,
-        special=special,
-        reading=reading,
-        tagger=tagger_settings(source),
-        seed=seed,
-        corpus_sha256=sha256,
-        folder=folder,
-        stop_at_bad_line=on_bad_line == "refuse",
-    )
+def _identity(settings: PreprocessConfig, tokenizer: Tokenizer, sha256: str) -> dict[str, Any]:
+    """What a killed run must have had in common with this one for its parts to be of use."""
+    return {
+        "corpus_sha256": sha256,
+        "seed": settings.seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
+        "parse_special_tokens": settings.parse_special_tokens,
+        "tokenizers": tokenizers.__version__,
+        "engine": settings.engine,
+        "max_document_bytes": settings.max_document_bytes,
+    }
 
 
-def _tokenize(
-    source: SourceConfig,
-    job: PartJob,
-    prefix: str,
-    block_bytes: int,
-    workers: int,
-    bad_lines: BadLines,
-    size: int,
-) -> list[Part]:
+def _block_bytes(source: SourceConfig, settings: PreprocessConfig) -> int:
+    """Enough blocks to keep every process busy to the end, none so small that starting a process costs more."""
+    return min(max(_size(source) // (4 * _workers(settings)), _LEAST_BLOCK_BYTES), BLOCK_BYTES)
+
+
+def _size(source: SourceConfig) -> int:
+    return sum(os.path.getsize(path) for path in source.files)
+
+
+def _workers(settings: PreprocessConfig) -> int:
+    return settings.workers or len(os.sched_getaffinity(0))
+
+
+def _tokenize(job: PartJob, prefix: str, block_bytes: int, bad_lines: BadLines) -> list[Part]:
     """All parts, in the order of the text."""
+    source, size = job.source, _size(job.source)
     blocks = read_blocks(source.files, format=source.format, sample_by=source.sample_by, block_bytes=block_bytes)
-    progress = Progress(source.name)
+    progress = DocumentProgress(source.name)
     parts = combined_parts(job.folder)
     combined = {number for part in parts for number in range(part.first, part.last + 1)}
+    made = tokenize_parts(blocks, job, _workers(job.settings), combined)
     documents = tokens = kept = blocks_done = 0
     with _bad_line_report(f"{prefix}.bad_lines.txt") as report:
-        for number, (block, record, was_there) in enumerate(tokenize_parts(blocks, job, workers, combined)):
+        for number, (block, record, was_there) in enumerate(made):
             for bad in record.bad_lines:
                 bad_lines.add(bad)
                 report.write(f"{bad}\n")
@@ -192,10 +155,11 @@ def _merge(
     try:
         with IndexedWriter(prefix, vocab_size) as writer:
             total = sum(part.record.tokens for part in parts)
-            progress = Progress(f"{source.name} shuffled")
+            progress = DocumentProgress(f"{source.name} shuffled")
             for documents in merge(parts, writer.dtype, bucket_bytes=BUCKET_BYTES):
                 writer.add_documents(documents.tokens, documents.lengths)
                 if runs is not None:
+                    assert documents.languages is not None
                     runs.add(documents.languages)
                 progress.update(writer.tokens / total, writer.documents, writer.tokens)
             progress.close()
@@ -216,7 +180,7 @@ def _few_parts(name: str, parts: Sequence[Part], dtype: type) -> Sequence[Part]:
     """No more parts than may be open at once."""
     if len(parts) <= fan_in():
         return parts
-    progress, written = Progress(f"{name} combined"), 0
+    progress, written = DocumentProgress(f"{name} combined"), 0
     total, documents = (sum(getattr(part.record, count) for part in parts) for count in ("tokens", "documents"))
 
     def done(tokens: int) -> None:

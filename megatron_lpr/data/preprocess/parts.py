@@ -1,11 +1,14 @@
-"""Parts of a corpus that is being made: tokenised documents, sorted by their shuffle keys.
+"""Parts of a corpus that is being made, documents sorted by their shuffle keys, and their merge into that order.
 
 The key of a document is a hash of the seed, the corpus' text and the document's place in it; sorting a corpus by key
 shuffles it. That order knows nothing of parts, workers or memory, so any of them may change.
 
 A part is two files. `<number>.part`, column after column: keys u64 [D], lengths i32 [D], tokens [T], languages u16 [T]
 (mixed corpora only). `<number>.json`: its counts, sizes and SHA-256, and the bad lines; written last, it says that the
-part is finished. A part holds the documents of one block of text, or of several: `<first>-<last>` (combine_parts.py).
+part is finished. A part holds the documents of one block of text, or of several: `<first>-<last>` (work_folder.py).
+
+The merge goes by key range, in bounded memory. Keys are uniform, so a range of 1/B of all keys holds about 1/B of the
+corpus: it is gathered from all parts, sorted in memory and handed on. Each part is read once, from start to end.
 """
 
 import contextlib
@@ -14,14 +17,16 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from megatron_lpr.data.text.documents import BadLine
 
+BUCKET_BYTES = 64 << 20
 _KEYS_AT_ONCE = 2048
 
 
@@ -102,12 +107,12 @@ class PartWriter:
     def __enter__(self) -> "PartWriter":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def add(self, column: int, data: np.ndarray) -> None:
         """Appends to a column: 0 keys, 1 lengths, 2 tokens, 3 languages."""
-        view = memoryview(np.ascontiguousarray(data)).cast("B") if len(data) else memoryview(b"")
+        view = np.ascontiguousarray(data).data.cast("B") if len(data) else memoryview(b"")
         self._hashes[column].update(view)
         while len(view):
             written = os.pwrite(self._file.fileno(), view, self._places[column])
@@ -130,7 +135,7 @@ class PartWriter:
             documents=documents,
             tokens=tokens,
             columns=self._columns,
-            sha256=_total(self._hashes),
+            sha256=columns_sha256(self._hashes),
             bad_lines=tuple(bad_lines),
         )
         with open(f"{self._path}.json.partial", "w", encoding="utf-8") as file:
@@ -166,37 +171,8 @@ def write_part(
         return writer.finish(bad_lines)
 
 
-def finished_part(path: str, *, combined: bool = False) -> PartRecord | None:
-    """The record of a part whose file is still what was written; None where it has to be made (again).
-
-    Args:
-        path: without suffix.
-        combined: its documents lie in a larger part, so that only its record is left.
-    """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        with open(f"{path}.json", encoding="utf-8") as file:
-            fields = json.load(file)
-        bad_lines = tuple(BadLine(*bad) for bad in fields["bad_lines"])
-        record = PartRecord(**fields | {"bad_lines": bad_lines, "columns": tuple(fields["columns"])})
-        if combined or _is_intact(f"{path}.part", record):
-            return record
-    return None
-
-
-def _is_intact(path: str, record: PartRecord) -> bool:
-    with open(path, "rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size != sum(record.columns):
-            return False
-        hashes = [hashlib.sha256() for _ in record.columns]
-        for digest, left in zip(hashes, record.columns, strict=True):
-            while left:
-                data = file.read(min(left, 1 << 20))
-                digest.update(data)
-                left -= len(data)
-    return _total(hashes) == record.sha256
-
-
-def _total(hashes: Iterable) -> str:
+def columns_sha256(hashes: Iterable[Any]) -> str:
+    """SHA-256 of the SHA-256 sums of a part's columns, hexadecimal."""
     return hashlib.sha256(b"".join(column.digest() for column in hashes)).hexdigest()
 
 
@@ -235,7 +211,7 @@ class PartCursor:
 
     def read(self, column: int, values: np.ndarray) -> None:
         """Fills `values` with what follows in a column: 2 tokens, 3 languages."""
-        view = memoryview(values).cast("B")
+        view = values.data.cast("B")
         while len(view):
             count = os.preadv(self._file, [view], self._places[column])
             assert count > 0, "a part lost its end"
@@ -250,3 +226,63 @@ class PartCursor:
             self.read(0, self._keys)
             self.read(1, self._lengths)
         return count > 0
+
+
+def merge(parts: Sequence[Part], dtype: type, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Documents]:
+    """Yields the documents of all `parts`, some at a time, in the order of their keys.
+
+    Holds about three times `bucket_bytes`, or the longest document where that is more, and 24 KB for each part.
+
+    Args:
+        parts: no more than may be open at once, in the order of the text.
+        dtype: of the tokens.
+    """
+    total_bytes = sum(sum(part.record.columns[2:]) for part in parts)
+    buckets = max(1, -(-total_bytes // bucket_bytes))
+    with contextlib.ExitStack() as stack:
+        cursors = []
+        for part in parts:
+            cursors.append(PartCursor(part, dtype))
+            stack.callback(cursors[-1].close)
+        mixed = len(parts[0].record.columns) > 3
+        # A range of few documents meets few of many parts; the others are not even asked.
+        first_keys = np.array([cursor.first_key for cursor in cursors], np.float64)
+        for bucket in range(1, buckets + 1):
+            limit = (bucket << 64) // buckets
+            some = np.flatnonzero(first_keys <= limit)
+            documents = _next([cursors[number] for number in some], limit, dtype, mixed)
+            if documents is not None:
+                yield documents
+            first_keys[some] = [cursors[number].first_key for number in some]
+
+
+def _next(cursors: Sequence[PartCursor], limit: int, dtype: type, mixed: bool) -> Documents | None:
+    found = [(cursor, *cursor.below(limit)) for cursor in cursors]
+    found = [one for one in found if len(one[1])]
+    if not found:
+        return None
+    lengths = np.concatenate([lengths for _, _, lengths in found])
+    keys = np.concatenate([keys for _, keys, _ in found])
+    # Equal keys keep the order of the parts, which is that of the text.
+    order = np.argsort(keys, kind="stable")
+    ends = np.cumsum(lengths, dtype=np.int64)
+    spans = np.stack([ends - lengths, ends], axis=1)[order].tolist()
+    sources = [(cursor, int(lengths.sum(dtype=np.int64))) for cursor, _, lengths in found]
+    return Documents(
+        keys=keys[order],
+        lengths=lengths[order],
+        tokens=_gather(sources, 2, dtype, spans),
+        languages=_gather(sources, 3, np.uint16, spans) if mixed else None,
+    )
+
+
+def _gather(
+    sources: Sequence[tuple[PartCursor, int]], column: int, dtype: type, spans: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """The next values of a column, so many of each source, their spans in the order given."""
+    values: np.ndarray = np.empty(sum(count for _, count in sources), dtype)
+    first = 0
+    for cursor, count in sources:
+        cursor.read(column, values[first : first + count])
+        first += count
+    return np.concatenate([values[start:end] for start, end in spans])

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,14 +19,16 @@ from multiprocessing.connection import Connection, wait
 import numpy as np
 
 from megatron_lpr.data.corpus.indexed import token_dtype
-from megatron_lpr.data.preprocess.parts import PartRecord, ShuffleKeys, finished_part, part_path, write_part
+from megatron_lpr.data.preprocess.parts import PartRecord, ShuffleKeys, part_path, write_part
+from megatron_lpr.data.preprocess.work_folder import finished_part
 from megatron_lpr.data.text.documents import BadLine, Document, Reading, documents_of
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
-from megatron_lpr.data.text.special_tokens import SpecialTokens
+from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.text_files import Block
-from megatron_lpr.data.text.tokenize import Engine, load_tokenizer
+from megatron_lpr.data.text.tokenize import TokenIds, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.stopping import not_for_children
+from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
 
 # One call of the tokenizer: it takes up to 150 times the memory of the text.
 _BATCH_DOCUMENTS = 256
@@ -36,21 +38,17 @@ _SMALL_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class PartJob:
-    """What the parts of one corpus have in common.
+    """What the parts of one corpus have in common; `sha256` is of its text and of the way that is read."""
 
-    Attributes:
-        stop_at_bad_line: leave a part undone at its first bad line, as it will be refused anyway.
-    """
-
-    tokenizer: str
-    engine: Engine
-    special: SpecialTokens
-    reading: Reading
-    tagger: TaggerSettings | None
-    seed: int
-    corpus_sha256: str
+    source: SourceConfig
+    settings: PreprocessConfig
+    sha256: str
     folder: str
-    stop_at_bad_line: bool
+
+    @property
+    def stop_at_bad_line(self) -> bool:
+        """Leave a part undone at its first bad line, as it will be refused anyway."""
+        return self.settings.on_bad_line == "refuse"
 
     def path(self, number: int) -> str:
         """Path of a part, without suffix."""
@@ -118,13 +116,19 @@ class _Worker:
     """Makes parts in one process."""
 
     def __init__(self, job: PartJob, threads: int):
+        settings = job.settings
+        assert settings.tokenizer is not None
         self._job = job
-        self._tokenizer = load_tokenizer(job.tokenizer, threads=threads, engine=job.engine, special=job.special)
-        self._opening = 0 if self._tokenizer.bos_id is None else 1
+        self._reading = Reading.of(job.source, settings)
+        self._tokenizer = load_tokenizer(
+            settings.tokenizer, threads=threads, engine=settings.engine, special=special_tokens(settings)
+        )
+        self._opening = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
         self._dtype = token_dtype(self._tokenizer.vocab_size)
-        self._keys = ShuffleKeys(job.seed, job.corpus_sha256)
-        self._number = {language: number for number, language in enumerate(job.reading.languages)}
-        self._tagger = None if job.tagger is None else SentenceTagger(job.tagger, job.reading.languages)
+        self._keys = ShuffleKeys(settings.seed, job.sha256)
+        self._number = {language: number for number, language in enumerate(self._reading.languages)}
+        tagger = TaggerSettings.of(job.source)
+        self._tagger = None if tagger is None else SentenceTagger(tagger, self._reading.languages)
 
     def __call__(self, number: int, block: Block) -> PartRecord:
         tokens: list[np.ndarray] = []
@@ -147,14 +151,13 @@ class _Worker:
         bad_lines.sort(key=lambda bad: bad.line)
         if bad_lines and self._job.stop_at_bad_line:
             return PartRecord(documents=0, tokens=0, columns=(), sha256="", bad_lines=(bad_lines[0],))
-        mixed = bool(self._job.reading.languages)
-        tags = languages if mixed else None
-        return write_part(self._job.path(number), self._keys(places), tokens, tags, self._dtype, bad_lines)
+        of_tokens = languages if self._reading.languages else None
+        return write_part(self._job.path(number), self._keys(places), tokens, of_tokens, self._dtype, bad_lines)
 
     def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
         batch: list[Document] = []
         size = 0
-        for document in documents_of(block, self._job.reading):
+        for document in documents_of(block, self._reading):
             if isinstance(document, BadLine):
                 bad_lines.append(document)
                 if self._job.stop_at_bad_line:
@@ -168,7 +171,7 @@ class _Worker:
         if batch:
             yield batch
 
-    def _encode(self, batch: list[Document]) -> Iterator[tuple[Sequence[int], np.ndarray | str | None]]:
+    def _encode(self, batch: list[Document]) -> Iterator[tuple[TokenIds, np.ndarray | str | None]]:
         """Token ids of each document and their languages [n]: None without languages, a string for a code unknown."""
         texts = [document.text for document in batch]
         if self._tagger is None:
@@ -182,20 +185,20 @@ class _Worker:
             starts, languages, unknown = self._tagger.sentences(document.text)
             yield ids, unknown if unknown is not None else token_languages(ends, starts, languages)
 
-    def _document(self, ids: Sequence[int]) -> np.ndarray:
+    def _document(self, ids: TokenIds) -> np.ndarray:
         """The tokens of a text between those that open a document, where there is one, and end it."""
-        tokens = np.empty(self._opening + len(ids) + 1, self._dtype)
-        if self._opening:
-            tokens[0] = self._tokenizer.bos_id
-        tokens[self._opening : -1] = ids
+        opening = len(self._opening)
+        tokens: np.ndarray = np.empty(opening + len(ids) + 1, self._dtype)
+        tokens[:opening] = self._opening
+        tokens[opening:-1] = ids
         tokens[-1] = self._tokenizer.eod_id
         return tokens
 
     def _document_languages(self, tags: np.ndarray) -> np.ndarray:
         """The same of languages: those of the text's first and last tokens."""
-        return np.concatenate([tags[: self._opening], tags, tags[-1:]]).astype(np.uint16)
+        return np.concatenate([tags[: len(self._opening)], tags, tags[-1:]]).astype(np.uint16)
 
-    def _bad_line(self, block: Block, document: Document, ids: Sequence[int], tags: object) -> BadLine | None:
+    def _bad_line(self, block: Block, document: Document, ids: TokenIds, tags: object) -> BadLine | None:
         if len(ids) == 0:
             return BadLine(block.path, document.line, "text without tokens")
         if isinstance(tags, str):

@@ -1,15 +1,17 @@
 """What a training recipe reads, for people: the data plan as a tree, and the documents of one step."""
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import ROLES, Manifest
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts, Pick, ReplaySampler
-from megatron_lpr.data.sampler.subset import short_windows
+from megatron_lpr.data.sampler.subset import Subset, subsets
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.settings import DataConfig, Recipe, ReplayConfig, TrainConfig
 
+_FILLED = 0.8  # a larger share of labelled positions is worth no word
 _SHOWN_TOKENS = 40
 _SHOWN_CHARACTERS = 80
 
@@ -20,31 +22,66 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
     Raises:
         UserError: the recipe trains nothing, `steps` is below 1, or the data is at fault.
     """
-    sampler = _sampler(recipe)
-    steps = recipe.train.steps if steps is None else steps
+    train, data = _sections(recipe)
+    sampler = _sampler(train, data)
+    steps = train.steps if steps is None else steps
     if steps < 1:
         raise UserError(f"--steps: {steps}; at least 1")
-    samples = steps * recipe.train.global_batch_size
+    samples = steps * train.global_batch_size
     manifest, counts = sampler.manifest, sampler.count(0, samples)
     head = [
         f"{manifest.path}  digest {manifest.digest[:12]}, tokenizer {manifest.tokenizer.name}",
-        f"{steps:,} steps x {recipe.train.global_batch_size:,} samples x {sampler.seq_length:,} positions: "
-        f"{samples:,} samples, {counts.tokens:,} tokens; windows: {recipe.data.windows}, seed {sampler.seed}",
+        f"{steps:,} steps x {train.global_batch_size:,} samples x {sampler.seq_length:,} positions: "
+        f"{samples:,} samples, {counts.tokens:,} tokens; windows: {data.windows}, seed {sampler.seed}",
     ]
     warnings = (f"warning: {sentence}" for sentence in short_windows(manifest, sampler))
-    return "\n".join([*head, *_mixtures(recipe, sampler), *_table(_tree(sampler, samples, counts)), *warnings])
+    return "\n".join([*head, *_mixtures(train, sampler), *_table(_tree(sampler, samples, counts)), *warnings])
 
 
-def _sampler(recipe: Recipe) -> ReplaySampler:
+def unshuffled(manifest: Manifest, replay: ReplayConfig) -> list[str]:
+    """A warning for each corpus of which a subset is read and whose documents we did not shuffle."""
+    return [
+        f"corpus '{corpus.name}' was not written by megatron-lpr preprocess: its subset is a run of consecutive "
+        "documents, a random one only if the corpus is shuffled"
+        for corpus, part in zip(manifest.corpora, subsets(manifest, replay), strict=True)
+        if part != Subset() and corpus.source is None
+    ]
+
+
+def short_windows(manifest: Manifest, sampler: ReplaySampler) -> list[str]:
+    """A warning for each corpus that is read and fills its windows badly, because it, or its documents, are too short.
+
+    Where a sample is one document the share is an upper bound: documents longer than the window lose their rest.
+    """
+    sentences = []
+    for i, corpus in enumerate(manifest.corpora):
+        if not any(mixture.shares[i] for mixture in sampler.mixtures):
+            continue
+        windows, tokens = sampler.num_windows(i), sampler.num_tokens(i)
+        of_documents = sampler.windows == "document"
+        share = (tokens - (windows if of_documents else 1)) / (windows * sampler.seq_length)
+        if share < _FILLED:
+            what = f"{windows:,} documents" if of_documents else f"{windows:,} window{'s' if windows > 1 else ''}"
+            way_out = "choose data.windows: packed" if of_documents else "join it with another corpus"
+            percent = f"{'at most ' if of_documents else ''}{share:.1%}"
+            sentences.append(
+                f"corpus '{corpus.name}': {percent} of the positions of its samples have a label ({tokens:,} tokens in "
+                f"{what} of {sampler.seq_length:,} positions); {way_out}, or a smaller data.seq_length"
+            )
+    return sentences
+
+
+def _sections(recipe: Recipe) -> tuple[TrainConfig, DataConfig]:
     if recipe.data is None or recipe.train is None:
         raise UserError("inspect-data: the recipe describes no training run (it needs the sections data and train)")
-    for field in ("steps", "global_batch_size"):
-        if getattr(recipe.train, field) < 1:
-            raise UserError(f"train.{field}: {getattr(recipe.train, field)}; at least 1")
-    return ReplaySampler.of(Manifest.load(recipe.data.manifest), recipe.data, recipe.train.seed, document_ids=True)
+    return recipe.train, recipe.data
 
 
-def _mixtures(recipe: Recipe, sampler: ReplaySampler) -> Iterator[str]:
+def _sampler(train: TrainConfig, data: DataConfig) -> ReplaySampler:
+    return ReplaySampler.of(Manifest.load(data.manifest), data, train.seed, document_ids=True)
+
+
+def _mixtures(train: TrainConfig, sampler: ReplaySampler) -> Iterator[str]:
     yield "mixtures"
     for number, mixture in enumerate(sampler.mixtures):
         shares = ", ".join(
@@ -52,7 +89,7 @@ def _mixtures(recipe: Recipe, sampler: ReplaySampler) -> Iterator[str]:
             for corpus, share in zip(sampler.manifest.corpora, mixture.shares, strict=True)
             if share
         )
-        step = mixture.first_sample // recipe.train.global_batch_size + 1
+        step = mixture.first_sample // train.global_batch_size + 1
         branch = _branch(number, len(sampler.mixtures))
         yield f"{branch}from sample {mixture.first_sample:,} (step {step:,}): {shares}"
 
@@ -93,7 +130,7 @@ def _branch(number: int, of: int) -> str:
     return "└─ " if number + 1 == of else "├─ "
 
 
-def _percent(share: float) -> str:
+def _percent(share: float | Fraction) -> str:
     return f"{float(share):.4%}" if 0 < share < 0.001 or 0.999 < share < 1 else f"{float(share):.1%}"
 
 
@@ -103,10 +140,11 @@ def step_documents(recipe: Recipe, step: int) -> str:
     Raises:
         UserError: as `data_plan`, or no such step.
     """
-    sampler = _sampler(recipe)
-    if not 1 <= step <= recipe.train.steps:
-        raise UserError(f"--step: {step} of {recipe.train.steps:,} steps; choose 1 to {recipe.train.steps:,}")
-    samples = recipe.train.global_batch_size
+    train, data = _sections(recipe)
+    sampler = _sampler(train, data)
+    if not 1 <= step <= train.steps:
+        raise UserError(f"--step: {step} of {train.steps:,} steps; choose 1 to {train.steps:,}")
+    samples = train.global_batch_size
     first = (step - 1) * samples
     tokenizer, note = _tokenizer(recipe, sampler.manifest)
     lines = [f"step {step:,}: samples {first:,} to {first + samples - 1:,}{note}"]

@@ -34,26 +34,17 @@ class Mixture:
 def mixtures(
     manifest: Manifest, mixture: Mapping[str, float], schedule: Sequence[MixturePiece] = ()
 ) -> tuple[Mixture, ...]:
-    """`mixture` from sample 0 on, and those of `schedule` from theirs.
+    """`mixture` from sample 0 on, and those of `schedule` from theirs; both as `check_section` lets them pass.
 
     Raises:
-        UserError: pieces out of order, an unknown role or corpus, a share or weight that is no number >= 0 or too
-            small, or a role with a share and no corpora.
+        UserError: an unknown corpus, a share or weight that is too small, or a role with a share and no corpora.
     """
     first = MixturePiece(from_sample=0)
     if schedule and schedule[0].from_sample == 0:
         first, *schedule = schedule
-        if first.mixture is not None:
-            raise UserError("data.schedule[0]: the mixture from sample 0 on is data.mixture; set it there")
-    pieces = [first]
-    for number, piece in enumerate(schedule):
-        if piece.from_sample <= pieces[-1].from_sample:
-            raise UserError(
-                f"data.schedule[{number}].from_sample: {piece.from_sample} does not come after "
-                f"{pieces[-1].from_sample}; list the mixtures in the order in which they take over"
-            )
-        pieces.append(piece)
-    return tuple(_mixture(manifest, mixture if piece.mixture is None else piece.mixture, piece) for piece in pieces)
+    return tuple(
+        _mixture(manifest, mixture if piece.mixture is None else piece.mixture, piece) for piece in (first, *schedule)
+    )
 
 
 def _mixture(manifest: Manifest, mixture: Mapping[str, float], piece: MixturePiece) -> Mixture:
@@ -81,18 +72,10 @@ def role_shares(manifest: Manifest, mixture: Mapping[str, float], used: set[str]
         used: roles that have a corpus with a weight.
 
     Raises:
-        UserError: an unknown role, a share that is no number >= 0 or too small, or a role without corpora.
+        UserError: a share that is too small, or a role without corpora.
     """
-    asked = dict.fromkeys(ROLES, Fraction(0))
-    for role, share in mixture.items():
-        if role not in ROLES:
-            raise UserError(f"the mixture has the unknown role '{role}'{nearest(role, ROLES)}")
-        if not (math.isfinite(share) and share >= 0):
-            raise UserError(f"the mixture's share of {role} data must be a number >= 0, not {share}")
-        asked[role] = _exact(share)
+    asked = dict.fromkeys(ROLES, Fraction(0)) | {role: _exact(share) for role, share in mixture.items()}
     total = sum(asked.values())
-    if total == 0:
-        raise UserError("the mixture asks for no data: give at least one role a share above 0")
     for role in ROLES:
         if asked[role] > 0 and role not in used:
             review = "review without original-language data: " if role == "original" else ""
@@ -101,8 +84,8 @@ def role_shares(manifest: Manifest, mixture: Mapping[str, float], used: set[str]
                 f"weight); add a corpus with role: {role}, or set its share to 0"
             )
     expanded = (asked["expanded"] / total).limit_denominator(_MAX_DENOMINATOR)
-    for role, share in (("expanded", expanded), ("original", 1 - expanded)):
-        if share == 0 and asked[role] > 0:
+    for role, exact in (("expanded", expanded), ("original", 1 - expanded)):
+        if exact == 0 and asked[role] > 0:
             raise UserError(f"the mixture's share of {role} data is too small: {mixture[role]}")
     return {"expanded": expanded, "original": 1 - expanded}
 
@@ -114,20 +97,18 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
         overrides: weights of corpora by name, instead of the manifest's; 0 leaves a corpus out.
 
     Raises:
-        UserError: an unknown corpus, a weight that is no number >= 0, or one below 2^-60 of its role.
+        UserError: an unknown corpus, or a weight below 2^-60 of its role.
     """
     names = [corpus.name for corpus in manifest.corpora]
-    for name, weight in overrides.items():
+    for name in overrides:
         if name not in names:
             raise UserError(f"data.schedule: no corpus '{name}' in {manifest.path}{nearest(name, names)}")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"data.schedule: the weight of corpus '{name}' must be a number >= 0, not {weight}")
     weights = [0] * len(names)
     for role in ROLES:
         members = [index for index, corpus in enumerate(manifest.corpora) if corpus.role == role]
         exact = [_exact(overrides.get(names[index], manifest.corpora[index].weight)) for index in members]
-        for index, weight, integer in zip(members, exact, _coprime_integers(exact), strict=True):
-            if weight and not integer:
+        for index, asked, integer in zip(members, exact, _coprime_integers(exact), strict=True):
+            if asked and not integer:
                 raise UserError(
                     f"{manifest.path}: the weight of corpus '{names[index]}' is below 1 in 2^60 of its role; give it "
                     "more, or take the corpus out"

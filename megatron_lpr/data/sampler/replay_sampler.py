@@ -19,8 +19,8 @@ from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.data_state import DataState
 from megatron_lpr.data.sampler.mixture import mixtures
 from megatron_lpr.data.sampler.subset import Subset, subsets
-from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig
+from megatron_lpr.recipe.sections import check_section, check_setting
+from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ class ReplaySampler:
         document_ids: whether batches number their documents.
 
     Raises:
-        UserError: an unknown role, corpus or language, a share or weight that is no number >= 0 or too small, a role
-            without corpora, or a corpus that cannot be read.
+        UserError: a setting outside its range, an unknown corpus or language, a share or weight that is too small, a
+            role without corpora, or a corpus that cannot be read.
     """
 
     def __init__(
@@ -112,16 +112,21 @@ class ReplaySampler:
         replay: ReplayConfig | None = None,
         document_ids: bool = False,
     ):
-        if not 0 < seq_length <= 1 << 31:
-            raise UserError(f"seq_length must be in [1, 2^31], not {seq_length}")
-        if not 0 <= seed < 1 << 63:
-            raise UserError(f"the data seed must be in [0, 2^63), not {seed}")
+        data = DataConfig(
+            manifest=manifest.path,
+            seq_length=seq_length,
+            mixture=dict(mixture),
+            schedule=tuple(schedule),
+            replay=replay or ReplayConfig(),
+        )
+        check_section(data, "data")
+        check_setting(TrainConfig, "seed", seed, "train.seed")
         self.manifest = manifest
         self.seq_length = seq_length
         self.seed = seed
         self.document_ids = document_ids
-        self.mixtures = mixtures(manifest, mixture, schedule)
-        subset = subsets(manifest, replay or ReplayConfig())
+        self.mixtures = mixtures(manifest, data.mixture, data.schedule)
+        subset = subsets(manifest, data.replay)
         self.windows = windows
         self._subset = subset
         self._sampler = Sampler(

@@ -2,16 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_lpr.data.corpus.manifest import ROLES, Corpus, Manifest
 from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.recipe.settings import ReplayConfig
-
-if TYPE_CHECKING:
-    from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
-
-_FILLED = 0.8  # a larger share of labelled positions is worth no word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +20,14 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
     """The subset of every corpus. Documents of a language are shared out over its corpora by their numbers.
 
     Raises:
-        UserError: an unknown language, a number below 1, a share outside (0, 1], or both for one language.
+        UserError: an unknown language, or both for one language.
     """
     languages = {corpus.language: corpus.role for corpus in manifest.corpora}
     for field, limits in (("documents", replay.documents), ("tokens", replay.tokens)):
-        for key, value in limits.items():
+        for key in limits:
             known = (*ROLES, *languages)
             if key not in known:
                 raise UserError(f"data.replay.{field}: no role or language '{key}'{nearest(key, known)}")
-            if field == "documents" and value < 1:
-                raise UserError(f"data.replay.documents.{key}: {value}; at least 1, or leave it out to read all")
-            if field == "tokens" and not 0 < value <= 1:
-                raise UserError(f"data.replay.tokens.{key}: {value} is no share of the tokens in (0, 1]")
     parts: dict[str, Subset] = {}
     for language, role in languages.items():
         corpora = [corpus for corpus in manifest.corpora if corpus.language == language]
@@ -50,39 +40,6 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
         if share is not None:
             parts |= {c.name: Subset(tokens=max(2, round(c.tokens * share))) for c in corpora}
     return tuple(parts.get(corpus.name, Subset()) for corpus in manifest.corpora)
-
-
-def unshuffled(manifest: Manifest, replay: ReplayConfig) -> list[str]:
-    """A warning for each corpus of which a subset is read and whose documents we did not shuffle."""
-    return [
-        f"corpus '{corpus.name}' was not written by megatron-lpr preprocess: its subset is a run of consecutive "
-        "documents, a random one only if the corpus is shuffled"
-        for corpus, part in zip(manifest.corpora, subsets(manifest, replay), strict=True)
-        if part != Subset() and corpus.source is None
-    ]
-
-
-def short_windows(manifest: Manifest, sampler: "ReplaySampler") -> list[str]:
-    """A warning for each corpus that is read and fills its windows badly, because it, or its documents, are too short.
-
-    Where a sample is one document the share is an upper bound: documents longer than the window lose their rest.
-    """
-    sentences = []
-    for i, corpus in enumerate(manifest.corpora):
-        if not any(mixture.shares[i] for mixture in sampler.mixtures):
-            continue
-        windows, tokens = sampler.num_windows(i), sampler.num_tokens(i)
-        of_documents = sampler.windows == "document"
-        share = (tokens - (windows if of_documents else 1)) / (windows * sampler.seq_length)
-        if share < _FILLED:
-            what = f"{windows:,} documents" if of_documents else f"{windows:,} window{'s' if windows > 1 else ''}"
-            way_out = "choose data.windows: packed" if of_documents else "join it with another corpus"
-            percent = f"{'at most ' if of_documents else ''}{share:.1%}"
-            sentences.append(
-                f"corpus '{corpus.name}': {percent} of the positions of its samples have a label ({tokens:,} tokens in "
-                f"{what} of {sampler.seq_length:,} positions); {way_out}, or a smaller data.seq_length"
-            )
-    return sentences
 
 
 def _documents(corpora: Sequence[Corpus], wanted: int) -> list[Subset]:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from megatron_lpr.data.text.text_files import Block, Format, SampleBy, expand, parquet_file, read_blocks
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
 
 OnBadLine = Literal["refuse", "skip"]
 _ROWS = 4096
@@ -45,6 +46,18 @@ class Reading:
     languages: tuple[str, ...] = ()
     sample_by: SampleBy = "document"
     max_document_bytes: int = 0
+
+    @classmethod
+    def of(cls, source: SourceConfig, settings: PreprocessConfig) -> "Reading":
+        """That of a corpus which is preprocessed."""
+        return cls(
+            format=source.format,
+            text_field=source.text_field,
+            language_field=source.language_field,
+            languages=tuple(source.languages),
+            sample_by=source.sample_by,
+            max_document_bytes=settings.max_document_bytes,
+        )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.settings import SourceConfig
 
 Splitter = Literal["nltk", "none"]
 
@@ -29,6 +30,13 @@ class TaggerSettings:
     tagger: str
     splitter: Splitter = "nltk"
     sentence_model: str = "english"
+
+    @classmethod
+    def of(cls, source: SourceConfig) -> "TaggerSettings | None":
+        """Those of a corpus; None where it has no tagger."""
+        if source.tagger is None:
+            return None
+        return cls(tagger=source.tagger, splitter=source.sentence_splitter, sentence_model=source.sentence_model)
 
 
 class SentenceTagger:

@@ -1,37 +1,34 @@
 """What can be wrong with the sources of corpora, found before anything is written."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.data.corpus.language_runs import MAX_LANGUAGES
+from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES
 from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
 from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import EvaluationCorpus, PreprocessConfig, SourceConfig
 
 
-def check_sources(corpora: Sequence[SourceConfig], seed: int) -> None:
-    """Checks names, weights, and settings that contradict each other or have no effect.
+def check_sources(settings: PreprocessConfig) -> None:
+    """Checks names, ranges, and settings that contradict each other or have no effect.
 
     Raises:
         UserError: naming the corpus.
     """
-    if not corpora:
+    if not settings.corpora:
         raise UserError("no corpora to preprocess: name at least one")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"the shuffle's seed must be in [0, 2^63), not {seed}")
+    check_section(settings, "preprocess")
     names = set()
-    for source in corpora:
+    for source in settings.corpora:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", source.name):
             raise UserError(f"corpus name '{source.name}' is no file name: use letters, digits and . _ -")
         if source.name in names:
             raise UserError(f"two corpora are called '{source.name}'; give each its own name")
         names.add(source.name)
-        if not (math.isfinite(source.weight) and source.weight > 0):
-            raise UserError(f"corpus '{source.name}': weight must be a positive number, not {source.weight}")
         for problem in _contradictions(source):
             raise UserError(f"corpus '{source.name}' {problem}")
 
@@ -90,7 +87,7 @@ def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
 
 def check_plug_ins(source: SourceConfig) -> None:
     """Finds a missing plug-in, library or column before hours of work do. UserError names it."""
-    tagger = tagger_settings(source)
+    tagger = TaggerSettings.of(source)
     if tagger is not None:
         SentenceTagger(tagger, tuple(source.languages))
     for path in source.files:
@@ -109,10 +106,3 @@ def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, o
     if max_document_bytes != PreprocessConfig.max_document_bytes:
         settings["max_document_bytes"] = max_document_bytes
     return settings | ({"languages": list(source.languages)} if source.languages else {})
-
-
-def tagger_settings(source: SourceConfig) -> TaggerSettings | None:
-    """The settings of the tagger, where a corpus has one."""
-    if source.tagger is None:
-        return None
-    return TaggerSettings(tagger=source.tagger, splitter=source.sentence_splitter, sentence_model=source.sentence_model)

@@ -144,6 +144,19 @@ def test_changed_settings(recipe):
     assert changed_settings(new, old) == ["train.steps: 3 -> 9", "optimizer.lr: 5e-05 -> 1.0"]
 
 
+def test_a_setting_that_an_older_run_did_not_have_was_what_is_the_default_now(recipe):
+    old = state_of(recipe)
+    del old.recipe["data"]["read_ahead"], old.recipe["logging"]
+    assert changed_settings(recipe, old) == []
+    assert changed_settings(changed(recipe, data__read_ahead=0), old) == ["data.read_ahead: 2 -> 0"]
+
+
+def test_settings_that_are_gone_do_not_hide_what_has_changed(recipe):
+    old = state_of(recipe)
+    old.recipe["train"]["no_longer_there"] = 1
+    assert changed_settings(changed(recipe, train__steps=9), old) == ["train.steps: 3 -> 9"]
+
+
 def test_a_base_model_is_known_wherever_it_lies(recipe, base, toy_base, tmp_path):
     moved = shutil.copytree(toy_base, tmp_path / "moved")
     assert base_identity(moved, read_architecture(moved)) == base

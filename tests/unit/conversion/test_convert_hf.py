@@ -14,6 +14,7 @@ from toy_run import write_run
 from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.conversion.load import import_hf
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files import output_place
 from megatron_lpr.platform import distributed
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -104,7 +105,7 @@ def test_an_export_that_is_not_the_bases_is_refused(convert_hf, toy_base, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "run"]
 
 
-@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"], ["--processes", "two"]])
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--max-shard-size", "big"]])
 def test_impossible_options(convert_hf, toy_base, tmp_path, capsys, option):
     write_run(toy_base, tmp_path / "run")
     assert convert_hf(["megatron-to-hf", str(tmp_path / "run"), str(tmp_path / "out"), *option]) == 2
@@ -131,7 +132,7 @@ def test_help_of_the_tool(convert_hf, capsys):
 def test_a_float16_base_becomes_float32(convert_hf, tmp_path, monkeypatch, capsys):
     base = write_toy_model(tmp_path / "base", dtype="float16")
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     for options in ([], ["--dtype", "bfloat16"]):
         assert convert_hf(["hf-to-megatron", str(base), str(tmp_path / "out"), *options]) == 0
     assert [recipe.model.dtype for recipe in recipes] == ["float32", "bfloat16"]
@@ -150,9 +151,9 @@ def test_a_float16_base_is_exported_byte_for_byte(convert_hf, tmp_path, capsys):
 
 
 def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    upcycle_hf(toy_base, tmp_path / "moe", num_experts=4, topk=3)
+    upcycle_hf(toy_base, tmp_path / "moe", Expansion(num_experts=4, topk=3))
     recipes = []
-    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, dry_run: recipes.append(recipe))
+    monkeypatch.setattr(import_hf, "import_hf", lambda recipe, **options: recipes.append(recipe))
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out")]) == 0
     assert convert_hf(["hf-to-megatron", str(tmp_path / "moe"), str(tmp_path / "out"), "--topk", "2"]) == 0
     assert [recipe.model.topk for recipe in recipes] == [3, 2]  # import_hf refuses the second
@@ -163,7 +164,7 @@ def test_experts_of_the_base_keep_their_top_k(convert_hf, toy_base, tmp_path, mo
 
 
 def test_dry_runs_check_and_write_nothing(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     write_run(toy_base, tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     base, run, out = str(toy_base), str(tmp_path / "run"), str(tmp_path / "out")
@@ -186,7 +187,7 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
     base = write_toy_model(tmp_path / "base")
     write_run(base, tmp_path / "run")
     (tmp_path / "file").touch()
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     before = sorted(tmp_path.rglob("*"))
     for command in (["hf-to-hf", str(base)], ["hf-to-megatron", str(base)]):
         assert convert_hf([*command, str(tmp_path / out), "--num-experts", "3"]) == 2
@@ -197,7 +198,7 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
 
 
 def test_import_without_space(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "megatron", None)
+    monkeypatch.setattr(distributed, "join", None)
     monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     for door in ("hf-to-megatron", "hf-to-hf"):
         assert convert_hf([door, str(toy_base), str(tmp_path / "out"), "--num-experts", "3"]) == 2

@@ -1,11 +1,9 @@
 """From a checkpoint to a folder: what is in it, what is refused, and that nothing half-written is left."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,10 @@ from toy_run import toy_parameters, write_run
 from megatron_lpr.conversion.export import export
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
 from megatron_lpr.conversion.export.sources import CheckpointSource
+from megatron_lpr.conversion.record import made_of, read_record
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter
 from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -44,9 +44,12 @@ def test_a_checkpoint_exports_as_the_parameters_in_memory_do(run, toy_base, tmp_
     out = export_checkpoint(run, tmp_path / "a", base_dir=toy_base, on_verified=reports.append)
     parameters = toy_parameters(toy_base)
     other = export_model(
-        parameters.items(), read_architecture(toy_base), base_dir=toy_base, out_dir=tmp_path / "b", num_experts=3,
-        num_frozen=1,
-    )  # fmt: skip
+        parameters.items(),
+        read_architecture(toy_base),
+        Expansion(num_experts=3, num_frozen=1),
+        base_dir=toy_base,
+        out_dir=tmp_path / "b",
+    )
     assert same(load_file(out / "model.safetensors"), load_file(other / "model.safetensors"))
     assert reports[0].ok and "12 of 12 tensors differ" in str(reports[0])
 
@@ -59,9 +62,9 @@ def test_dense_checkpoint(toy_base, tmp_path):
     assert same(tensors(out), tensors(toy_base))
 
 
-def test_several_processes_and_shards_give_the_same_tensors(run, toy_base, tmp_path):
+def test_several_shards_hold_the_same_tensors(run, toy_base, tmp_path):
     one = export_checkpoint(run, tmp_path / "one", base_dir=toy_base, settings=ExportConfig(dtype="bfloat16"))
-    settings = ExportConfig(dtype="bfloat16", processes=2, max_shard_size="30KB")
+    settings = ExportConfig(dtype="bfloat16", max_shard_size="30KB")
     many = export_checkpoint(run, tmp_path / "many", base_dir=toy_base, settings=settings)
     assert same(tensors(one), tensors(many))
     shards = list(many.glob("*.safetensors"))
@@ -70,14 +73,24 @@ def test_several_processes_and_shards_give_the_same_tensors(run, toy_base, tmp_p
     assert (one / "config.json").read_bytes() == (many / "config.json").read_bytes()
 
 
-def test_what_a_process_runs_into_reaches_the_user(run, toy_base, tmp_path):
+def test_a_truncated_checkpoint_leaves_no_folder(run, toy_base, tmp_path):
     folder = tmp_path / "c"
     write_run(toy_base, folder)
     for file in (folder / "checkpoints/step_00000004").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:30000])
     with pytest.raises(UserError, match="distcp is truncated"):
-        export_checkpoint(folder, tmp_path / "out", base_dir=toy_base, settings=ExportConfig(processes=2))
+        export_checkpoint(folder, tmp_path / "out", base_dir=toy_base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c"]
+
+
+def test_a_checkpoint_of_an_older_version_is_read(toy_base, tmp_path):
+    """Its run.json has a setting that is no more."""
+    folder = write_run(toy_base, tmp_path / "run")
+    state = json.loads((folder / "run.json").read_text())
+    state["recipe"]["export"]["processes"] = 1
+    (folder / "run.json").write_text(json.dumps(state))
+    out = export_checkpoint(folder, tmp_path / "out", base_dir=toy_base, on_verified=print)
+    assert read_record(out).made == made_of(folder)
 
 
 def without(name):
@@ -192,8 +205,9 @@ def test_a_disk_that_fills_up_with_the_last_file(run, toy_base, tmp_path, monkey
 
 KILLED = """
 import sys, time
-from megatron_lpr.conversion.export import export, sources
+from megatron_lpr.conversion.export import export
 from megatron_lpr.conversion.export.sources import CheckpointSource
+from megatron_lpr.conversion.record import made_of, read_record
 stream = CheckpointSource.stream
 def slow(self, units):
     for item in stream(self, units):
@@ -224,33 +238,10 @@ def test_a_killed_export_leaves_what_the_next_one_replaces(run, toy_base, tmp_pa
         export_checkpoint(run, out, base_dir=toy_base)
 
 
-def test_a_worker_that_is_killed(run, toy_base, tmp_path, monkeypatch):
-    """As by the kernel when memory runs out."""
-    from megatron_lpr.conversion.export import parallel_write
-
-    receive = parallel_write._receive
-
-    def kill(receiver, worker, writer, progress):
-        os.kill(worker.pid, signal.SIGKILL)
-        time.sleep(0.2)
-        return receive(receiver, worker, writer, progress) and receive(receiver, worker, writer, progress)
-
-    monkeypatch.setattr(parallel_write, "_receive", kill)
-    with pytest.raises(UserError, match=r"died \(exit code -9\)"):
-        export_checkpoint(run, tmp_path / "out", base_dir=toy_base, settings=ExportConfig(processes=2))
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("size", ["many", "0", "-1GB", "nanMB", "infGB"])
 def test_impossible_sizes(run, toy_base, tmp_path, size):
     with pytest.raises(UserError, match="is no size"):
         export_checkpoint(run, tmp_path / "out", base_dir=toy_base, settings=ExportConfig(max_shard_size=size))
-
-
-def test_impossible_number_of_processes(run, toy_base, tmp_path):
-    with pytest.raises(UserError, match="0 processes"):
-        export_checkpoint(run, tmp_path / "out", base_dir=toy_base, settings=ExportConfig(processes=0))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_base_of_another_shape(run, tmp_path):

@@ -12,6 +12,7 @@ from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.conversion.record import Made, made_of, read_record
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_recipe, write_toy_model
 
@@ -58,7 +59,7 @@ def damage_frozen(export):
 
 def test_the_record_of_an_export(made_here):
     record = read_record(made_here / "out")
-    assert record.made == Made(num_experts=3, num_frozen_experts=1, topk=2, trainable="routers")
+    assert record.made == Made(expansion=Expansion(num_experts=3), trainable="routers")
     assert record.made == made_of(made_here / "run/checkpoints/step_00000004")
     assert (record.step, record.dtype, record.instruct) == (4, "float32", None)
     assert {"config.json", "tokenizer.json"} <= record.base.keys() and len(record.frozen_sha256) == 64
@@ -161,8 +162,8 @@ def test_routers_trained_after_everything_was(made_here, tmp_path):
 
 
 def test_other_numbers_are_asked_for(made_here, tmp_path):
-    out = upcycle_hf(made_here / "base", tmp_path / "out", num_experts=4, num_frozen=2)
-    assert read_record(out).made == Made(num_experts=4, num_frozen_experts=2, topk=2)
+    out = upcycle_hf(made_here / "base", tmp_path / "out", Expansion(num_experts=4, num_frozen=2))
+    assert read_record(out).made == Made(expansion=Expansion(num_experts=4, num_frozen=2))
     assert verify_export(out, made_here / "base").ok
     assert verify_export(out, made_here / "base", num_frozen=2).ok
     assert "2 experts are frozen in the export's" in str(verify_export(out, made_here / "base", num_frozen=1))

@@ -7,9 +7,10 @@ import pytest
 
 from megatron_lpr.conversion.export import export
 from megatron_lpr.conversion.export.export import upcycle_hf
-from megatron_lpr.conversion.verify.stock_class import stock_shapes
+from megatron_lpr.conversion.verify.folder import stock_shapes
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import FAMILIES, read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.testing.toy_models import write_toy_model
 
 SIZES = {
@@ -155,7 +156,7 @@ def test_what_an_export_carries_over_is_checked_before_the_work(tmp_path, name, 
     for value in CARRIED[name]:
         (base / "config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(UserError, match=f"base/config.json' has {name} = .*: it must be "):
-            upcycle_hf(base, tmp_path / "out", num_experts=3)
+            upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
 
 
 def test_whatever_transformers_makes_of_a_config_is_a_sentence(tmp_path):
@@ -168,7 +169,7 @@ def test_whatever_transformers_makes_of_a_config_is_a_sentence(tmp_path):
 def test_more_experts_than_there_can_be(tmp_path):
     base = write_toy_model(tmp_path / "base")
     with pytest.raises(UserError, match="1000000000 experts in 2 layers: a model can have 1000000 in all"):
-        upcycle_hf(base, tmp_path / "out", num_experts=10**9)
+        upcycle_hf(base, tmp_path / "out", Expansion(num_experts=10**9))
 
 
 def test_a_config_that_is_no_json(tmp_path):

@@ -9,8 +9,8 @@ import textwrap
 import numpy as np
 import pytest
 
-from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns, LanguageRunsWriter
+from megatron_lpr._replay_sampler import LanguageRuns
+from megatron_lpr.data.corpus.indexed import IndexedCorpus, LanguageRunsWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.preprocess.existing import existing_corpus
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
@@ -146,7 +146,7 @@ sys.path.insert(0, sys.argv[4])
 from dataclasses import replace
 from megatron_lpr.data.preprocess.existing import existing_corpus
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.errors import UserError
 from test_damaged_corpora import sampler_of, LANGUAGES
 from megatron_lpr.data.corpus.manifest import Corpus

@@ -9,12 +9,12 @@ import signal
 import time
 
 import pytest
+from preprocessing import preprocess
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess import preprocess as module
-from megatron_lpr.data.preprocess.pending_entries import PendingEntries
-from megatron_lpr.data.preprocess.preprocess import preprocess
+from megatron_lpr.data.preprocess.entries import PendingEntries
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.settings import SourceConfig
@@ -52,7 +52,7 @@ def at_once(*jobs) -> list[str]:
 
 @pytest.fixture
 def options(hf_tokenizer, tmp_path) -> dict:
-    return {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / "out")}
+    return {"tokenizer": hf_tokenizer, "output": str(tmp_path / "out")}
 
 
 def test_different_corpora_at_once_all_get_their_entries(write_text, options, tmp_path):
@@ -86,7 +86,7 @@ def test_who_is_killed_with_locks_leaves_none(write_text, options, tmp_path):
     held = FORK.Event()
 
     def hold():
-        with FolderLocks(options["output_dir"]) as locks, locks.manifest():
+        with FolderLocks(options["output"]) as locks, locks.manifest():
             locks.take("hu")
             held.set()
             time.sleep(600)
@@ -94,7 +94,7 @@ def test_who_is_killed_with_locks_leaves_none(write_text, options, tmp_path):
     holder = FORK.Process(target=hold)
     holder.start()
     held.wait(60)
-    with FolderLocks(options["output_dir"]) as locks, pytest.raises(UserError, match="another process is making .*/hu"):
+    with FolderLocks(options["output"]) as locks, pytest.raises(UserError, match="another process is making .*/hu"):
         locks.take("hu")
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -114,7 +114,7 @@ def test_the_manifest_changes_meanwhile(write_text, options, sp_tokenizer, tmp_p
 
     def slowly(*arguments, **settings):
         monkeypatch.setattr(module, "make_corpus", make_corpus)
-        theirs = options | ({"tokenizer_dir": sp_tokenizer} if "tokenizer" in change else {})
+        theirs = options | ({"tokenizer": sp_tokenizer} if "tokenizer" in change else {})
         other = source(path, "b", language="hu", role=change.get("role", "expanded"))
         assert at_once(([other], theirs)) == [""]
         return make_corpus(*arguments, **settings)

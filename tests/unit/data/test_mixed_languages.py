@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preprocessing import preprocess
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess import make_corpus
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import SourceConfig
@@ -31,8 +31,8 @@ def run(hf_tokenizer, tmp_path):
         source = corpus | {"languages": LANGUAGES} | source
         return preprocess(
             [SourceConfig(**source)],
-            tokenizer_dir=hf_tokenizer,
-            output_dir=str(tmp_path / output),
+            tokenizer=hf_tokenizer,
+            output=str(tmp_path / output),
             **options or {},
         )
 
@@ -94,7 +94,7 @@ def test_from_a_tagger(request, write_text, tagger_module, tmp_path, kind):
         name="web", files=(write_text("a.jsonl", texts),), language="hu", role="expanded", languages=LANGUAGES,
         tagger="corpus_tagger:tag", sentence_splitter="none",
     )  # fmt: skip
-    manifest = preprocess([source], tokenizer_dir=tokenizer_dir, output_dir=str(tmp_path / "out"))
+    manifest = preprocess([source], tokenizer=tokenizer_dir, output=str(tmp_path / "out"))
     tokenizer, corpus = load_tokenizer(tokenizer_dir), IndexedCorpus(manifest.corpora[0].prefix)
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     foxes = {(*opening, *ids, tokenizer.eod_id) for ids in tokenizer.encode_batch([texts[0], texts[3]])}

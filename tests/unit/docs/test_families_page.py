@@ -11,6 +11,7 @@ from transformers import SeedOssConfig, SeedOssForCausalLM
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.families import FAMILIES
+from megatron_lpr.families.expansion import Expansion
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/families.md"
 
@@ -30,7 +31,7 @@ def test_the_family_of_the_page(seed_oss, tmp_path):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 1.0)
     model.save_pretrained(base)
-    upcycle_hf(base, out, num_experts=3, router_std=1.0)
+    upcycle_hf(base, out, Expansion(num_experts=3, router_std=1.0))
     assert type(load_strictly(out)).__name__ == "Qwen2MoeForCausalLM"
     torch.testing.assert_close(stock_logits(out), model.eval()(tokens_BS()).logits.detach(), rtol=0, atol=1e-5)
     assert verify_export(out, base).ok

@@ -23,7 +23,7 @@ def test_a_checkpoint_brings_its_recipe(toy_base, tmp_path):
 
 
 def test_a_hugging_face_folder_needs_a_recipe(toy_base, tmp_path):
-    with pytest.raises(UserError, match="does not say on which text; give a recipe with evaluation.corpora too"):
+    with pytest.raises(UserError, match="is a Hugging Face model: name the recipe of the held-out text"):
         plan_evaluation(toy_base)
     recipe = plan_evaluation(write_run(toy_base, tmp_path / "run")).recipe
     evaluation = plan_evaluation(toy_base, recipe)

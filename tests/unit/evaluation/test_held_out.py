@@ -156,7 +156,6 @@ def recipe(tmp_path):
             "model": {"base": str(base)},
             "evaluation": {"window": 16, "corpora": [entry]} | evaluation,
         }
-        from_tree(Recipe, tree, where="test")
         path = tmp_path / "r.json"
         path.write_text(json.dumps(tree))
         return str(path)

@@ -8,7 +8,9 @@ from tiny_models import rewrite
 
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.families.remarks import base_remarks, remarks
+from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_toy_model
 
 
@@ -19,7 +21,7 @@ def told(base, dtype, num_experts=3):
 @pytest.mark.parametrize("dtype, width, runs", [("float32", 44, True), ("float32", 42, False), ("bfloat16", 44, False)])
 def test_rows_that_transformers_default_kernel_refuses(tmp_path, capsys, dtype, width, runs):
     base = write_toy_model(tmp_path / "base", dtype=dtype, intermediate_size=width)
-    out = upcycle_hf(base, tmp_path / "out", num_experts=3)
+    out = upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
     warned = capsys.readouterr().err
     assert ("" if runs else f"warning: the expert width {width} makes rows of ") in warned
     assert runs == (warned == "")
@@ -41,7 +43,7 @@ def test_a_base_without_tokenizer(tmp_path, capsys):
     (base / "tokenizer.json").unlink()
     (sentence,) = base_remarks(read_architecture(base), base, dtype="float32")
     assert f"'{base}' holds no tokenizer (tokenizer.json" in sentence
-    upcycle_hf(base, tmp_path / "out", num_experts=3, dry_run=True)
+    upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3), dry_run=True)
     assert capsys.readouterr().err == f"warning: {sentence}\n"
 
 
@@ -59,7 +61,13 @@ def test_a_base_without_tokenizer(tmp_path, capsys):
 def test_a_dtype_that_rounds_is_told_and_one_that_does_not_is_exact(tmp_path, capsys, base, dtype, exact):
     name = "model.embed_tokens.weight"
     folder = rewrite(write_toy_model(tmp_path / "base", dtype=base), lambda tensors: tensors[name][0].fill_(1e-9))
-    out = upcycle_hf(folder, tmp_path / "out", num_experts=3, dtype=dtype, on_verified=lambda report: None)
+    out = upcycle_hf(
+        folder,
+        tmp_path / "out",
+        Expansion(num_experts=3),
+        settings=ExportConfig(dtype=dtype),
+        on_verified=lambda report: None,
+    )
     assert (capsys.readouterr().err == "") == exact
     before, after = (load_file(path / "model.safetensors")[name] for path in (folder, out))
     assert torch.equal(before.double(), after.double()) == exact

@@ -11,7 +11,7 @@ from harness import make_batch, make_plan, make_recipe
     [(128, 1, 128), (129, 1, 256), (257, 2, 512), (128256, 1, 128256), (128256, 2, 128256), (128256, 4, 128512)],
 )
 def test_padded_size(vocab_size, tensor_parallel, expected):
-    from megatron_lpr.model.vocabulary import padded_vocab_size
+    from megatron_lpr.model.parameters import padded_vocab_size
 
     assert padded_vocab_size(vocab_size, tensor_parallel) == expected
 

@@ -27,7 +27,7 @@ def test_cuda_means_the_cpu(megatron):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are for machines without CUDA")
 def test_type_names_are_cudas_only_where_megatron_asks(megatron):
-    from megatron_lpr.platform.cpu_shims import cuda_type_names
+    from megatron_lpr.platform.shims import cuda_type_names
 
     assert torch.zeros(1).type() == "torch.FloatTensor"
     with cuda_type_names():

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
-from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.checks import check_preprocessing, check_recipe, use_transformer_engine
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -58,6 +58,42 @@ def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
         check_recipe(recipe(**resetting), arch, 1)
 
 
+def test_transformer_engine_that_is_not_there(arch, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not use_transformer_engine("auto")
+    with pytest.raises(UserError, match="model.spec: te needs Transformer Engine"):
+        check_recipe(recipe(model={"spec": "te"}), arch, 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert [use_transformer_engine(spec) for spec in ("auto", "te", "local")] == [True, True, False]
+
+
+def test_settings_that_were_not_read_are_checked_too(arch):
+    checked = recipe()
+    checked = dataclasses.replace(checked, optimizer=dataclasses.replace(checked.optimizer, beta1=1.5))
+    with pytest.raises(UserError, match=r"^optimizer.beta1: 1.5; at least 0, below 1$"):
+        check_recipe(checked, arch, 1)
+
+
+@pytest.mark.parametrize(
+    "settings, base, expected",
+    [
+        ({"corpora": []}, "b", "preprocess.corpora: empty; name at least one"),
+        ({"output": None}, "b", "preprocess.output: missing"),
+        ({"tokenizer": None}, "", "preprocess.tokenizer: missing"),
+        ({"tokenizer": None}, "nowhere", "model.base: nowhere: no such folder"),
+        ({}, "nowhere", None),
+    ],
+)
+def test_what_preprocessing_needs(settings, base, expected):
+    corpus = {"name": "x", "files": "a.jsonl", "language": "hu", "role": "expanded"}
+    section = {"corpora": [corpus], "output": "o", "tokenizer": "t"} | settings
+    checked = recipe(preprocess=section, model={"base": base})
+    if expected is None:
+        return check_preprocessing(checked)
+    with pytest.raises(UserError, match=expected):
+        check_preprocessing(checked)
+
+
 def test_a_later_mixture_may_bring_the_original_languages(arch):
     data = {"mixture": {"expanded": 1.0}, "schedule": [{"from_sample": 8, "mixture": {"original": 1.0}}]}
     check_recipe(recipe(data=data, lpr={"coeff": 0.1}), arch, 1)
@@ -68,10 +104,10 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
     [
         (1, {"data": {"read_ahead": -1}}, "data.read_ahead: -1; at least 0"),
         (1, {"data": {"reset_attention": True, "windows": "document"}}, "no effect on samples of one document"),
-        (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: at least 1"),
+        (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: 0; at least 1"),
         (1, {"model": {"num_frozen_experts": 5}}, "leaves no new expert beside 5 frozen: at least 6"),
         (1, {"model": {"topk": 6}}, "model.topk: 6 of 5 experts; choose 1 to 5"),
-        (1, {"model": {"topk": 0}}, "model.topk: 0 of 5 experts"),
+        (1, {"model": {"topk": 0}}, "model.topk: 0; at least 1"),
         (3, {"parallel": {"expert": 3}}, "parallel.expert: 3 does not divide the number of new experts"),
         (3, {"parallel": {"expert": 3}}, "nearest valid are 1, 2, 4"),
         (3, {"parallel": {"tensor": 3}}, "parallel.tensor: 3 does not divide the number of attention heads, 4"),
@@ -82,6 +118,12 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (6, {"parallel": {"expert": 4}}, "does not divide the number of ranks, 6"),
         (1, {"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 needs parallel.pipeline above 1"),
         (1, {"parallel": {"tensor": 0}}, "parallel.tensor: 0; at least 1"),
+        (0, {}, "the number of ranks: 0; at least 1"),
+        (
+            128,
+            {"parallel": {"context": 128}, "data": {"seq_length": 256}},
+            "128 positions (max_position_embeddings of its config.json); use smaller",
+        ),
         (1, {"model": {"num_experts": 0}}, "train.trainable: routers needs experts"),
         (1, {"model": {"num_experts": 0}, "lpr": {"coeff": 0.1}}, "lpr.coeff: 0.1 has no effect on a dense model"),
         (1, {"model": {"num_experts": 0}, "balance": {"coeff": 0.1}}, "balance.coeff: 0.1 has no effect"),
@@ -106,7 +148,7 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (8, {"parallel": {"context": 4, "tensor": 2}, "data": {"seq_length": 8}}, "the nearest is 16"),
         (3, {"parallel": {"context": 2}}, "parallel.tensor x context x pipeline: 2 does not divide"),
         (2, {"parallel": {"context": 2}, "train": {"micro_batch_size": 3}}, "data-parallel size = 3 x 1"),
-        (1, {"data": {"seq_length": 0}}, "data.seq_length: 0 is no multiple of parallel.tensor (1); the nearest is 1"),
+        (1, {"data": {"seq_length": 0}}, "data.seq_length: 0; at least 1, at most 2^31"),
         (1, {"data": {"seq_length": 129}}, "data.seq_length: 129, but the model has 128 positions"),
         (2, {"parallel": {"context": 2}, "data": {"seq_length": 132}}, "of its config.json); choose 128 at most"),
         (1, {"parallel": {"first_stage_layers": 1}}, "first_stage_layers: 1 needs parallel.pipeline above 1"),
@@ -173,16 +215,18 @@ def test_uneven_splits_refused(arch, number, parallel, expected):
 
 
 @pytest.mark.parametrize(
-    "cuda, sizes, expected",
+    "cuda, deep_ep, sizes, expected",
     [
-        (False, {"expert": 2}, "flex needs CUDA (it runs on DeepEP); use alltoall or allgather"),
-        (True, {}, "flex needs parallel.expert or expert_tensor above 1; use alltoall"),
-        (True, {"expert": 2}, None),
-        (True, {"expert_tensor": 2}, None),
+        (False, True, {"expert": 2}, "flex needs CUDA (it runs on DeepEP); use alltoall or allgather"),
+        (True, False, {"expert": 2}, "flex needs the package deep_ep (DeepEP); install it, or use alltoall"),
+        (True, True, {}, "flex needs parallel.expert or expert_tensor above 1; use alltoall"),
+        (True, True, {"expert": 2}, None),
+        (True, True, {"expert_tensor": 2}, None),
     ],
 )
-def test_flex_dispatcher(arch, monkeypatch, cuda, sizes, expected):
+def test_flex_dispatcher(arch, monkeypatch, cuda, deep_ep, sizes, expected):
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "deep_ep" and deep_ep else None)
     checked = recipe(parallel={"dispatcher": "flex"} | sizes)
     if expected is None:
         return check_recipe(checked, arch, 2)

@@ -57,7 +57,13 @@ def test_include_cycle(write):
 
 
 @pytest.mark.parametrize(
-    "content, expected", [("- 1", "found list"), ("", "found NoneType"), ("a: [", "not valid YAML"), (None, "no such")]
+    "content, expected",
+    [
+        ("- 1", "found list"),
+        ("", "is empty; a recipe has at least name, output and model"),
+        ("a: [", "not valid YAML"),
+        (None, "no such"),
+    ],
 )
 def test_file_that_is_no_recipe(write, content, expected):
     assert expected in refused("nowhere.yaml" if content is None else write("r.yaml", content))
@@ -166,3 +172,11 @@ def test_a_part_of_the_settings_is_described():
     names = {line.split(":")[0].strip() for line in lines}
     assert names == {"name"} | {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
     assert [line for line in describe() if line in lines] == lines
+
+
+@pytest.mark.parametrize("value", [1, 4])
+def test_a_setting_that_is_no_more_is_passed_over(value, capsys):
+    """Older checkpoints name it in their run.json; only one that somebody chose is worth a word."""
+    tree = {"name": "x", "output": "o", "model": {"base": "b"}, "export": {"processes": value, "dtype": "bfloat16"}}
+    assert from_tree(Recipe, tree, where="old").export.dtype == "bfloat16"
+    assert ("old: export.processes is no setting any more" in capsys.readouterr().err) == (value != 1)

@@ -63,7 +63,7 @@ def test_names_a_frozen_weight(make_trainer):
 def test_names_a_trained_weight_and_the_checkpoint_to_go_on_from(make_trainer):
     trainer = make_trainer()
     trainer.train_step()
-    trainer.save(last=False)
+    trainer.save()
     spoil(trainer, ROUTER)
     with pytest.raises(UserError) as stopped:
         trainer.finite_step()
@@ -82,13 +82,13 @@ def test_loss_that_is_not_finite(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("name, kind", [(NORM, "frozen"), (ROUTER, "trained")])
 def test_weights_are_looked_at_before_the_first_step(make_trainer, tmp_path, name, kind):
-    from megatron_lpr.conversion.load.weights import frozen_digest
+    from megatron_lpr.training.hooks import FrozenWeights
 
     trainer = make_trainer()
     trainer.train_step()
     spoil(trainer, name)
-    trainer.frozen_digest = frozen_digest(trainer.chunks)
-    trainer.save(last=False)
+    trainer.hooks = [hook for hook in trainer.hooks if not isinstance(hook, FrozenWeights)]
+    trainer.save()
     folder = tmp_path / "run/checkpoints/step_00000001"
     with pytest.raises(UserError, match=f"weights from {folder}: the {kind} weight {name} is not finite; convert or"):
         make_trainer(resume=folder)
@@ -103,7 +103,7 @@ def test_changed_optimizer_settings_take_effect(make_trainer, tmp_path, sharded,
     )
     trainer = make_trainer(optimizer={"lr": 0.1, "schedule": "constant"})
     trainer.train_step()
-    trainer.save(last=False)
+    trainer.save()
     folder = tmp_path / "run/checkpoints/step_00000001"
     settings = {"lr": 0.5, "min_lr": 0.2, "beta1": 0.5, "beta2": 0.6, "eps": 1e-3, "weight_decay": 0.3}
     resumed = make_trainer(resume=folder, optimizer=settings | {"schedule": "constant"})

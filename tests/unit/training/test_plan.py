@@ -1,14 +1,20 @@
-"""What a plan says: the resolved recipe, where it starts, what it reads, what a resumed run changes."""
+"""What a plan says of a run: its settings, where it starts, how large it is, what it reads; and the replay budget."""
 
 import dataclasses
 
 import pytest
 import yaml
-from harness import make_plan, make_recipe, mixed_batch
+from harness import FixedSampler, make_plan, make_recipe, mixed_batch
+from safetensors.torch import load_file, save_file
 
+from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
-from megatron_lpr.recipe.reading import to_tree
-from megatron_lpr.training.plan import describe
+from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.reading import from_tree, load_recipe
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.testing.toy_models import write_toy_project
+from megatron_lpr.training.cost import model_size
+from megatron_lpr.training.plan import ReplayBudget, describe, plan_training, replay_budget
 
 
 @pytest.fixture
@@ -26,10 +32,18 @@ def plan(recipe):
     return plan
 
 
-def test_description_is_the_recipe_and_what_it_comes_to(plan, recipe):
-    text = describe(plan)
-    resolved, _, summary = text.partition("\n\n")
-    assert yaml.safe_load(resolved) == to_tree(recipe)
+def test_description_is_what_differs_from_the_defaults_and_what_it_comes_to(plan, recipe):
+    settings, _, summary = describe(plan).partition("\n\n")
+    assert yaml.safe_load(settings) == {
+        "name": "test",
+        "output": recipe.output,
+        "model": {"base": recipe.model.base, "num_experts": 4},
+        "data": {"manifest": "none", "seq_length": 16},
+        "train": {"trainable": "all", "steps": 3, "global_batch_size": 4, "micro_batch_size": 4},
+        "optimizer": {"clip_grad": 1e9},
+    }
+    assert from_tree(Recipe, yaml.safe_load(settings), where="printed") == recipe
+    assert f"{recipe.output}/recipe.yaml has every setting" in settings
     assert f"base model {recipe.model.base}" in summary and "trains       all on 1 rank(s)" in summary
     assert "12 samples, 132 tokens in 3 steps: qaa 63, qab 21, qac 48" in summary
 
@@ -50,3 +64,67 @@ def test_description_of_a_finished_run(plan, tmp_path):
     done = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert done.finished and not plan.finished
     assert describe(done).startswith("nothing to do: the run in ") and "\n" not in describe(done)
+    noted = dataclasses.replace(done, notes=("latest is missing: takes step_00000003",))
+    assert describe(noted) == f"{describe(done)}\nwarning      latest is missing: takes step_00000003"
+
+
+def test_description_says_how_large_the_model_is(plan, recipe):
+    size = model_size(recipe, plan.arch)
+    text = describe(plan)
+    assert f"parameters   {size.trainable:,}: {size.trainable:,} trainable, 0 frozen" in text
+    assert f"checkpoint   {size.weight_bytes / 1e3:.1f} KB, {size.checkpoint_bytes / 1e6:.1f} MB with the opt" in text
+
+
+@pytest.fixture
+def budget_of(recipe):
+    """mixed_batch() has 44 tokens, 23 of them original; a run reads it in every one of its ten steps."""
+
+    def make(stage1=None, **replay) -> ReplayBudget | None:
+        batch = mixed_batch()
+        batch = dataclasses.replace(
+            batch, **{name: array.repeat(10, 0) for name, array in vars(batch).items() if array is not None}
+        )
+        train, data = dataclasses.replace(recipe.train, steps=10), recipe.data
+        data = dataclasses.replace(data, replay=dataclasses.replace(data.replay, **replay))
+        return replay_budget(train, data, FixedSampler(batch), stage1)
+
+    return make
+
+
+def test_replay_is_counted_over_the_whole_run_against_stage_1(budget_of):
+    budget = budget_of(46_000)
+    assert (budget.replayed, budget.stage1) == (230, 46_000)
+    budget.check()
+    assert str(budget) == "230 tokens of original languages, 0.50% of stage 1's 46,000 (limit 1.00%)"
+
+
+def test_replay_above_the_limit_is_refused_unless_allowed(budget_of):
+    with pytest.raises(UserError, match="reads 230 tokens of original languages, 1.00% of stage 1's 22,999, above"):
+        budget_of(22_999).check()
+    budget_of(22_999, max_share=0.02).check()
+    budget_of(22_999, stage1_tokens=23_000).check()
+    with pytest.raises(UserError, match="data.replay.max_share"):
+        budget_of(None, stage1_tokens=100).check()
+
+
+def test_replay_without_a_stage_1_has_no_limit(budget_of):
+    budget = budget_of()
+    budget.check()
+    assert "stage 1 not known" in str(budget)
+
+
+def test_what_would_stop_a_fresh_run_stops_its_plan(tmp_path):
+    path = str(write_toy_project(tmp_path)["stage1"])
+    assert cli.main(["preprocess", path]) == 0
+    fresh = ["model.load=null"]
+    assert plan_training(load_recipe(path, fresh), 2).source is None
+    (tmp_path / "file").touch()
+    for output, expected in (("file/out", "cannot be made: .*file' is a file"), ("base/out", "lies in .*base'")):
+        with pytest.raises(UserError, match=f"output folder .*{expected}"):
+            plan_training(load_recipe(path, [*fresh, f"output={tmp_path}/{output}"]), 2)
+    weights = tmp_path / "base/model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model.norm.weight"):
+        plan_training(load_recipe(path, fresh), 2)

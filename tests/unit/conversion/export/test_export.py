@@ -13,7 +13,9 @@ from megatron_lpr.conversion.export.export import export_model, upcycle_hf
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.recipe.settings import ExportConfig
 
 TOKENS = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +33,7 @@ def logits(folder):
 
 @pytest.mark.parametrize("router_std,num_frozen", [(0.0, 1), (1.0, 1), (1.0, 2)])
 def test_upcycled_model_computes_what_the_dense_model_does(base, tmp_path, router_std, num_frozen):
-    upcycle_hf(base, tmp_path / "out", num_experts=4, num_frozen=num_frozen, router_std=router_std)
+    upcycle_hf(base, tmp_path / "out", Expansion(num_experts=4, num_frozen=num_frozen, router_std=router_std))
     expected = logits(base)
     assert expected.std() > 0.1
     assert (logits(tmp_path / "out") - expected).abs().max() < 1e-5
@@ -40,9 +42,16 @@ def test_upcycled_model_computes_what_the_dense_model_does(base, tmp_path, route
 def test_offline_upcycling_equals_loading_and_exporting(base, tmp_path, empty_rank):
     arch = read_architecture(base)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=1, num_experts=3)
-    load_dense(parameters.items(), SafetensorsReader(base), arch, num_frozen=1, num_experts=3, router_std=0.1, seed=7)
-    export_model(parameters.items(), arch, base_dir=base, out_dir=tmp_path / "a", num_experts=3, num_frozen=1)
-    upcycle_hf(base, tmp_path / "b", num_experts=3, router_std=0.1, seed=7)
+    load_dense(
+        parameters.items(),
+        SafetensorsReader(base),
+        arch,
+        Expansion(num_frozen=1, num_experts=3, router_std=0.1, router_seed=7),
+    )
+    export_model(
+        parameters.items(), arch, Expansion(num_experts=3, num_frozen=1), base_dir=base, out_dir=tmp_path / "a"
+    )
+    upcycle_hf(base, tmp_path / "b", Expansion(num_experts=3, router_std=0.1, router_seed=7))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -59,11 +68,10 @@ def test_distinct_experts_land_where_the_router_expects_them(llama, tmp_path, tr
         export_model(
             reversed(parameters.items()),
             arch,
+            Expansion(num_experts=5, num_frozen=2),
+            settings=ExportConfig(dtype="float32"),
             base_dir=llama,
             out_dir=tmp_path / "out",
-            num_experts=5,
-            num_frozen=2,
-            dtype="float32",
         )  # fmt: skip
     )
     x_TH = torch.randn(20, arch.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -90,7 +98,7 @@ def test_dense_export_is_the_dense_class_again(base, tmp_path, empty_rank):
     arch = read_architecture(base)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=0, num_experts=0)
     load_dense(parameters.items(), SafetensorsReader(base), arch)
-    out = export_model(parameters.items(), arch, base_dir=base, out_dir=tmp_path / "out")
+    out = export_model(parameters.items(), arch, Expansion(), base_dir=base, out_dir=tmp_path / "out")
     expected, got = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
@@ -98,7 +106,7 @@ def test_dense_export_is_the_dense_class_again(base, tmp_path, empty_rank):
 
 
 def test_config_says_the_same_to_both_major_versions(tied, tmp_path):
-    upcycle_hf(tied, tmp_path / "out", num_experts=3, topk=1)
+    upcycle_hf(tied, tmp_path / "out", Expansion(num_experts=3, topk=1))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -116,8 +124,8 @@ def test_config_says_the_same_to_both_major_versions(tied, tmp_path):
 
 
 def test_bf16_base_exported_as_fp32_and_back_is_exact(llama_bf16, tmp_path):
-    upcycle_hf(llama_bf16, tmp_path / "same", num_experts=2)
-    upcycle_hf(llama_bf16, tmp_path / "wide", num_experts=2, dtype="float32")
+    upcycle_hf(llama_bf16, tmp_path / "same", Expansion(num_experts=2))
+    upcycle_hf(llama_bf16, tmp_path / "wide", Expansion(num_experts=2), settings=ExportConfig(dtype="float32"))
     name = "model.layers.0.self_attn.q_proj.weight"
     base = load_file(llama_bf16 / "model.safetensors")[name]
     same = load_file(tmp_path / "same" / "model.safetensors")[name]
@@ -129,14 +137,18 @@ def test_bf16_base_exported_as_fp32_and_back_is_exact(llama_bf16, tmp_path):
 def test_tokenizer_and_generation_config_are_copied(llama, tmp_path, trained):
     arch = read_architecture(llama)
     out = export_model(
-        trained(arch, 1, 3).items(), arch, base_dir=llama, out_dir=tmp_path / "out", num_experts=3, num_frozen=1
+        trained(arch, 1, 3).items(),
+        arch,
+        Expansion(num_experts=3, num_frozen=1),
+        base_dir=llama,
+        out_dir=tmp_path / "out",
     )
     assert (out / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").read_bytes() == (llama / "generation_config.json").read_bytes()
 
 
 def test_shards_by_byte_budget(llama, tmp_path):
-    upcycle_hf(llama, tmp_path / "out", num_experts=3, max_shard_bytes=20_000)
+    upcycle_hf(llama, tmp_path / "out", Expansion(num_experts=3), settings=ExportConfig(max_shard_size="20KB"))
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 3
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "out"))
@@ -162,7 +174,7 @@ def test_no_folder_is_left_behind(llama, tmp_path, trained, how):
     arch = read_architecture(llama)
     stream, error = damage_stream(trained(arch, 1, 3), how)
     with pytest.raises(error):
-        export_model(stream, arch, base_dir=llama, out_dir=tmp_path / "out", num_experts=3, num_frozen=1)
+        export_model(stream, arch, Expansion(num_experts=3, num_frozen=1), base_dir=llama, out_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,16 +182,19 @@ def test_an_expert_too_many_is_refused(llama, tmp_path, trained):
     arch = read_architecture(llama)
     with pytest.raises(AssertionError):
         export_model(
-            trained(arch, 1, 4).items(), arch, base_dir=llama, out_dir=tmp_path / "out", num_experts=3,
-            num_frozen=1,
-        )  # fmt: skip
+            trained(arch, 1, 4).items(),
+            arch,
+            Expansion(num_experts=3, num_frozen=1),
+            base_dir=llama,
+            out_dir=tmp_path / "out",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_occupied_output_folder_is_refused_and_left_alone(llama, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="exists and is not empty"):
-        upcycle_hf(llama, tmp_path, num_experts=3)
+        upcycle_hf(llama, tmp_path, Expansion(num_experts=3))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -188,13 +203,14 @@ def test_an_occupied_output_folder_is_refused_and_left_alone(llama, tmp_path):
     [
         ({"num_experts": 1}, "at least one must be frozen and one new"),
         ({"num_experts": 3, "topk": 4}, "top-4 routing over 3 experts"),
-        ({"num_experts": 3, "dtype": "int8"}, "'int8' is not supported"),
-        ({"num_experts": 3, "max_shard_bytes": 0}, "at most 0 bytes"),
+        ({"num_experts": 3, "settings": ExportConfig(dtype="int8")}, "'int8' is not supported"),
+        ({"num_experts": 3, "settings": ExportConfig(max_shard_size="0KB")}, "'0KB' is no size"),
     ],
 )
 def test_impossible_requests(llama, tmp_path, arguments, message):
+    settings = arguments.pop("settings", None)
     with pytest.raises(UserError, match=message):
-        upcycle_hf(llama, tmp_path / "out", **arguments)
+        upcycle_hf(llama, tmp_path / "out", Expansion(**arguments), settings=settings)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,5 +220,5 @@ def test_a_damaged_base_leaves_no_output(llama, tmp_path):
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(UserError, match="no tensor"):
-        upcycle_hf(base, tmp_path / "out", num_experts=3)
+        upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

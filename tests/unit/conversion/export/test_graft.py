@@ -1,7 +1,6 @@
 """Delta grafting against the sum that the method is, tensor by tensor, and against pairs of models that do not fit."""
 
 import json
-import pickle
 import re
 import shutil
 
@@ -11,10 +10,8 @@ from safetensors.torch import load_file, save_file
 from toy_run import toy_parameters, write_run
 
 from megatron_lpr.conversion.export.export import export_checkpoint
-from megatron_lpr.conversion.export.graft import GraftedSource, add_delta
-from megatron_lpr.conversion.export.sources import CheckpointSource
+from megatron_lpr.conversion.export.graft import add_delta
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import read_architecture
 from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -94,17 +91,6 @@ def test_frozen_tensors_are_the_instruct_models_where_the_sum_rounds(toy_base, t
     assert not torch.equal(old[name] + (new[name] - old[name]), new[name])
     assert torch.equal(got["model.layers.0.block_sparse_moe.experts.0.w3.weight"], new[name])
     assert torch.equal(got["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
-
-
-def test_a_grafted_source_goes_to_another_process(run, base, instruct):
-    arch = read_architecture(base)
-    source = GraftedSource(
-        CheckpointSource(run / "checkpoints/step_00000004", arch, num_experts=3, num_frozen=1), arch, base_dir=base,
-        instruct_dir=instruct, num_experts=3, num_frozen=1, dtype="float32",
-    )  # fmt: skip
-    there = dict(pickle.loads(pickle.dumps(source)).stream(source.units))
-    for name, tensor in source.stream(source.units):
-        assert torch.equal(there[name], tensor)
 
 
 def test_it_speaks_as_the_instruct_model_does(run, base, instruct, tmp_path):

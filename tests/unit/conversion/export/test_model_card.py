@@ -18,6 +18,7 @@ from megatron_lpr.data.sampler.subset import Subset
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.recipe.settings import ExportConfig
 
 ALPHA, GAMMA = {"balance": {"coeff": 0.02}}, {"lpr": {"coeff": 0.1}}
@@ -101,7 +102,7 @@ def test_metrics_that_are_gone_or_broken_are_left_out(two_stages, toy_base, tmp_
 
 
 def test_upcycled_and_dense_models_were_not_trained(toy_base, tmp_path):
-    card = (upcycle_hf(toy_base, tmp_path / "a", num_experts=4, seed=5) / "README.md").read_text()
+    card = (upcycle_hf(toy_base, tmp_path / "a", Expansion(num_experts=4, router_seed=5)) / "README.md").read_text()
     assert "4 experts" in card and "the function is the base's" in card and "seed 5" in card
     write_run(toy_base, tmp_path / "run", recipe={"model": {"base": str(toy_base), "num_experts": 0}})
     card = (export_checkpoint(tmp_path / "run", tmp_path / "b", base_dir=toy_base) / "README.md").read_text()
@@ -109,8 +110,8 @@ def test_upcycled_and_dense_models_were_not_trained(toy_base, tmp_path):
 
 
 def test_a_model_that_was_expanded_again(toy_base, tmp_path):
-    once = upcycle_hf(toy_base, tmp_path / "once", num_experts=3)
-    card = (upcycle_hf(once, tmp_path / "twice", num_experts=5, num_frozen=3) / "README.md").read_text()
+    once = upcycle_hf(toy_base, tmp_path / "once", Expansion(num_experts=3))
+    card = (upcycle_hf(once, tmp_path / "twice", Expansion(num_experts=5, num_frozen=3)) / "README.md").read_text()
     assert "The 3 experts of every layer of `once` became 5 experts" in card
     assert "new experts are copies of expert 0" in card and "the function is the base's" not in card
     write_run(once, tmp_path / "run", recipe={
@@ -157,21 +158,21 @@ def named(base, folder, name):
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "a/b.c-d_e"])
 def test_the_header_links_to_the_base_where_it_is_known(toy_base, tmp_path, name):
-    out = upcycle_hf(named(toy_base, tmp_path / "base", name), tmp_path / "out", num_experts=3)
+    out = upcycle_hf(named(toy_base, tmp_path / "base", name), tmp_path / "out", Expansion(num_experts=3))
     card = (out / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == name and f"# {name}, expanded" in card
 
 
 @pytest.mark.parametrize("name", ["", None, 3, "base", "/data/models/base", "./a/b", "a/b/c", "checkpoints/", "../x"])
 def test_the_header_names_no_folder(toy_base, tmp_path, name):
-    out = upcycle_hf(named(toy_base, tmp_path / "base", name), tmp_path / "out", num_experts=3)
+    out = upcycle_hf(named(toy_base, tmp_path / "base", name), tmp_path / "out", Expansion(num_experts=3))
     card = (out / "README.md").read_text()
     assert "base_model" not in yaml.safe_load(card.split("---")[1]) and "# base, expanded" in card
 
 
 def test_the_hubs_own_cache_tells(toy_base, tmp_path):
     base = named(toy_base, tmp_path / "models--Qwen--Qwen2.5-0.5B/snapshots/0123abcd", "someone/parent")
-    card = (upcycle_hf(base, tmp_path / "out", num_experts=3) / "README.md").read_text()
+    card = (upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3)) / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
 
 

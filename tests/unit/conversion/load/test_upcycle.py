@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_lpr.conversion.export.export import to_hf
-from megatron_lpr.conversion.load.upcycle import load_dense, router_rows
+from megatron_lpr.conversion.export.sources import to_hf
+from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion, router_rows
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.platform.place import RankPlace
 
 MOE = {"num_frozen": 1, "num_experts": 5}
 DENSE = {"num_frozen": 0, "num_experts": 0}
@@ -41,9 +43,14 @@ def load_layout(empty_rank):
                 for etp_rank in range(etp):
                     parameters = empty_rank(arch, dtype, **layout)
                     load_dense(
-                        parameters.items(), reader, arch, tp_rank=tp_rank, tp_size=tp, ep_rank=ep_rank,
-                        ep_size=ep, etp_rank=etp_rank, etp_size=etp, router_std=0.5, seed=3, **experts,
-                    )  # fmt: skip
+                        parameters.items(),
+                        reader,
+                        arch,
+                        Expansion(router_std=0.5, router_seed=3, **experts),
+                        place=RankPlace(
+                            tp_rank=tp_rank, tp_size=tp, ep_rank=ep_rank, ep_size=ep, etp_rank=etp_rank, etp_size=etp
+                        ),
+                    )
                     ranks[tp_rank, ep_rank, etp_rank] = parameters
         whole = {}
         for name in ranks[0, 0, 0]:
@@ -129,14 +136,17 @@ def test_router_depends_on_seed_and_global_layer_only(llama, load_layout, empty_
     assert torch.equal(routers[1], other["decoder.layers.1.mlp.router.weight"])
     reader = SafetensorsReader(llama)
     stage = empty_rank(arch, layers=1, **MOE)
-    load_dense(stage.items(), reader, arch, layer_offset=1, router_std=0.5, seed=3, **MOE)
+    load_dense(stage.items(), reader, arch, Expansion(router_std=0.5, router_seed=3, **MOE), layer_offset=1)
     assert torch.equal(stage["decoder.layers.0.mlp.router.weight"], routers[1])
-    assert not torch.equal(router_rows(arch, layer=1, num_experts=5, router_std=0.5, seed=4), routers[1])
+    assert not torch.equal(
+        router_rows(arch, Expansion(num_experts=5, router_std=0.5, router_seed=4), layer=1), routers[1]
+    )
 
 
 def test_router_has_the_standard_deviation_asked_for(llama):
     arch = read_architecture(llama)
-    rows = torch.cat([router_rows(arch, layer=n, num_experts=64, router_std=0.1, seed=0).flatten() for n in range(8)])
+    expansion = Expansion(num_experts=64, router_std=0.1)
+    rows = torch.cat([router_rows(arch, expansion, layer=layer).flatten() for layer in range(8)])
     assert rows.dtype == torch.float32
     assert abs(rows.std() - 0.1) < 2e-3 and abs(rows.mean()) < 3e-3
 
@@ -144,7 +154,7 @@ def test_router_has_the_standard_deviation_asked_for(llama):
 def test_layer_offset_reads_the_global_layer(llama, empty_rank):
     arch = read_architecture(llama)
     stage = empty_rank(arch, layers=1, **MOE)
-    filled = load_dense(stage.items(), SafetensorsReader(llama), arch, layer_offset=1, **MOE)
+    filled = load_dense(stage.items(), SafetensorsReader(llama), arch, Expansion(**MOE), layer_offset=1)
     expected = load_file(llama / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     assert torch.equal(stage["decoder.layers.0.self_attention.linear_proj.weight"], expected)
     assert {name.layer for name in filled} == {None, 1} and len(filled) == len(stage)
@@ -153,7 +163,7 @@ def test_layer_offset_reads_the_global_layer(llama, empty_rank):
 def test_tied_head_of_a_last_stage_is_the_embedding(tied):
     arch = read_architecture(tied)
     head = {"output_layer.weight": torch.full((64, arch.hidden_size), torch.nan)}
-    load_dense(head.items(), SafetensorsReader(tied), arch, **MOE)
+    load_dense(head.items(), SafetensorsReader(tied), arch, Expansion(**MOE))
     expected = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(head["output_layer.weight"][: arch.vocab_size], expected)
 
@@ -162,7 +172,7 @@ def test_a_parameter_that_is_unknown_missing_or_given_twice_is_refused(llama, em
     arch, reader = read_architecture(llama), SafetensorsReader(llama)
 
     def load(parameters):
-        load_dense(parameters, reader, arch, **MOE)
+        load_dense(parameters, reader, arch, Expansion(**MOE))
 
     whole = empty_rank(arch, layers=2, **MOE)
     load(whole.items())
@@ -179,9 +189,9 @@ def test_a_parameter_that_is_unknown_missing_or_given_twice_is_refused(llama, em
 def test_experts_must_be_divisible_over_ranks_and_make_sense(llama):
     arch, reader = read_architecture(llama), SafetensorsReader(llama)
     with pytest.raises(UserError, match="4 new experts cannot be divided over 3"):
-        load_dense([], reader, arch, ep_size=3, **MOE)
+        load_dense([], reader, arch, Expansion(**MOE), place=RankPlace(ep_size=3))
     with pytest.raises(UserError, match="at least one must be frozen and one new"):
-        load_dense([], reader, arch, num_frozen=2, num_experts=2)
+        load_dense([], reader, arch, Expansion(num_frozen=2, num_experts=2))
 
 
 def edit(base, tmp_path, change):
@@ -205,7 +215,7 @@ def edit(base, tmp_path, change):
 def test_a_checkpoint_that_is_not_its_config_is_refused(llama, tmp_path, change, message):
     folder = edit(llama, tmp_path, change)
     with pytest.raises(UserError, match=message):
-        load_dense([], SafetensorsReader(folder), read_architecture(folder), **MOE)
+        load_dense([], SafetensorsReader(folder), read_architecture(folder), Expansion(**MOE))
 
 
 def test_leftovers_of_old_checkpoints_are_ignored(llama, tmp_path):
@@ -216,4 +226,4 @@ def test_leftovers_of_old_checkpoints_are_ignored(llama, tmp_path):
     folder = edit(llama, tmp_path, tie)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    load_dense([], SafetensorsReader(folder), read_architecture(folder), **MOE)
+    load_dense([], SafetensorsReader(folder), read_architecture(folder), Expansion(**MOE))

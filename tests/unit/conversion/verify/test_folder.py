@@ -11,6 +11,8 @@ from tiny_models import rewrite_config, save_tiny
 from megatron_lpr.conversion.export.export import upcycle_hf
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.expansion import Expansion
+from megatron_lpr.recipe.settings import ExportConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,12 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def export(base, tmp_path_factory):
     """In several shards."""
-    return upcycle_hf(base, tmp_path_factory.mktemp("export") / "out", num_experts=3, max_shard_bytes=40_000)
+    return upcycle_hf(
+        base,
+        tmp_path_factory.mktemp("export") / "out",
+        Expansion(num_experts=3),
+        settings=ExportConfig(max_shard_size="40KB"),
+    )
 
 
 @pytest.fixture
@@ -100,7 +107,7 @@ def test_a_shard_elsewhere(copy, base):
 
 
 def test_two_models_in_one_folder(copy, base, tmp_path):
-    upcycle_hf(base, tmp_path / "single", num_experts=3, seed=9)
+    upcycle_hf(base, tmp_path / "single", Expansion(num_experts=3, router_seed=9))
     shutil.copy(tmp_path / "single/model.safetensors", copy)
     with pytest.raises(UserError, match="holds two models, model.safetensors, which transformers reads"):
         verify_export(copy, base)

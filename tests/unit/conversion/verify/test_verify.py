@@ -1,5 +1,6 @@
 """Every kind of damage to an export is found, and nothing is found where there is none."""
 
+import hashlib
 import re
 import shutil
 
@@ -8,13 +9,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import rewrite, rewrite_config, save_tiny, train_a_little
 
-from megatron_lpr.conversion.export.export import export_model, to_hf, upcycle_hf
+from megatron_lpr.conversion.export.export import export_model, upcycle_hf
+from megatron_lpr.conversion.export.sources import to_hf
 from megatron_lpr.conversion.load.upcycle import load_dense
-from megatron_lpr.conversion.verify.tensors import compare_tensors, frozen_digest
+from megatron_lpr.conversion.verify.tensors import compare_tensors, digest_of_digests
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.recipe.settings import ExportConfig
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts."
 Q_PROJ, K_PROJ, V_PROJ = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkv")
@@ -25,12 +29,14 @@ def export(llama, tmp_path_factory, empty_rank):
     """An export as training leaves it: frozen tensors as loaded, new experts and routers changed."""
     arch = read_architecture(llama)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=1, num_experts=3)
-    load_dense(parameters.items(), SafetensorsReader(llama), arch, num_frozen=1, num_experts=3, router_std=0.1)
+    load_dense(
+        parameters.items(), SafetensorsReader(llama), arch, Expansion(num_frozen=1, num_experts=3, router_std=0.1)
+    )
     for name, parameter in parameters.items():
         if ".experts." in name or "router" in name:
             parameter += torch.randn_like(parameter) * 0.01
     out = tmp_path_factory.mktemp("export") / "model"
-    return export_model(parameters.items(), arch, base_dir=llama, out_dir=out, num_experts=3, num_frozen=1)
+    return export_model(parameters.items(), arch, Expansion(num_experts=3, num_frozen=1), base_dir=llama, out_dir=out)
 
 
 def failed(report):
@@ -51,19 +57,27 @@ def test_a_sound_export_passes_every_check(export, llama):
         for name, tensor in tensors.items()
         if "gate" not in name and ".experts.1." not in name and ".experts.2." not in name
     }
-    assert report.frozen_sha256 == frozen_digest(frozen.items())
+    assert report.frozen_sha256 == digest_of(frozen)
+
+
+def digest_of(tensors):
+    """Written out by hand."""
+    return digest_of_digests(
+        (name, hashlib.sha256(str(tensor.dtype).encode() + tensor.view(torch.uint8).numpy().tobytes()).hexdigest())
+        for name, tensor in tensors.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_wider_and_narrower_exports_pass(llama_bf16, tmp_path, dtype):
-    upcycle_hf(llama_bf16, tmp_path / "out", num_experts=3, dtype=dtype)
+    upcycle_hf(llama_bf16, tmp_path / "out", Expansion(num_experts=3), settings=ExportConfig(dtype=dtype))
     report = verify_export(tmp_path / "out", llama_bf16, num_frozen=1)
     assert report.ok, str(report)
     assert "0 of 12 tensors differ" in str(report)
 
 
 def test_every_family_and_a_second_frozen_expert(base, tmp_path):
-    upcycle_hf(base, tmp_path / "out", num_experts=4, num_frozen=2)
+    upcycle_hf(base, tmp_path / "out", Expansion(num_experts=4, num_frozen=2))
     assert verify_export(tmp_path / "out", base, num_frozen=2).ok
 
 
@@ -155,7 +169,7 @@ def test_another_tokenizer_is_found(export, llama, tmp_path):
 
 
 def test_a_folder_that_is_no_export_of_the_base(llama, tmp_path):
-    upcycle_hf(llama, tmp_path / "out", num_experts=3)
+    upcycle_hf(llama, tmp_path / "out", Expansion(num_experts=3))
     rewrite_config(tmp_path / "out", architectures=["GPT2LMHeadModel"])
     with pytest.raises(UserError, match="is a GPT2LMHeadModel with 3 experts"):
         verify_export(tmp_path / "out", llama)
@@ -163,17 +177,17 @@ def test_a_folder_that_is_no_export_of_the_base(llama, tmp_path):
         verify_export(tmp_path / "nowhere", llama)
 
 
-def test_frozen_digest_sees_every_bit_and_name_but_not_the_order():
+def test_the_digest_sees_every_bit_and_name_but_not_the_order():
     tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[0.0]])}
-    digest = frozen_digest(tensors.items())
-    assert digest == frozen_digest(reversed(tensors.items())) and len(digest) == 64
+    digest = digest_of(tensors)
+    assert digest == digest_of(dict(reversed(tensors.items()))) and len(digest) == 64
     others = [
         {**tensors, "b": torch.tensor([[-0.0]])},
         {"a": tensors["a"], "c": tensors["b"]},
         {**tensors, "a": torch.tensor([2.0, 1.0])},
         {"a": tensors["a"]},
     ]
-    assert len({digest, *(frozen_digest(other.items()) for other in others)}) == 5
+    assert len({digest, *(digest_of(other) for other in others)}) == 5
 
 
 EXPERT_2 = re.compile(r"experts\.2\.(down_proj|w2)")
@@ -183,8 +197,8 @@ QWEN_FFN = "model.layers.1.mlp."
 @pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "qwen3", "mistral_window"])
 def test_a_sound_export_of_every_family_and_of_a_second_round(tmp_path, name):
     base = save_tiny(name, tmp_path / "base")
-    once = rewrite(upcycle_hf(base, tmp_path / "once", num_experts=3), train_a_little)
-    twice = upcycle_hf(once, tmp_path / "twice", num_experts=5, num_frozen=3)
+    once = rewrite(upcycle_hf(base, tmp_path / "once", Expansion(num_experts=3)), train_a_little)
+    twice = upcycle_hf(once, tmp_path / "twice", Expansion(num_experts=5, num_frozen=3))
     for report in (verify_export(once, base), verify_export(twice, once, num_frozen=3), verify_export(twice, once)):
         assert report.ok, str(report)
     # trained in the first round, frozen in the second
@@ -204,7 +218,7 @@ def test_a_sound_export_of_every_family_and_of_a_second_round(tmp_path, name):
 )
 def test_damage_to_what_only_qwen_has(tmp_path, changes, checks):
     base = save_tiny("qwen2", tmp_path / "base")
-    broken = rewrite(upcycle_hf(base, tmp_path / "moe", num_experts=3), changes)
+    broken = rewrite(upcycle_hf(base, tmp_path / "moe", Expansion(num_experts=3)), changes)
     assert failed(verify_export(broken, base)) == checks
 
 
@@ -248,7 +262,9 @@ def test_an_export_that_is_not_its_checkpoint_is_found(llama, tmp_path, trained,
     """New experts and routers too, of which the base model knows nothing."""
     arch, parameters = read_architecture(llama), trained(read_architecture(llama), 1, 3)
     parameters["decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"][0, 0] = 0.0
-    out = export_model(parameters.items(), arch, base_dir=llama, out_dir=tmp_path / "out", num_experts=3, num_frozen=1)
+    out = export_model(
+        parameters.items(), arch, Expansion(num_experts=3, num_frozen=1), base_dir=llama, out_dir=tmp_path / "out"
+    )
 
     def compare():
         return compare_tensors(SafetensorsReader(out), InMemory(to_hf(parameters.items(), arch, num_frozen=1)))

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_lpr._replay_sampler import inspect
+from megatron_lpr._replay_sampler import Index
 from megatron_lpr.data.corpus.indexed import IndexedCorpus, IndexedWriter
 from megatron_lpr.errors import UserError
 
@@ -85,12 +85,9 @@ def test_we_read_what_megatron_writes(tmp_path, dtype):
         DOCUMENTS[0],
         DOCUMENTS[1] + DOCUMENTS[2],
     ]
-    assert inspect(prefix) == {
-        "dtype_code": 8 if dtype is np.uint16 else 4,
-        "sequences": 3,
-        "documents": 2,
-        "tokens": 12,
-    }
+    index = Index(prefix)
+    code = 8 if dtype is np.uint16 else 4
+    assert (index.dtype_code, index.sequences, index.documents, index.tokens) == (code, 3, 2, 12)
 
 
 def patch(path, offset: int, data: bytes) -> None:

@@ -7,7 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_lpr.data.corpus.language_runs import LanguageRuns, LanguageRunsWriter
+from megatron_lpr._replay_sampler import LanguageRuns
+from megatron_lpr.data.corpus.indexed import LanguageRunsWriter
 from megatron_lpr.errors import UserError
 
 TAGS = np.array([1, 1, 0, 0, 0, 2, 1, 1, 1, 1], np.uint16)
@@ -49,8 +50,8 @@ def patch(path: str, offset: int, data: bytes) -> None:
     "damage, message",
     [
         (lambda path: os.remove(path), "cannot open .*toy.lang"),
-        (lambda path: os.truncate(path, 0), "toy.lang is no file of language runs"),
-        (lambda path: patch(path, 0, b"X"), "toy.lang is no file of language runs"),
+        (lambda path: os.truncate(path, 0), "toy.lang is empty"),
+        (lambda path: patch(path, 0, b"X"), "toy.lang is not a language sidecar"),
         (lambda path: os.truncate(path, 55), "toy.lang has the wrong size"),
         (lambda path: patch(path, 8, struct.pack("<Q", 2**63)), "toy.lang has the wrong size"),
         (lambda path: patch(path, 8, struct.pack("<Q", 0)), "toy.lang has the wrong size"),

@@ -7,12 +7,12 @@ import time
 
 import numpy as np
 import pytest
+from preprocessing import preprocess
 
 from megatron_lpr.cli import main
 from megatron_lpr.data.corpus import spot_check
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.verify_data import record
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import ReplayConfig, SourceConfig
@@ -46,7 +46,7 @@ def sources(write_text) -> list[SourceConfig]:
 
 @pytest.fixture
 def manifest(tmp_path, write_text, hf_tokenizer) -> Manifest:
-    preprocess(sources(write_text), tokenizer_dir=hf_tokenizer, output_dir=str(tmp_path / "out"), workers=1)
+    preprocess(sources(write_text), tokenizer=hf_tokenizer, output=str(tmp_path / "out"), workers=1)
     return Manifest.load(str(tmp_path / "out" / "manifest.yaml"))
 
 
@@ -118,7 +118,7 @@ def test_recording_keeps_what_another_process_has_entered_meanwhile(manifest):
 
 def test_an_existing_corpus_that_changed_is_told(manifest, hf_tokenizer, tmp_path, capsys):
     first, second = (f"{os.path.dirname(manifest.path)}/{name}" for name in ("en", "web"))
-    settings = {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / "taken")}
+    settings = {"tokenizer": hf_tokenizer, "output": str(tmp_path / "taken")}
     (tmp_path / "taken").mkdir()
     for prefix, told in ((first, False), (first, False), (second, True)):
         for suffix in ("bin", "idx"):
@@ -134,7 +134,7 @@ def test_preprocess_does_not_call_other_bytes_unchanged(manifest, write_text, hf
         made_old(manifest)
     before = open(f"{folder}/en.bin", "rb").read()
     flip(f"{folder}/en.bin", 20)
-    preprocess(sources(write_text), tokenizer_dir=hf_tokenizer, output_dir=folder, workers=1)
+    preprocess(sources(write_text), tokenizer=hf_tokenizer, output=folder, workers=1)
     err = capsys.readouterr().err
     assert "en: made again, because" in err and "web: unchanged" in err
     assert open(f"{folder}/en.bin", "rb").read() == before

@@ -3,10 +3,10 @@
 import os
 
 import pytest
+from preprocessing import preprocess
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import SourceConfig
@@ -19,7 +19,7 @@ def run(hf_tokenizer, tmp_path):
     """run(source, ...) -> manifest in tmp_path/out"""
 
     def run(*sources: SourceConfig, output: str = "out", **options) -> Manifest:
-        options = {"tokenizer_dir": hf_tokenizer, "output_dir": str(tmp_path / output)} | options
+        options = {"tokenizer": hf_tokenizer, "output": str(tmp_path / output)} | options
         return preprocess(sources, **options)
 
     return run
@@ -60,7 +60,7 @@ def test_manifest_entry(run, write_text, hf_tokenizer, tmp_path):
 
 
 def test_sentencepiece(run, write_text, sp_tokenizer):
-    written = documents(run(source(write_text("a.jsonl", TEXTS)), tokenizer_dir=sp_tokenizer))
+    written = documents(run(source(write_text("a.jsonl", TEXTS)), tokenizer=sp_tokenizer))
     tokenizer = load_tokenizer(sp_tokenizer)
     expected = [(tokenizer.bos_id, *ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(TEXTS)]
     assert sorted(written) == sorted(expected)
@@ -185,16 +185,16 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
         "language 'hu' is expanded in corpus 'hu' and original in 'en'",
         source(path, name="en", role="original"),
     )
-    refused("weight must be a positive number", source(path, **english, weight=0))
-    refused("no tokenizer at", tokenizer_dir=str(tmp_path / "nowhere"))
-    refused("seed must be in", seed=-1)
+    refused(r"preprocess.corpora\[1\].weight: 0; above 0", source(path, **english, weight=0))
+    refused("no tokenizer at", tokenizer=str(tmp_path / "nowhere"))
+    refused("preprocess.seed: -1; at least 0", seed=-1)
     with pytest.raises(UserError, match="no corpora to preprocess"):
         run()
     with pytest.raises(UserError, match="cannot make the output folder .*a.jsonl/out"):
         run(source(path), output="a.jsonl/out")
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
-        run(source(path, name="hu2"), tokenizer_dir=sp_tokenizer)
+        run(source(path, name="hu2"), tokenizer=sp_tokenizer)
 
 
 def test_a_file_twice(run, write_text, tmp_path, capsys):

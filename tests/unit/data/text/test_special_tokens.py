@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 import yaml
+from preprocessing import preprocess
 from tokenizers import AddedToken, pre_tokenizers, processors
 
+from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.language_runs import LanguageRuns
 from megatron_lpr.data.corpus.manifest import Manifest
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.text.special_tokens import SpecialTokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
@@ -153,10 +153,10 @@ def run(write_text, tmp_path):
         corpus = {"name": name, "files": (path,), "language": "hu", "role": "expanded"} | source
         return preprocess(
             [SourceConfig(**corpus)],
-            tokenizer_dir=folder,
-            output_dir=str(tmp_path / output),
+            tokenizer=folder,
+            output=str(tmp_path / output),
             engine=engine,
-            special=SpecialTokens(**special or {}),
+            **special or {},
         )
 
     return run
@@ -207,14 +207,14 @@ def test_the_corpora_of_a_manifest_are_made_alike(run, edited):
     with pytest.raises(UserError, match="open with token 0, where .* put no token .*; set preprocess.bos: true, or"):
         run(folder, special={"bos": "false"})
     with pytest.raises(UserError, match="were kept as text; set preprocess.parse_special_tokens: false, or choose"):
-        run(folder, "third", special={"parse": True})
+        run(folder, "third", special={"parse_special_tokens": True})
     Path(folder, "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
     with pytest.raises(UserError, match="documents end with token 1, not 0"):
         run(folder)
 
 
 def test_manifests_from_before_it_was_recorded(run, edited):
-    manifest = run(edited(OPENS), special={"bos": "false", "parse": True})
+    manifest = run(edited(OPENS), special={"bos": "false", "parse_special_tokens": True})
     content = yaml.safe_load(Path(manifest.path).read_text())
     del content["tokenizer"]["parse_special_tokens"]
     Path(manifest.path).write_text(yaml.safe_dump(content, sort_keys=False))
@@ -222,7 +222,7 @@ def test_manifests_from_before_it_was_recorded(run, edited):
         run(edited(OPENS))
     with pytest.raises(UserError, match="were parsed into control tokens; set preprocess.parse_special_tokens: true"):
         run(edited(OPENS), special={"bos": "false"})
-    assert run(edited(OPENS), special={"bos": "false", "parse": True}).corpora == manifest.corpora
+    assert run(edited(OPENS), special={"bos": "false", "parse_special_tokens": True}).corpora == manifest.corpora
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from preprocessing import preprocess
 
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.text.special_tokens import SpecialTokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
@@ -108,7 +108,7 @@ def test_fastokens_makes_the_same_corpus(hf_tokenizer, write_text, tmp_path):
         name="hu", files=(write_text("a.jsonl", HARD_TEXTS[:-1] * 9),), language="hu", role="expanded"
     )
     for engine in ("tokenizers", "fastokens"):
-        preprocess([source], tokenizer_dir=hf_tokenizer, output_dir=str(tmp_path / engine), engine=engine)
+        preprocess([source], tokenizer=hf_tokenizer, output=str(tmp_path / engine), engine=engine)
     for name in ("hu.bin", "hu.idx", "manifest.yaml"):
         assert (tmp_path / "tokenizers" / name).read_bytes() == (tmp_path / "fastokens" / name).read_bytes()
 

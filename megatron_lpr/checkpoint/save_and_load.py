@@ -1,0 +1,174 @@
+"""Checkpoints: Megatron's dist_checkpointing (torch_dist), written whole or not at all.
+
+A checkpoint is written under a temporary name and renamed when every rank has finished, so that a killed save leaves
+nothing that a later run could mistake for one.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import __version__ as installed
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.run_folder import drop_old, publish
+from megatron_lpr.checkpoint.run_state import RunState, write_run_state
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform.shims import cuda_type_names
+
+EXTRA_STATE = "_extra_state"
+Chunks = Sequence[torch.nn.Module]
+
+
+def save_checkpoint(
+    output: str, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, keep: int = 0
+) -> Path:
+    """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
+    root = Path(output) / "checkpoints"
+    folder, writing = root / f"step_{state.step:08d}", root / f".writing_step_{state.step:08d}"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    content = _model_state(chunks)
+    if optimizer is not None:
+        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
+        content["scheduler"] = scheduler.state_dict()
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist"),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    dist_checkpointing.save(content, str(writing), strategy)
+    dist.barrier()
+    if rank == 0:
+        write_run_state(writing, state)
+        publish(writing, folder)
+        drop_old(folder, keep)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None) -> None:
+    """Fill the model, and the optimizer and schedule where they are given, from a checkpoint of any layout.
+
+    Raises:
+        UserError: the checkpoint is damaged or holds another model.
+    """
+    content = _model_state(chunks)
+    if optimizer is not None:
+        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
+    for index in range(len(chunks)):
+        content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
+    _check_common_state(folder, read_metadata(folder))  # refuses what would run code in Megatron's hands
+    try:
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
+    except (CheckpointingException, CheckpointException, UnpicklingError, RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
+    for index, chunk in enumerate(chunks):
+        differing = unwrap_model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
+        assert not weights, f"loaded weights do not fit the model: {weights}"
+    if optimizer is not None:
+        _load_optimizer(optimizer, scheduler, loaded)
+
+
+def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
+    """Moments and steps are the checkpoint's, the settings the recipe's.
+
+    Megatron 0.16.1 would take them, the learning rate too, from the checkpoint, whatever the recipe of the resumed run
+    says; 0.19.2 does not find a parameter group whose learning rate has changed. Weight decay the scheduler sets.
+    """
+    settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
+    for group in _param_groups(loaded["optimizer"]):
+        group.update(settings)
+    with cuda_type_names():
+        optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+
+
+def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups in the state of an optimizer or of several."""
+    if isinstance(tree, dict):
+        yield from tree.get("param_groups", ())
+        for value in tree.values():
+            yield from _param_groups(value)
+
+
+def _check_common_state(folder: Path, metadata: Metadata) -> None:
+    """Megatron-Core 0.16 keeps it in common.pt, and fails without; 0.19 among the other objects, and reads both."""
+    if (folder / "common.pt").is_file() or hasattr(serialization, "_legacy_common_state_exists"):
+        return
+    if any(key.startswith("common_state/") for key in metadata.state_dict_metadata):
+        raise UserError(
+            f"checkpoint {folder}: was written by a newer megatron-core than this one ({installed}), "
+            "which cannot load it; install megatron-core 0.19"
+        )
+    raise UserError(f"checkpoint {folder}: common.pt is missing; copy the checkpoint again")
+
+
+def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
+    """Ask for weights alone, not for the extra state (FP8 scales), which no recipe makes use of.
+
+    Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
+    spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
+    """
+    return {name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; torch collects the failures of all ranks in one exception, of which the first is told."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, UnpicklingError):
+        return "it holds an object that is damaged or may run code: do not use it, and ask whoever it came from"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _model_state(chunks: Chunks) -> dict[str, Any]:
+    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:
+    model = content["model0"] if "model1" not in content else {k: v for k, v in content.items()}
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}  # loads at any layout
+    if is_loading:
+        _allocate_state(optimizer)
+    with cuda_type_names():
+        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+
+
+def _allocate_state(optimizer) -> None:
+    """Give torch's AdamW the state of step 0: Megatron cannot load into one that has never made a step.
+
+    Of Transformer Engine's and Apex's FusedAdam, which Megatron prefers, it allocates the state by itself.
+    """
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if isinstance(adam, torch.optim.AdamW):
+            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros(())} | moments

@@ -1,0 +1,25 @@
+"""Preprocessing with its settings as keywords."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.preprocess import preprocess as module
+from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+
+
+def preprocess(sources: Iterable[SourceConfig], *, overwrite: bool = False, **settings: Any) -> Manifest:
+    """`settings` are those of a recipe's section `preprocess`."""
+    return module.preprocess(PreprocessConfig(corpora=tuple(sources), **settings), overwrite=overwrite)
+
+
+def run(text: str, tokenizer: str, output: Path, **settings: Any) -> Manifest:
+    """The corpus `hu` of one file."""
+    source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")
+    return preprocess([source], tokenizer=tokenizer, output=str(output), **settings)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What preprocessing left in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}

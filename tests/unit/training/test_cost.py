@@ -1,0 +1,85 @@
+"""The closed forms against real ones: parameters and checkpoints as they are, operations as PyTorch counts them."""
+
+import math
+
+import pytest
+from harness import EXPANDED, ORIGINAL, make_batch, make_plan, make_recipe
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.model.parameters import padded_vocab_size
+from megatron_lpr.training.cost import model_size, step_flops
+
+TOKENS = {"qaa": 32, "qab": 32}
+STATISTICS_COLUMNS = 3 + 4  # of RouterStats for four experts
+
+METHODS = {
+    "stage1": {"train": {"trainable": "new_experts_and_routers"}, "balance": {"coeff": 0.02}},
+    "stage2": {"train": {"trainable": "routers"}, "lpr": {"coeff": 0.1}},
+    "moe_full": {"train": {"trainable": "all"}},
+    "dense": {"train": {"trainable": "all"}, "model": {"num_experts": 0}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_computes_what_the_formula_says(method, megatron, toy_base, tmp_path):
+    from megatron.core import parallel_state
+
+    from megatron_lpr.training.train import Trainer
+
+    batch = make_batch([[(EXPANDED, TOKENS["qaa"])], [(ORIGINAL, TOKENS["qab"])]])
+    recipe = make_recipe(toy_base, batch, tmp_path, METHODS[method])
+    try:
+        trainer = Trainer(make_plan(recipe, batch))
+        with FlopCounterMode(display=False) as counter:
+            metrics = trainer.train_step()
+    finally:
+        parallel_state.destroy_model_parallel()
+    arch, topk = trainer.plan.arch, recipe.model.topk
+    frozen_slots = [0] * arch.num_layers
+    for language, router in metrics.get("router", {}).items():
+        for layer, share in enumerate(router["frozen_share"]):
+            frozen_slots[layer] += round(share * TOKENS[language] * topk)
+    expected = step_flops(
+        arch,
+        recipe.model,
+        recipe.train.trainable,
+        tokens=sum(TOKENS.values()),
+        frozen_slots=frozen_slots,
+        vocab_size=padded_vocab_size(arch.vocab_size, 1),
+    )
+    statistics = 2 * 3 * sum(TOKENS.values()) * STATISTICS_COLUMNS * arch.num_layers if recipe.model.num_experts else 0
+    # torch has no formula for the CPU's attention kernel, so that both counts leave attention scores out
+    assert counter.get_total_flops() - statistics == expected.total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_and_checkpoints_are_as_large_as_expected(megatron, toy_base, tmp_path, method, sharded, dtype):
+    from megatron.core import parallel_state
+
+    from megatron_lpr.training.train import Trainer
+
+    batch = make_batch([[(EXPANDED, 8), (ORIGINAL, 8)]])
+    sections = METHODS[method] | {"parallel": {"distributed_optimizer": sharded}}
+    sections["model"] = sections.get("model", {}) | {"dtype": dtype}
+    recipe = make_recipe(toy_base, batch, tmp_path, sections)
+    try:
+        trainer = Trainer(make_plan(recipe, batch))
+        trainer.train_step()
+        sizes = []
+        for with_optimizer in (False, True):
+            folder = trainer.save(with_optimizer=with_optimizer)
+            tensors = [t for t in read_metadata(folder).state_dict_metadata.values() if hasattr(t, "size")]
+            sizes.append(sum(math.prod(tensor.size) * tensor.properties.dtype.itemsize for tensor in tensors))
+            on_disk = sum(file.stat().st_size for file in folder.iterdir())
+            assert sizes[-1] < on_disk < sizes[-1] + 10_000 * sum(len(t.chunks) for t in tensors)  # what describes them
+            trainer.step += 1
+    finally:
+        parallel_state.destroy_model_parallel()
+    parameters = [(p.numel(), p.requires_grad) for p in trainer.chunks[0].parameters()]
+    expected = model_size(recipe, trainer.plan.arch)
+    assert expected.trainable == sum(number for number, learns in parameters if learns)
+    assert expected.frozen == sum(number for number, learns in parameters if not learns)
+    assert sizes == [expected.weight_bytes, expected.checkpoint_bytes]
