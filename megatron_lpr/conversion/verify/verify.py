@@ -17,10 +17,9 @@ from megatron_lpr.conversion.verify.folder import (
 from megatron_lpr.conversion.verify.report import Check, VerifyReport, check, listed
 from megatron_lpr.conversion.verify.tensors import Scan, digest_of_digests, scan
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture, family_of, read_architecture
+from megatron_lpr.families import Architecture, Family, family_of, read_architecture
 from megatron_lpr.families.expansion import Expansion, origins, with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
-from megatron_lpr.families.table import Family
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 
 
