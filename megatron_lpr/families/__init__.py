@@ -7,7 +7,7 @@ from megatron_lpr.families.llama import LLAMA, MISTRAL
 from megatron_lpr.families.qwen import QWEN2, QWEN3
 from megatron_lpr.families.table import Architecture, Family
 
-__all__ = ["FAMILIES", "Architecture", "family_of", "read_architecture"]
+__all__ = ["FAMILIES", "Architecture", "Family", "family_of", "read_architecture"]
 
 # A MoE class that several families are exported to is read as the first of them.
 FAMILIES = {family.name: family for family in (MISTRAL, LLAMA, QWEN2, QWEN3)}

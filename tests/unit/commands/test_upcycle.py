@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import upcycle_hf
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.testing.toy_models import write_recipe
 
 
@@ -26,7 +27,7 @@ def test_it_is_the_upcycled_base(recipe, toy_base, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "frozen tensors" in printed and "FAIL" not in printed and not (tmp_path / "run").exists()
     assert f"megatron-lpr upcycle {recipe} --hf {out}" in (out / "README.md").read_text()
-    upcycle_hf(toy_base, tmp_path / "same", num_experts=4, num_frozen=2, topk=3, router_std=0.5)
+    upcycle_hf(toy_base, tmp_path / "same", Expansion(num_experts=4, num_frozen=2, topk=3, router_std=0.5))
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
 
