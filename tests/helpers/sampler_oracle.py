@@ -6,8 +6,20 @@ from collections.abc import Sequence
 from fractions import Fraction
 from math import floor
 
+from hypothesis import strategies as st
+
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+
+# Half of 1/1 + 1/1 + 1/2 + 1/3 + 1/5 + ... over the Fibonacci numbers, rounded up (proof in csrc/mixture.h): how far a
+# corpus' count may be from its share.
+BOUND = Fraction(168, 100)
+weights = st.lists(
+    st.one_of(st.integers(1, 9), st.floats(0.01, 10), st.sampled_from([0.001, 0.999, 1 / 3])),
+    min_size=1,
+    max_size=6,
+)
+shares = st.one_of(st.sampled_from([1e-6, 1 - 1e-6, 0.5, 1 / 3, 0.999]), st.floats(1e-6, 1 - 1e-6))
 
 
 def mix(word: int) -> int:

@@ -55,6 +55,7 @@ def options(hf_tokenizer, tmp_path) -> dict:
     return {"tokenizer": hf_tokenizer, "output": str(tmp_path / "out")}
 
 
+@pytest.mark.slow
 def test_different_corpora_at_once_all_get_their_entries(write_text, options, tmp_path):
     path = write_text("a.jsonl", TEXTS)
     for number in range(8):
@@ -64,6 +65,7 @@ def test_different_corpora_at_once_all_get_their_entries(write_text, options, tm
         assert names == {f"c{round}.{name}" for round in range(number + 1) for name in range(5)}
 
 
+@pytest.mark.slow
 def test_one_corpus_at_once_is_made_by_one_process(write_text, options, tmp_path):
     path, other = write_text("a.jsonl", TEXTS), write_text("b.jsonl", TEXTS[:7])
     refused = 0

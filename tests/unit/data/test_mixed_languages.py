@@ -58,6 +58,7 @@ def tags(manifest: Manifest) -> list[list[str]]:
     return [[names[n] for n in runs.of_tokens(int(a), int(b - a))] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+@pytest.mark.slow
 def test_from_a_field(run, write_text, hf_tokenizer, tmp_path, monkeypatch):
     path = write_text("a.jsonl", LINES)
     manifest = run(path, language_field="lang")

@@ -94,6 +94,7 @@ def test_documents_past_32_bits(huge):
     assert int(sampler.picks(0, 100)[:, 1].max()) > 1 << 30
 
 
+@pytest.mark.slow
 def test_as_many_corpora_as_there_may_be(tmp_path):
     """32,767 in one role, each with a weight of its own."""
     prefix = str(tmp_path / "small")

@@ -43,6 +43,7 @@ def test_order_is_that_of_a_keyed_hash_of_the_places(write_text, hf_tokenizer, t
     assert [corpus.document(index).tolist() for index in range(len(corpus))] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hf_tokenizer", "sp_tokenizer"])
 def test_blocks_memory_and_processes_change_nothing(request, write_text, tmp_path, monkeypatch, kind):
     path, tokenizer = write_text("a.jsonl", TEXTS), request.getfixturevalue(kind)
@@ -187,6 +188,7 @@ def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_block
         run(write_text("a.jsonl", TEXTS), hf_tokenizer, tmp_path / "out", workers=2)
 
 
+@pytest.mark.slow
 def test_a_killed_single_process_is_told_too(hf_tokenizer, tmp_path, monkeypatch):
     """A document of 24 MB takes 3 GB; here the process may have 1.5 GB, and dies as by the system's hand."""
     (tmp_path / "a.txt").write_text("the quick brown fox jumps " * 1_000_000)
@@ -200,6 +202,7 @@ def _start_small_worker(*arguments) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [True, False])
 def test_a_long_document_is_a_bad_line(write_text, hf_tokenizer, tmp_path, capsys, text):
     if text:
