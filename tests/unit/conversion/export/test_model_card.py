@@ -6,12 +6,12 @@ import shutil
 
 import pytest
 import yaml
+from preprocessing import preprocess
 from tiny_models import rewrite_config
 from toy_run import write_run
 
 from megatron_lpr.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
-from megatron_lpr.data.preprocess.preprocess import preprocess
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
@@ -136,8 +136,8 @@ def test_the_card_of_what_a_run_writes_today(toy_base, tmp_path):
             SourceConfig(name="books", language="hu", **source),
             SourceConfig(name="web", language="ro", **source | mixed),
         ],
-        tokenizer_dir=str(toy_base),
-        output_dir=str(tmp_path / "data"),
+        tokenizer=str(toy_base),
+        output=str(tmp_path / "data"),
     )
     sampler = ReplaySampler(manifest, seq_length=16, seed=0, mixture={"expanded": 1.0})
     folder = write_run(toy_base, tmp_path / "run", recipe={"name": "stage1", **train("routers")})
