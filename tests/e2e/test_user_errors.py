@@ -260,7 +260,7 @@ def test_what_has_no_effect_without_a_checkpoint(refused, project, trained, tmp_
     base, export, scores = project.root / "base", project.root / "hf_stage1", ["--name", "x", "--out", tmp_path / "x"]
     assert "name the recipe of the held-out text with --recipe" in refused("evaluate", base, *scores)
     assert "which is no checkpoint" in refused("evaluate", base, *scores, "--base", base)
-    assert "Give --checkpoint CHECKPOINT" in refused("verify", export)
+    assert "Give the checkpoint (--checkpoint)" in refused("verify", export)
     assert "--no-logits: logits are compared with --checkpoint only" in refused(
         "verify", export, "--base", base, "--no-logits"
     )

@@ -97,7 +97,8 @@ def plan_verification(
     base = base or (used.model.base if used else None) or (graft_delta[0] if graft_delta else None)
     if base is None:
         raise UserError(
-            f"verify {export_dir}: against what? Give the checkpoint, which knows its base model, or the base"
+            f"verify {export_dir}: against what? Give the checkpoint (--checkpoint), which knows its base, or the base "
+            "(--base)"
         )
     text = None
     if folder and used and logits and not graft_delta:
