@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -59,7 +58,7 @@ class Sampler {
   // Calls visit(pick) for samples first, ..., first + count - 1.
   template <typename Visit>
   void for_each(std::uint64_t first, std::uint64_t count, Visit&& visit) const {
-    OrderCache orders;
+    OrderCache orders(corpora_.size());
     schedule_.for_each(first, count, [&](std::uint32_t corpus, std::uint64_t index) {
       const EpochOrder& order = orders.find(*this, corpus, index);
       visit(Pick{corpus, order.permute(index - order.first_index), order.epoch});
@@ -104,11 +103,13 @@ class Sampler {
     Permutation permute;
   };
 
-  // Keys of the permutations that were used last, one place per corpus modulo its size.
+  // Keys of the permutations that were used last: a place for each corpus, or several corpora for each place.
   class OrderCache {
    public:
+    explicit OrderCache(std::size_t corpora) : places_(std::min<std::size_t>(corpora, 512)) {}
+
     const EpochOrder& find(const Sampler& sampler, std::uint32_t id, std::uint64_t index) {
-      std::optional<EpochOrder>& place = places_[id % places_.size()];
+      std::optional<EpochOrder>& place = places_[id % static_cast<std::uint32_t>(places_.size())];
       if (!place || place->corpus != id || index - place->first_index >= place->samples) {
         const SampledCorpus& corpus = sampler.corpora_[id];
         const std::uint64_t samples = corpus.samples(), epoch = index / samples;
@@ -119,7 +120,7 @@ class Sampler {
     }
 
    private:
-    std::array<std::optional<EpochOrder>, 32> places_;
+    std::vector<std::optional<EpochOrder>> places_;
   };
 
   static std::vector<bool> roles(const std::vector<CorpusSpec>& corpora) {
