@@ -21,8 +21,8 @@ TESTS = Path(__file__).parent
 FOLDERS = ("distributed", "e2e", "gpu", "unit/model", "unit/training", "unit/platform")
 WITH_MEGATRON = {TESTS / folder for folder in FOLDERS}
 PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}
-# of all fast tests together, a minute on an idle machine; a slow machine may take longer
-FAST_CPU_SECONDS = 120
+# of all fast tests together: a minute or so on an idle machine; CI runs on a slow one that does other work too
+FAST_CPU_SECONDS = 240
 imported_by: list[str] = []  # the first test after which Megatron-Core is imported
 
 

@@ -22,6 +22,7 @@ def command(*arguments: str) -> int:
     return cli.main(["preprocess", *arguments])
 
 
+@pytest.mark.slow
 def test_a_recipe_of_preprocessing_alone(write_text, hf_tokenizer, tmp_path, out, capsys):
     files = write_text("a.jsonl", ["fox"]), write_text("b.jsonl.zst", ["dog"])
     corpus = f"{{name: hu, language: hu, role: expanded, files: ['{tmp_path}/?.jsonl*']}}"

@@ -38,6 +38,7 @@ def documents(manifest: Manifest, number: int = 0) -> list[tuple[int, ...]]:
     return [tuple(corpus.document(i).tolist()) for i in range(len(corpus))]
 
 
+@pytest.mark.slow
 def test_writes_every_document_with_eod_in_shuffled_order(run, write_text, hf_tokenizer, tmp_path):
     files = write_text("a.jsonl", TEXTS[:20]), write_text("b.jsonl.gz", TEXTS[20:])
     written = documents(run(source(*files)))
