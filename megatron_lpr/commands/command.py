@@ -4,12 +4,12 @@ import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from megatron_lpr import commands
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Command:
     """A word of the command line, and what follows it.
 
@@ -25,6 +25,7 @@ class Command:
     about: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    _: KW_ONLY
     reads: tuple[str, ...] = ()
     place: int = 0
     spelling: str = ""

@@ -16,10 +16,4 @@ def run(options: argparse.Namespace) -> None:
     print(retention_table([EvaluationResult.load(file) for file in options.files]))
 
 
-COMMAND = Command(
-    name="compare",
-    about="table of several evaluation results, with retention",
-    add_arguments=add_arguments,
-    run=run,
-    place=7,
-)
+COMMAND = Command("compare", "table of several evaluation results, with retention", add_arguments, run, place=7)

@@ -61,10 +61,10 @@ def _recipe_for_hf(options: argparse.Namespace) -> Recipe | None:
 
 
 COMMAND = Command(
-    name="evaluate",
-    about="bits per byte on held-out text",
-    add_arguments=add_arguments,
-    run=run,
+    "evaluate",
+    "bits per byte on held-out text",
+    add_arguments,
+    run,
     reads=(*READS, "model.dtype"),
     place=6,
     spelling=SPELLING,

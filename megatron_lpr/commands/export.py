@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    name="export",
-    about="write a checkpoint as a stock Hugging Face model",
-    add_arguments=add_arguments,
-    run=run,
+    "export",
+    "write a checkpoint as a stock Hugging Face model",
+    add_arguments,
+    run,
     reads=READS,
     place=8,
     spelling=SPELLING,

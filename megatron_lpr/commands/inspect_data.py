@@ -21,10 +21,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    name="inspect-data",
-    about="show what a training recipe reads: tokens, epochs, share per language",
-    add_arguments=add_arguments,
-    run=run,
+    "inspect-data",
+    "show what a training recipe reads: tokens, epochs, share per language",
+    add_arguments,
+    run,
     reads=("data", "train.steps", "train.global_batch_size", "train.seed"),
     place=3,
 )

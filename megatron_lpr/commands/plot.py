@@ -70,9 +70,9 @@ def _by_name(names: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
 
 
 COMMAND = Command(
-    name="plot",
-    about="pictures: the losses of runs, and where evaluated models send the tokens of each held-out text",
-    add_arguments=add_arguments,
-    run=run,
+    "plot",
+    "pictures: the losses of runs, and where evaluated models send the tokens of each held-out text",
+    add_arguments,
+    run,
     place=10,
 )

@@ -80,10 +80,10 @@ def _under(options: argparse.Namespace) -> dict[str, Any]:
 
 
 COMMAND = Command(
-    name="preprocess",
-    about="tokenise text into Megatron .bin/.idx corpora and a manifest",
-    add_arguments=add_arguments,
-    run=run,
+    "preprocess",
+    "tokenise text into Megatron .bin/.idx corpora and a manifest",
+    add_arguments,
+    run,
     reads=("preprocess", "model.base"),
     place=1,
 )

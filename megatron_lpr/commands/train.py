@@ -38,10 +38,10 @@ def _ranks(options: argparse.Namespace, there: int) -> int:
 
 
 COMMAND = Command(
-    name="train",
-    about="post-pretraining, review, or a baseline, as the recipe says; resumes by itself",
-    add_arguments=add_arguments,
-    run=run,
+    "train",
+    "post-pretraining, review, or a baseline, as the recipe says; resumes by itself",
+    add_arguments,
+    run,
     reads=(
         *("name", "output", "model", "data", "train", "parallel", "balance", "lpr", "optimizer", "checkpoint"),
         *("logging", "preprocess.bos", "preprocess.parse_special_tokens"),

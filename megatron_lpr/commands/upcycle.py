@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    name="upcycle",
-    about="write the base model with experts, as a checkpoint in the recipe's output or as a Hugging Face model",
-    add_arguments=add_arguments,
-    run=run,
+    "upcycle",
+    "write the base model with experts, as a checkpoint in the recipe's output or as a Hugging Face model",
+    add_arguments,
+    run,
     reads=("output", "model", "parallel", "export"),
     place=4,
     distributed=True,

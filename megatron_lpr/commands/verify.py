@@ -81,10 +81,10 @@ def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    name="verify",
-    about="check an export against the base model, and against its checkpoint",
-    add_arguments=add_arguments,
-    run=run,
+    "verify",
+    "check an export against the base model, and against its checkpoint",
+    add_arguments,
+    run,
     reads=READS,
     place=9,
     spelling=SPELLING,

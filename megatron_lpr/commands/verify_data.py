@@ -37,9 +37,5 @@ def run(options: argparse.Namespace) -> None:
 
 
 COMMAND = Command(
-    name="verify-data",
-    about="compare every byte of the corpora with the digests in their manifest",
-    add_arguments=add_arguments,
-    run=run,
-    place=2,
+    "verify-data", "compare every byte of the corpora with the digests in their manifest", add_arguments, run, place=2
 )

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from harness import make_batch, upcycle_base
-from tiny_models import rewrite
+from tiny_models import LLAMA3_SCALING, rewrite
 from transformers import AutoModelForCausalLM
 
 from megatron_lpr import cli
@@ -14,19 +14,12 @@ from megatron_lpr.recipe.reading import from_tree, load_recipe
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_model
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 VARIANTS = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
     "head_dim": {"head_dim": 16, "num_key_value_heads": 4},
     # a slow rotation, so that the scaled frequencies matter within a few tokens
-    "llama3_rope": {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "head_dim": 32},
+    "llama3_rope": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_SCALING, "head_dim": 32},
     "bf16": {"dtype": "bfloat16"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
 }

@@ -113,6 +113,17 @@ def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path
     )
 
 
+def make_trainer(base: Path, tmp_path: Path, **sections: Mapping[str, Any]):
+    """A trainer, ready for a step, that reads `mixed_batch()` in every one."""
+    from megatron_lpr.training.train import Trainer
+
+    batch = mixed_batch()
+    trainer = Trainer(make_plan(make_recipe(base, batch, tmp_path, sections), batch))
+    for chunk in trainer.chunks:
+        chunk.train()
+    return trainer
+
+
 def scramble(module: torch.nn.Module, *, seed: int = 0) -> None:
     """Give every expert its own weights and the routers clear opinions: nothing may hide behind equal experts."""
     generator = torch.Generator().manual_seed(seed)

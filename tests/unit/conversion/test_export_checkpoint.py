@@ -207,7 +207,6 @@ KILLED = """
 import sys, time
 from megatron_lpr.conversion.export import export
 from megatron_lpr.conversion.export.sources import CheckpointSource
-from megatron_lpr.conversion.record import made_of, read_record
 stream = CheckpointSource.stream
 def slow(self, units):
     for item in stream(self, units):

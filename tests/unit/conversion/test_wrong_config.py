@@ -45,13 +45,6 @@ CLASSES = {
     for hf_class in (family.dense, family.moe)
 }
 LINEAR = {"rope_type": "linear", "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 NO_SIZE = [0, -1, 1.5, 32.0, "32", "many", [], [32], {}, True, float("nan"), float("inf"), 10**9, 10**400]
 NO_NUMBER = ["1e4", "", [], [1e4], {}, True, 0, -1.0, float("nan"), float("inf"), 10**400]
 WRONG = {

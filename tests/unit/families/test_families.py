@@ -4,18 +4,12 @@ import json
 import shutil
 
 import pytest
+from tiny_models import LLAMA3_SCALING
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 V4_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",

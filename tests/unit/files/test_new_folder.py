@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -111,38 +112,35 @@ def test_what_a_killed_process_left_inside_is_replaced(tmp_path):
     write(tmp_path / "out")
 
 
-def test_files_come_in_an_order_that_makes_no_half_model(tmp_path, monkeypatch):
-    """Killed while the files are moved: config.json is not there, and the next run says what lies there."""
+@pytest.fixture
+def ended_at_the_index(tmp_path, monkeypatch):
+    """ended_at_the_index(end): `end` is raised in the folder `out` when the index has been moved."""
     (tmp_path / "out").mkdir()
     rename = os.rename
 
-    def die(source, target, **options):
-        rename(source, target, **options)
-        if str(target).endswith("index.json"):
-            raise SystemExit
+    def run(end: type[BaseException]) -> list[Path]:
+        def move(source, target, **options):
+            rename(source, target, **options)
+            if str(target).endswith("index.json"):
+                raise end
 
-    monkeypatch.setattr(os, "rename", die)
-    with pytest.raises(SystemExit):
-        write(tmp_path / "out")
-    there = {path.name for path in (tmp_path / "out").iterdir()}
-    assert there == {*FILES, INSIDE} - {"config.json"}
+        monkeypatch.setattr(os, "rename", move)
+        with pytest.raises(end):
+            write(tmp_path / "out")
+        return list((tmp_path / "out").iterdir())
+
+    return run
+
+
+def test_files_come_in_an_order_that_makes_no_half_model(tmp_path, ended_at_the_index):
+    """Killed while the files are moved: config.json is not there, and the next run says what lies there."""
+    assert {path.name for path in ended_at_the_index(SystemExit)} == {*FILES, INSIDE} - {"config.json"}
     with pytest.raises(UserError, match="holds part of an export that was killed .* remove what is in the folder"):
         check_vacant(tmp_path / "out")
 
 
-def test_interrupted_while_the_files_are_moved(tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    rename = os.rename
-
-    def interrupt(source, target, **options):
-        rename(source, target, **options)
-        if str(target).endswith("index.json"):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "rename", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+def test_interrupted_while_the_files_are_moved(ended_at_the_index):
+    assert ended_at_the_index(KeyboardInterrupt) == []
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from harness import as_tensors, make_plan, make_recipe, mixed_batch, scramble, unwrapped
-
-
-def make_trainer(base, tmp_path, **sections):
-    from megatron_lpr.training.train import Trainer
-
-    batch = mixed_batch()
-    trainer = Trainer(make_plan(make_recipe(base, batch, tmp_path, sections), batch))
-    for chunk in trainer.chunks:
-        chunk.train()
-    return trainer
+from harness import as_tensors, make_trainer, mixed_batch, scramble, unwrapped
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -4,17 +4,7 @@ import math
 
 import pytest
 import torch
-from harness import gradients, make_plan, make_recipe, mixed_batch, scramble, unwrapped
-
-
-def make_trainer(base, tmp_path, **sections):
-    from megatron_lpr.training.train import Trainer
-
-    batch = mixed_batch()
-    trainer = Trainer(make_plan(make_recipe(base, batch, tmp_path, sections), batch))
-    for chunk in trainer.chunks:
-        chunk.train()
-    return trainer
+from harness import gradients, make_trainer, scramble, unwrapped
 
 
 @pytest.mark.parametrize("distributed", [True, False])
