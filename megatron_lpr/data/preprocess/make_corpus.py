@@ -101,10 +101,11 @@ def _tokenize(job: PartJob, prefix: str, block_bytes: int, bad_lines: BadLines) 
     progress = DocumentProgress(source.name)
     parts = combined_parts(job.folder)
     combined = {number for part in parts for number in range(part.first, part.last + 1)}
-    made = tokenize_parts(blocks, job, _workers(job.settings), combined)
+    # closed here: no worker may still write where a refused line makes an end of the folder
+    made = contextlib.closing(tokenize_parts(blocks, job, _workers(job.settings), combined))
     documents = tokens = kept = blocks_done = 0
-    with _bad_line_report(f"{prefix}.bad_lines.txt") as report:
-        for number, (block, record, was_there) in enumerate(made):
+    with made as finished, _bad_line_report(f"{prefix}.bad_lines.txt") as report:
+        for number, (block, record, was_there) in enumerate(finished):
             for bad in record.bad_lines:
                 bad_lines.add(bad)
                 report.write(f"{bad}\n")

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class PartJob:
 
 def tokenize_parts(
     blocks: Iterator[Block], job: PartJob, workers: int, combined: Container[int] = ()
-) -> Iterator[tuple[Block, PartRecord, bool]]:
+) -> Generator[tuple[Block, PartRecord, bool], None, None]:
     """Makes the part of every block, unless it is there already; yields in the order of the blocks.
 
     Holds at most `workers` + 1 blocks. The third value says that the part was kept.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ import pytest
 from preprocessing import files, preprocess, run
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.preprocess import make_corpus, tokenize_parts
+from megatron_lpr.data.preprocess import make_corpus, tokenize_parts, work_folder
 from megatron_lpr.data.text.text_files import files_sha256
 from megatron_lpr.data.text.tokenize import HFTokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
@@ -202,9 +203,22 @@ def _start_small_worker(*arguments) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (1500 << 20, 1500 << 20))
 
 
+@pytest.fixture
+def workers_left(monkeypatch):
+    """Processes that were there, and might still write, whenever it was looked whether the work folder may go."""
+    found = []
+
+    def scandir(folder, scan=os.scandir):
+        found.extend(multiprocessing.active_children())
+        return scan(folder)
+
+    monkeypatch.setattr(work_folder.os, "scandir", scandir)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [True, False])
-def test_a_long_document_is_a_bad_line(write_text, hf_tokenizer, tmp_path, capsys, text):
+def test_a_long_document_is_a_bad_line(write_text, hf_tokenizer, tmp_path, capsys, text, workers_left):
     if text:
         path = str(tmp_path / "a.txt")
         Path(path).write_text("fox\n" * 300)
@@ -216,6 +230,7 @@ def test_a_long_document_is_a_bad_line(write_text, hf_tokenizer, tmp_path, capsy
     options = {"tokenizer": hf_tokenizer, "output": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"a\.\w+:1: document of more than 1,000 bytes .it has 1,\d+; divide it, or"):
         preprocess([source], max_document_bytes=1000, **options)
+    assert workers_left == []
     made = preprocess([source], max_document_bytes=1000, on_bad_line="skip", **options)
     assert (made.corpora[0].documents, made.corpora[0].source.skipped_lines) == (1, 1)
     assert "left out 1 lines (document of more than 1,000 bytes)" in capsys.readouterr().err
