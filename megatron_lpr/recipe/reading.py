@@ -155,6 +155,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where}: {name}: expected a mapping, found {value!r}")
+        if odd := [key for key in value if isinstance(key, bool) or key is None]:
+            word = "a bool" if isinstance(odd[0], bool) else "null"
+            raise UserError(f"{where}: {name}: YAML reads one of its keys as {word}; write it in quotes, as 'no'")
         return {str(key): _convert(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
     return _scalar(hint, value, f"{where}: {name}")
 

@@ -135,6 +135,17 @@ def test_single_file_stands_for_a_list(write):
     assert recipe.evaluation.corpora[0].files == ("a.jsonl",)
 
 
+@pytest.mark.parametrize("key, word", [("no", "a bool"), ("~", "null")])
+def test_a_key_that_yaml_takes_for_something_else(write, key, word):
+    """Norwegian is no bool."""
+    corpus = f"{{name: n, files: a, language: nb, role: expanded, languages: {{{key}: expanded}}}}"
+    path = write("r.yaml", f"name: x\noutput: o\nmodel: {{base: b}}\npreprocess: {{corpora: [{corpus}]}}\n")
+    with pytest.raises(
+        UserError, match=rf"corpora\[0\].languages: YAML reads one of its keys as {word}; write"
+    ):
+        load_recipe(path)
+
+
 def test_tree_and_back():
     corpus = {"name": "x", "files": ["a", "b"], "language": "hu", "role": "expanded"}
     tree = MINIMUM | {"preprocess": {"corpora": [corpus]}, "train": {"trainable": "all", "steps": 3}}
