@@ -135,13 +135,13 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
     def __getitem__(self, name: str) -> "StoredParameter":
         key, lead = self._places[name]
         tensor = self._tensors[key]
-        axes, pieces = len(lead), []
+        axes, shards = len(lead), []
         for chunk in tensor.chunks:
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             inside = [index - first for index, first in zip(lead, offsets, strict=False)]
             if all(0 <= index < size for index, size in zip(inside, sizes, strict=False)):
-                pieces.append(_Piece(offsets[axes:], sizes[axes:], MetadataIndex(key, chunk.offsets), tuple(inside)))
-        return StoredParameter(self, tuple(tensor.size[axes:]), tensor.properties.dtype, tuple(pieces))
+                shards.append(_Shard(offsets[axes:], sizes[axes:], MetadataIndex(key, chunk.offsets), tuple(inside)))
+        return StoredParameter(self, tuple(tensor.size[axes:]), tensor.properties.dtype, tuple(shards))
 
     def open_chunk(self, index: MetadataIndex) -> FileTensor | torch.Tensor:
         """A chunk where it lies in its file; in memory if it was saved transposed. UserError when it is damaged."""
@@ -165,7 +165,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         return self._opened[index]
 
 
-class _Piece(NamedTuple):
+class _Shard(NamedTuple):
     """The part of a parameter that one chunk holds, and where that is in the chunk."""
 
     offsets: Shape
@@ -181,24 +181,24 @@ class StoredParameter:
     checkpoint: DistCheckpoint
     shape: Shape
     dtype: torch.dtype
-    pieces: tuple[_Piece, ...]
+    shards: tuple[_Shard, ...]
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
         """As torch.Tensor.narrow, in the dtype of the checkpoint; chunks beside the range are not read."""
         wanted = [(0, size) for size in self.shape]
         wanted[dim] = (start, start + length)
-        found = [(piece, box) for piece in self.pieces if (box := _overlap(piece, wanted))]
+        found = [(shard, box) for shard in self.shards if (box := _overlap(shard, wanted))]
         if len(found) == 1 and found[0][1] == wanted:
             return self._read(found[0][0], wanted, dim)
         whole = torch.empty([stop - first for first, stop in wanted], dtype=self.dtype)
         filled = 0
-        for piece, box in found:
-            part = self._read(piece, box, dim)
+        for shard, box in found:
+            part = self._read(shard, box, dim)
             target = whole[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wanted, strict=True))]
             target.copy_(part)
             filled += part.numel()
         if filled != whole.numel():
-            raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.pieces[0].chunk.fqn}' are missing")
+            raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.shards[0].chunk.fqn}' are missing")
         return whole
 
     def on_disk(self, dim: int, start: int, length: int) -> FileTensor | None:
@@ -206,28 +206,28 @@ class StoredParameter:
         wanted = [(0, size) for size in self.shape]
         wanted[dim] = (start, start + length)
         first, stop = wanted[0]
-        for piece in self.pieces:
-            if _overlap(piece, wanted) == wanted and wanted[1:] == [(0, size) for size in piece.sizes[1:]]:
-                chunk = self._opened(piece)
+        for shard in self.shards:
+            if _overlap(shard, wanted) == wanted and wanted[1:] == [(0, size) for size in shard.sizes[1:]]:
+                chunk = self._opened(shard)
                 if isinstance(chunk, FileTensor):
-                    return chunk.rows(first - piece.offsets[0], stop - piece.offsets[0])
+                    return chunk.rows(first - shard.offsets[0], stop - shard.offsets[0])
         return None
 
-    def _read(self, piece: _Piece, box: list[tuple[int, int]], dim: int) -> torch.Tensor:
+    def _read(self, shard: _Shard, box: list[tuple[int, int]], dim: int) -> torch.Tensor:
         first, stop = box[dim]
-        return self._opened(piece).narrow(dim, first - piece.offsets[dim], stop - first)
+        return self._opened(shard).narrow(dim, first - shard.offsets[dim], stop - first)
 
-    def _opened(self, piece: _Piece) -> FileTensor | torch.Tensor:
-        chunk = self.checkpoint.open_chunk(piece.chunk)
-        for index in piece.lead:
+    def _opened(self, shard: _Shard) -> FileTensor | torch.Tensor:
+        chunk = self.checkpoint.open_chunk(shard.chunk)
+        for index in shard.lead:
             chunk = chunk.select(0, index)
         return chunk
 
 
-def _overlap(piece: _Piece, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def _overlap(shard: _Shard, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
     box = [
         (max(first, offset), min(stop, offset + size))
-        for (first, stop), offset, size in zip(wanted, piece.offsets, piece.sizes, strict=True)
+        for (first, stop), offset, size in zip(wanted, shard.offsets, shard.sizes, strict=True)
     ]
     return box if all(first < stop for first, stop in box) else None
 

@@ -11,7 +11,7 @@ from megatron_lpr.files.json_lines import complete_lines, from_json
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
+class TrainingText:
     """Training text; `digest` is the SHA-256 of its tokens on disk, `languages` are those in it, with their roles."""
 
     name: str
@@ -32,7 +32,7 @@ class Stage:
     objective: str
     losses: dict[str, float]
     tokens_per_language: dict[str, int]
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[TrainingText, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:
 def _stage(folder: Path, state: RunState) -> Stage:
     recipe, data = state.recipe, state.data_state or {}
     corpora = [
-        Corpus(
+        TrainingText(
             name=name,
             languages=corpus.get("languages") or {corpus["language"]: corpus["role"]},
             **{key: corpus[key] for key in ("role", "tokens", "digest")},

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lpr.families import Architecture
+from megatron_lpr.files.safetensors_io import torch_dtype
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -38,15 +39,12 @@ def layer_has_experts(config: TransformerConfig) -> list[bool]:
     return [bool(config.num_moe_experts)] * config.num_layers
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> TransformerConfig:
     """The configuration of a dense model (`model.num_experts: 0`) or of its upcycled form.
 
     With Transformer Engine (`te`) the new experts of a rank run as one grouped GEMM.
     """
-    dtype = DTYPES[recipe.model.dtype]
+    dtype = torch_dtype(recipe.model.dtype)
     common = dict(
         **_architecture(arch),
         **_parallel(recipe),

@@ -96,7 +96,7 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
     _check_attention(recipe, data)
-    mixtures = [data.mixture, *(piece.mixture or {} for piece in data.schedule)]
+    mixtures = [data.mixture, *(entry.mixture or {} for entry in data.schedule)]
     if recipe.lpr.coeff and not any(mixture.get("original") for mixture in mixtures):
         raise UserError(
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "

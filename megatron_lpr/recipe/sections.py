@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.recipe.fields import MOST_SAMPLES, parse_size, range_of
-from megatron_lpr.recipe.settings import DataConfig, ExportConfig, MixturePiece, OptimizerConfig, TrainConfig
+from megatron_lpr.recipe.settings import DataConfig, ExportConfig, OptimizerConfig, ScheduleEntry, TrainConfig
 
 _ROLES = ("expanded", "original")
 
@@ -67,24 +67,24 @@ def _check(section: Any, where: str) -> None:
 def _(data: DataConfig, where: str) -> None:
     _check_shares(data.mixture, f"{where}.mixture")
     reached = 0
-    for number, piece in enumerate(data.schedule):
-        if number == 0 and piece.from_sample == 0:
-            if piece.mixture is not None:
+    for number, entry in enumerate(data.schedule):
+        if number == 0 and entry.from_sample == 0:
+            if entry.mixture is not None:
                 raise UserError(
                     f"{where}.schedule[0].mixture: the mixture from sample 0 on is data.mixture; set it there"
                 )
-        elif piece.from_sample <= reached:
+        elif entry.from_sample <= reached:
             raise UserError(
-                f"{where}.schedule[{number}].from_sample: {piece.from_sample} does not come after {reached}; list the "
+                f"{where}.schedule[{number}].from_sample: {entry.from_sample} does not come after {reached}; list the "
                 "mixtures in the order in which they take over"
             )
-        reached = piece.from_sample
+        reached = entry.from_sample
 
 
 @_check.register
-def _(piece: MixturePiece, where: str) -> None:
-    if piece.mixture is not None:
-        _check_shares(piece.mixture, f"{where}.mixture")
+def _(entry: ScheduleEntry, where: str) -> None:
+    if entry.mixture is not None:
+        _check_shares(entry.mixture, f"{where}.mixture")
 
 
 def _check_shares(mixture: Mapping[str, float], where: str) -> None:

@@ -54,7 +54,7 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixturePiece:
+class ScheduleEntry:
     """A mixture that takes over in the middle of a run."""
 
     from_sample: int = required("consumed samples from which on it holds", at_least=0, at_most=MOST_SAMPLES)
@@ -91,7 +91,7 @@ class DataConfig:
     mixture: dict[str, float] = opt(
         {"expanded": 1.0}, "share of the samples from corpora of each role (expanded, original)", at_least=0
     )
-    schedule: tuple[MixturePiece, ...] = opt((), "mixtures that take over from data.mixture later in the run")
+    schedule: tuple[ScheduleEntry, ...] = opt((), "mixtures that take over from data.mixture later in the run")
     windows: Literal["packed", "fixed", "document"] = opt(
         "packed", "samples: consecutive tokens, cut elsewhere in every epoch; always cut alike; or one document each"
     )

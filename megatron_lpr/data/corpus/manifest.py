@@ -55,7 +55,7 @@ class TokenizerRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TextSource:
     """What a corpus was made from: SHA-256 of the text files, seed of the shuffle, bad lines left out."""
 
     sha256: str
@@ -80,7 +80,7 @@ class Corpus:
     documents: int
     tokens: int
     digest: str
-    source: Source | None = None
+    source: TextSource | None = None
     languages: dict[str, str] | None = None
     language_digest: str | None = None
     index_digest: str | None = None

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import tokenizers
 
 from megatron_lpr.data.corpus.indexed import IndexedWriter, LanguageRunsWriter, token_dtype
-from megatron_lpr.data.corpus.manifest import Corpus, Source
+from megatron_lpr.data.corpus.manifest import Corpus, TextSource
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge
 from megatron_lpr.data.preprocess.tokenize_parts import PartJob, tokenize_parts
@@ -59,7 +59,7 @@ def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tok
         documents=writer.documents,
         tokens=writer.tokens,
         digest=writer.digest,
-        source=Source(sha256=sha256, seed=settings.seed, skipped_lines=bad_lines.count),
+        source=TextSource(sha256=sha256, seed=settings.seed, skipped_lines=bad_lines.count),
         languages=dict(source.languages) or None,
         language_digest=language_digest,
     )

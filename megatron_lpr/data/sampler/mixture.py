@@ -11,7 +11,7 @@ from functools import reduce
 
 from megatron_lpr.data.corpus.manifest import ROLES, Corpus, Manifest
 from megatron_lpr.errors import UserError, nearest
-from megatron_lpr.recipe.settings import MixturePiece, ReplayConfig
+from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry
 
 # Limits of csrc/mixture.h and csrc/split.h: the sum of the weights in a role, and the denominator of a role's share.
 _MAX_TOTAL = 1 << 60
@@ -43,30 +43,30 @@ class Subset:
 
 
 def mixtures(
-    manifest: Manifest, mixture: Mapping[str, float], schedule: Sequence[MixturePiece] = ()
+    manifest: Manifest, mixture: Mapping[str, float], schedule: Sequence[ScheduleEntry] = ()
 ) -> tuple[Mixture, ...]:
     """`mixture` from sample 0 on, and those of `schedule` from theirs; both as `check_section` lets them pass.
 
     Raises:
         UserError: an unknown corpus, a share or weight that is too small, or a role with a share and no corpora.
     """
-    first = MixturePiece(from_sample=0)
+    first = ScheduleEntry(from_sample=0)
     if schedule and schedule[0].from_sample == 0:
         first, *schedule = schedule
     return tuple(
-        _mixture(manifest, mixture if piece.mixture is None else piece.mixture, piece) for piece in (first, *schedule)
+        _mixture(manifest, mixture if entry.mixture is None else entry.mixture, entry) for entry in (first, *schedule)
     )
 
 
-def _mixture(manifest: Manifest, mixture: Mapping[str, float], piece: MixturePiece) -> Mixture:
-    weights = corpus_weights(manifest, piece.weights)
+def _mixture(manifest: Manifest, mixture: Mapping[str, float], entry: ScheduleEntry) -> Mixture:
+    weights = corpus_weights(manifest, entry.weights)
     used = {corpus.role for corpus, weight in zip(manifest.corpora, weights, strict=True) if weight}
     share = role_shares(manifest, mixture, used)
     total = dict.fromkeys(ROLES, 0)
     for corpus, weight in zip(manifest.corpora, weights, strict=True):
         total[corpus.role] += weight
     return Mixture(
-        first_sample=piece.from_sample,
+        first_sample=entry.from_sample,
         expanded=share["expanded"],
         weights=tuple(weights),
         shares=tuple(

@@ -19,7 +19,7 @@ from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.data_state import DataState
 from megatron_lpr.data.sampler.mixture import Subset, mixtures, subsets
 from megatron_lpr.recipe.sections import check_section, check_setting
-from megatron_lpr.recipe.settings import DataConfig, MixturePiece, ReplayConfig, TrainConfig
+from megatron_lpr.recipe.settings import DataConfig, ReplayConfig, ScheduleEntry, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ class ReplaySampler:
         seq_length: int,
         seed: int,
         mixture: Mapping[str, float],
-        schedule: Sequence[MixturePiece] = (),
+        schedule: Sequence[ScheduleEntry] = (),
         windows: str = "packed",
         replay: ReplayConfig | None = None,
         document_ids: bool = False,
@@ -132,12 +132,12 @@ class ReplaySampler:
             _corpus_specs(manifest, subset),
             [
                 MixtureSpec(
-                    first_sample=piece.first_sample,
-                    expanded_numerator=piece.expanded.numerator,
-                    expanded_denominator=piece.expanded.denominator,
-                    weights=piece.weights,
+                    first_sample=mixture.first_sample,
+                    expanded_numerator=mixture.expanded.numerator,
+                    expanded_denominator=mixture.expanded.denominator,
+                    weights=mixture.weights,
                 )
-                for piece in self.mixtures
+                for mixture in self.mixtures
             ],
             SamplerSettings(
                 seq_length=seq_length,

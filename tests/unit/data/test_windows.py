@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, Source, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
 from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import MixturePiece, ReplayConfig
+from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry
 
 S = 12
 EOD = 2
@@ -131,7 +131,7 @@ def test_bad_subsets(manifest, replay, message):
 
 
 def test_warns_of_a_subset_of_a_corpus_that_nobody_shuffled(manifest):
-    source = Source(sha256="ab", seed=0, skipped_lines=0)
+    source = TextSource(sha256="ab", seed=0, skipped_lines=0)
     manifest = manifest.with_corpus(dataclasses.replace(manifest.corpora[1], source=source))
     (warning,) = unshuffled(manifest, ReplayConfig(documents={"original": 3}))
     assert "corpus 'en2' was not written by megatron-lpr preprocess" in warning
@@ -153,7 +153,7 @@ def test_windows_with_few_labels_are_warned_of(make_manifest, windows):
         seq_length=100,
         seed=1,
         mixture={"expanded": 1},
-        schedule=[MixturePiece(from_sample=0, weights={"off": 0})],
+        schedule=[ScheduleEntry(from_sample=0, weights={"off": 0})],
         windows=windows,
     )
     (warning,) = short_windows(manifest, sampler)

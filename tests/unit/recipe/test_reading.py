@@ -140,9 +140,7 @@ def test_a_key_that_yaml_takes_for_something_else(write, key, word):
     """Norwegian is no bool."""
     corpus = f"{{name: n, files: a, language: nb, role: expanded, languages: {{{key}: expanded}}}}"
     path = write("r.yaml", f"name: x\noutput: o\nmodel: {{base: b}}\npreprocess: {{corpora: [{corpus}]}}\n")
-    with pytest.raises(
-        UserError, match=rf"corpora\[0\].languages: YAML reads one of its keys as {word}; write"
-    ):
+    with pytest.raises(UserError, match=rf"corpora\[0\].languages: YAML reads one of its keys as {word}; write"):
         load_recipe(path)
 
 

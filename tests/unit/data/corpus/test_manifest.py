@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from megatron_lpr.data.corpus.manifest import Manifest, Source
+from megatron_lpr.data.corpus.manifest import Manifest, TextSource
 from megatron_lpr.errors import UserError
 
 
@@ -24,7 +24,7 @@ def test_save_and_load(manifest):
     assert Manifest.load(manifest.path) == manifest
     assert manifest.languages == ("hu", "en")
     with_source = dataclasses.replace(
-        manifest.corpora[0], source=Source(sha256="ab", seed=3, skipped_lines=1), weight=4.0
+        manifest.corpora[0], source=TextSource(sha256="ab", seed=3, skipped_lines=1), weight=4.0
     )
     changed = manifest.with_corpus(with_source)
     changed.save()

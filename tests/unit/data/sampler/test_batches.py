@@ -12,7 +12,7 @@ import pytest
 from megatron_lpr.data.sampler.batches import MicroBatches, RankLayout
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import MixturePiece
+from megatron_lpr.recipe.settings import ScheduleEntry
 
 S, GLOBAL, STEPS = 8, 96, 3
 
@@ -22,7 +22,7 @@ def sampler(make_manifest) -> ReplaySampler:
     manifest = make_manifest(
         ("hu", "hu", "expanded", 2, 700), ("tr", "tr", "expanded", 0.3, 90), ("en", "en", "original", 1, 333)
     )
-    schedule = [MixturePiece(from_sample=100, mixture={"expanded": 0.2, "original": 0.8})]
+    schedule = [ScheduleEntry(from_sample=100, mixture={"expanded": 0.2, "original": 0.8})]
     return ReplaySampler(
         manifest, seq_length=S, seed=5, mixture={"expanded": 0.9, "original": 0.1}, schedule=schedule, document_ids=True
     )

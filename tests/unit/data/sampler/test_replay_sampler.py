@@ -12,7 +12,7 @@ from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.replay_sampler import Batch, ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import MixturePiece, ReplayConfig
+from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry
 
 S = 16
 MIXTURE = {"expanded": 0.6, "original": 0.4}
@@ -193,7 +193,7 @@ def test_state_names_what_changed(manifest, sampler):
     refused("windows was packed, is document", windows="document")
     refused("tokens_read of corpus 'en_help' was None, is 24", replay=ReplayConfig(tokens={"en": 0.5}))
     refused("share of corpus 'hu' from sample 0 on was 2/5, is 1/3", mixture={"expanded": 0.5, "original": 0.5})
-    refused(r"took over at samples \[0\], now at \[0, 600\]", schedule=[MixturePiece(from_sample=600)])
+    refused(r"took over at samples \[0\], now at \[0, 600\]", schedule=[ScheduleEntry(from_sample=600)])
 
     hu, *rest = manifest.corpora
     changed = dataclasses.replace
@@ -221,7 +221,7 @@ def test_what_has_not_been_read_may_change(manifest, sampler):
     tr2 = dataclasses.replace(manifest.corpora[2], name="tr2", digest="e" * 64)
     extended = dataclasses.replace(manifest, corpora=(*manifest.corpora, tr2))
     settings = {"seq_length": S, "seed": 11, "mixture": MIXTURE}
-    schedule = [MixturePiece(from_sample=0, weights={"tr2": 0}), MixturePiece(from_sample=640, weights={"tr2": 2})]
+    schedule = [ScheduleEntry(from_sample=0, weights={"tr2": 0}), ScheduleEntry(from_sample=640, weights={"tr2": 2})]
     later = ReplaySampler(extended, **settings, schedule=schedule)
     later.check_state(state)
     np.testing.assert_array_equal(later.picks(0, 640), sampler.picks(0, 640))

@@ -6,16 +6,16 @@ from hypothesis import strategies as st
 from sampler_oracle import BOUND, shares, weights
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import MixturePiece
+from megatron_lpr.recipe.settings import ScheduleEntry
 
 
 def test_schedule_neither_repeats_nor_skips(sampler_of):
     """Whatever the mixtures, each corpus' samples are its 0th, 1st, 2nd, ...; and each piece is exact in itself."""
     schedule = (
-        MixturePiece(from_sample=101, mixture={"expanded": 0.01, "original": 0.99}),
-        MixturePiece(from_sample=350, weights={"expanded0": 0, "original1": 7.5}),
-        MixturePiece(from_sample=351, mixture={"original": 1.0}),
-        MixturePiece(from_sample=600, weights={"expanded1": 0.1}),
+        ScheduleEntry(from_sample=101, mixture={"expanded": 0.01, "original": 0.99}),
+        ScheduleEntry(from_sample=350, weights={"expanded0": 0, "original1": 7.5}),
+        ScheduleEntry(from_sample=351, mixture={"original": 1.0}),
+        ScheduleEntry(from_sample=600, weights={"expanded1": 0.1}),
     )
     sampler = sampler_of([1, 2, 0.3], [5, 1], {"expanded": 0.7, "original": 0.3}, schedule)
     assert [m.first_sample for m in sampler.mixtures] == [0, 101, 350, 351, 600]
@@ -47,7 +47,7 @@ def test_any_schedule_neither_repeats_nor_skips(sampler_of, expanded, original, 
     schedule, start = [], far
     for length, share in pieces:
         start += length
-        schedule.append(MixturePiece(from_sample=start, mixture={"expanded": share, "original": 1 - share}))
+        schedule.append(ScheduleEntry(from_sample=start, mixture={"expanded": share, "original": 1 - share}))
     sampler = sampler_of(expanded, original, {"expanded": 0.5, "original": 0.5}, tuple(schedule))
     counts = sampler.samples_before(far)
     for corpus, _, index in sampler.picks(far, 700).tolist():
@@ -68,6 +68,6 @@ def test_any_schedule_neither_repeats_nor_skips(sampler_of, expanded, original, 
     ],
 )
 def test_impossible_schedules(sampler_of, schedule, message):
-    pieces = [MixturePiece(from_sample=start, mixture=mixture, weights=w) for start, mixture, w in schedule]
+    pieces = [ScheduleEntry(from_sample=start, mixture=mixture, weights=w) for start, mixture, w in schedule]
     with pytest.raises(UserError, match=message):
         sampler_of([1], [1], {"expanded": 0.5, "original": 0.5}, pieces)
