@@ -85,7 +85,7 @@ def test_one_layer_of_a_stack_is_read_alone(tmp_path):
     checkpoint = DistCheckpoint(folder)
     name = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"
     first = checkpoint[name].narrow(0, 0, 64)  # where the chunk begins is known now
-    path = checkpoint[name].checkpoint.open_chunk(checkpoint[name].pieces[0].chunk).path
+    path = checkpoint[name].checkpoint.open_chunk(checkpoint[name].shards[0].chunk).path
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
     assert torch.equal(checkpoint[name].narrow(0, 0, 64), first)
 
