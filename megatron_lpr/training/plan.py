@@ -132,7 +132,8 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
     if resume:
         state = read_run_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
-        sampler.check_state(state.data_state or {})
+        if state.step < train.steps:  # nothing is read by a run that is finished
+            sampler.check_state(state.data_state or {})
         origin = same_run.source_of(recipe, state)
     elif recipe.model.load:
         source = locate(recipe.model.load)

@@ -105,6 +105,17 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     assert "latest names step_00000008, which is not there: takes step_00000006, the newest complete" in printed
 
 
+def test_a_finished_run_that_read_in_another_order_has_nothing_to_do(run):
+    file = run.checkpoints / "step_00000006/run.json"
+    state = json.loads(file.read_text())
+    state["data_state"]["version"] = 1
+    file.write_text(json.dumps(state))
+    status, printed, _ = run()
+    assert status == 0 and printed.startswith("nothing to do: the run in ")
+    status, _, error = run("train.steps=8")
+    assert status == 2 and "reads samples in another order (version 1" in error
+
+
 @pytest.mark.parametrize(
     "assignment, start",
     [

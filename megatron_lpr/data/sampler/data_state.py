@@ -8,7 +8,7 @@ from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.sampler.mixture import Mixture, Subset
 from megatron_lpr.errors import UserError
 
-_VERSION = 3  # 2: before the samples of a role came in the order of csrc/mixture.h
+_VERSION = 3  # 2: before the samples of a role that has several corpora came in the order of csrc/mixture.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class DataState:
         Raises:
             UserError: naming everything that changed; or the samples come in another order by now.
         """
-        if saved.get("version") != _VERSION:
+        if saved.get("version") != _VERSION and not (saved.get("version") == 2 and _one_corpus_a_role(saved)):
             raise UserError(
                 f"the run began with another version of megatron_lpr, which reads samples in another order (version "
                 f"{saved.get('version')} of the data's state, here it is {_VERSION}): let that version finish the run, "
@@ -81,6 +81,11 @@ def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
         identity["index_digest"] = corpus.index_digest
     limits = {"documents_read": part.documents, "tokens_read": part.tokens}
     return identity | {field: limit for field, limit in limits.items() if limit}
+
+
+def _one_corpus_a_role(saved: Mapping[str, Any]) -> bool:
+    roles = [[saved["corpora"][name]["role"] for name in mixture["shares"]] for mixture in saved["schedule"]]
+    return all(len(set(read)) == len(read) for read in roles)
 
 
 def _used(schedule: Sequence[Mapping[str, Any]], consumed: int) -> list[Mapping[str, Any]]:
