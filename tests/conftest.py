@@ -20,6 +20,7 @@ from megatron_lpr.testing.toy_models import write_toy_model
 TESTS = Path(__file__).parent
 FOLDERS = ("distributed", "e2e", "gpu", "unit/model", "unit/training", "unit/platform")
 WITH_MEGATRON = {TESTS / folder for folder in FOLDERS}
+SLOW = {TESTS / "unit/conversion"}  # whole models are written and read, small as they are
 PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}
 # of all fast tests together: a minute or so on an idle machine; CI runs on a slow one that does other work too
 FAST_CPU_SECONDS = 240
@@ -31,8 +32,8 @@ def only_fast(config: pytest.Config) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Importing the tests of Megatron would import Megatron."""
-    return True if only_fast(config) and collection_path in WITH_MEGATRON else None
+    """Importing the tests of Megatron would import Megatron; and what does not run need not be collected."""
+    return True if only_fast(config) and collection_path in WITH_MEGATRON | SLOW else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if WITH_MEGATRON & set(item.path.parents) or any(name.startswith("megatron") for name in fixtures):
             item.add_marker("megatron")
-        if starts_processes(getattr(getattr(item, "function", None), "__code__", None)):
+        if SLOW & set(item.path.parents) or starts_processes(getattr(getattr(item, "function", None), "__code__", None)):
             item.add_marker("slow")
         if not item.get_closest_marker("megatron") and not item.get_closest_marker("slow"):
             item.add_marker("fast")

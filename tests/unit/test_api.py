@@ -34,6 +34,7 @@ def test_importing_the_package_imports_no_torch():
     assert run_python("-c", textwrap.dedent(program)) == "[]\nTrue\n"
 
 
+@pytest.mark.megatron
 def test_every_name_is_there_and_on_the_page():
     for name in megatron_lpr.__all__:
         assert getattr(megatron_lpr, name).__name__ == name
