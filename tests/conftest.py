@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         if WITH_MEGATRON & set(item.path.parents) or any(name.startswith("megatron") for name in fixtures):
             item.add_marker("megatron")
-        if SLOW & set(item.path.parents) or starts_processes(getattr(getattr(item, "function", None), "__code__", None)):
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        if SLOW & set(item.path.parents) or starts_processes(code):
             item.add_marker("slow")
         if not item.get_closest_marker("megatron") and not item.get_closest_marker("slow"):
             item.add_marker("fast")

@@ -15,6 +15,7 @@ from megatron_lpr.testing.toy_models import write_toy_project
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.megatron  # the Trainer is one of the names
 
 
 def run_python(*arguments: str) -> str:
@@ -34,7 +35,6 @@ def test_importing_the_package_imports_no_torch():
     assert run_python("-c", textwrap.dedent(program)) == "[]\nTrue\n"
 
 
-@pytest.mark.megatron
 def test_every_name_is_there_and_on_the_page():
     for name in megatron_lpr.__all__:
         assert getattr(megatron_lpr, name).__name__ == name
