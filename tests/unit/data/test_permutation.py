@@ -19,6 +19,7 @@ def assert_bijection(size: int, *key: int):
     np.testing.assert_array_equal(permute(size, *key, 0, size, inverse=True)[images], np.arange(size))
 
 
+@pytest.mark.slow
 def test_is_a_bijection_with_an_inverse_for_every_small_size():
     for size in range(1, 5001):
         assert_bijection(size, 7, size, 0)
@@ -67,6 +68,7 @@ def test_neighbours_are_uncorrelated(size):
         assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 3 / np.sqrt(size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [1, 2, 1000])
 def test_as_many_distinct_differences_as_a_random_permutation(lag):
     """n draws from n residues hit n (1 - 1/e) of them; within 0.5% at a million (ten standard deviations)."""

@@ -14,6 +14,7 @@ from megatron_lpr.recipe.settings import SourceConfig
 TEXTS = [f"the quick fox number {number} árvíz" * (1 + number % 3) for number in range(600)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("languages", [{}, {"hu": "expanded", "en": "original"}])
 @pytest.mark.parametrize("most", [2, 3, 10, 1000])
 def test_parts_combined_before_the_merge_change_nothing(
