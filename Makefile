@@ -88,5 +88,5 @@ $(VENV4)/.installed:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV4) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV4) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megatron_lpr tests tools examples -name __pycache__ -prune -exec rm -rf {} +
