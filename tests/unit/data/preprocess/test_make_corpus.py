@@ -206,10 +206,10 @@ def _start_small_worker(*arguments) -> None:
 @pytest.fixture
 def workers_left(monkeypatch):
     """Processes that were there, and might still write, whenever it was looked whether the work folder may go."""
-    found = []
+    found, of_other_tests = [], set(multiprocessing.active_children())
 
     def scandir(folder, scan=os.scandir):
-        found.extend(multiprocessing.active_children())
+        found.extend(set(multiprocessing.active_children()) - of_other_tests)
         return scan(folder)
 
     monkeypatch.setattr(work_folder.os, "scandir", scandir)
