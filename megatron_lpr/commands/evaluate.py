@@ -2,15 +2,8 @@
 
 import argparse
 
-from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.commands.command import Command
-from megatron_lpr.commands.options import (
-    add_gone,
-    add_own_recipe,
-    recipe_of,
-    refuse_file,
-    typed_recipe,
-)
+from megatron_lpr.commands.options import add_gone, add_own_recipe, found_checkpoint, recipe_of, typed_recipe
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import REST
 from megatron_lpr.recipe.settings import Recipe
@@ -37,11 +30,10 @@ def run(options: argparse.Namespace) -> None:
     from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation, print_progress
     from megatron_lpr.evaluation.retention import check_result_file
 
-    refuse_file(options.model, SPELLING)
     if is_hf_model(options.model):
         evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
     else:
-        checkpoint = checkpoint_folder(options.model)  # said aloud once
+        checkpoint = found_checkpoint(options.model, SPELLING)  # said aloud once
         evaluation = plan_evaluation(checkpoint, recipe_of(checkpoint, options, READS))
     check_result_file(options.out)
     if options.dry_run:
