@@ -161,4 +161,5 @@ def test_types(tmp_path):
     }
     assert len(told) == len(expected), done.stdout
     for line, (what, message) in zip(told, expected.items(), strict=True):
-        assert line.startswith(f"{file}:{lines.index(what) + 1}: ") and message in line
+        # by its name: mypy's cache remembers the folder of an earlier test of the same text
+        assert f"{file.name}:{lines.index(what) + 1}: " in line and message in line
