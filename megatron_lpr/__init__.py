@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
     from megatron_lpr.errors import UserError
     from megatron_lpr.recipe.reading import load_recipe
-    from megatron_lpr.training.hooks import Hook
+    from megatron_lpr.training.hooks.hook import Hook
     from megatron_lpr.training.train import Trainer
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _ELSEWHERE = {
-    "Hook": "training.hooks",
+    "Hook": "training.hooks.hook",
     "Manifest": "data.corpus.manifest",
     "ReplaySampler": "data.sampler.replay_sampler",
     "Trainer": "training.train",

@@ -23,7 +23,7 @@ from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, single_process, together
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
-from megatron_lpr.training.hooks import Hook
+from megatron_lpr.training.hooks.hook import Hook
 from megatron_lpr.training.plan import Plan, plan_training
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
-from megatron_lpr.checkpoint.save_and_load import load_checkpoint
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers

@@ -17,7 +17,7 @@ from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
-from megatron_lpr.training.hooks import RunningTrainer
+from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
 
 

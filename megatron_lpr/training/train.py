@@ -6,7 +6,7 @@ Import it inside `platform.megatron()`; everything that a user can get wrong `pl
     with run_folder(plan.recipe.output, plan.resume), megatron():
         Trainer(plan).run()
 
-What happens around the loop (checkpoints, metrics, plots, ...) is hooks.py.
+What happens around the loop (checkpoints, metrics, plots, ...) is the folder hooks.
 """
 
 import math
@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
-from megatron_lpr.checkpoint.save_and_load import load_checkpoint, save_checkpoint
+from megatron_lpr.checkpoint.save import save_checkpoint
 from megatron_lpr.conversion.load.weights import fill_weights
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
-from megatron_lpr.training.hooks import Hook, built_in, failure_told
+from megatron_lpr.training.hooks.built_in import built_in
+from megatron_lpr.training.hooks.hook import Hook, failure_told
 from megatron_lpr.training.not_finite import NotFinite, check_weights, explain
 from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan

@@ -79,7 +79,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
         from megatron_lpr.checkpoint.run_state import RunState
-        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
+        from megatron_lpr.checkpoint.save import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
 

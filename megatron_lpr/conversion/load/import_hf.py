@@ -33,7 +33,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.checkpoint.run_state import RunState
-        from megatron_lpr.checkpoint.save_and_load import save_checkpoint
+        from megatron_lpr.checkpoint.save import save_checkpoint
         from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.reporting.progress import byte_progress

@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from megatron_lpr.checkpoint.save_and_load import load_checkpoint
+from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import SafetensorsReader

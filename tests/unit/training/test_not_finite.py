@@ -82,7 +82,7 @@ def test_loss_that_is_not_finite(make_trainer, monkeypatch):
 
 @pytest.mark.parametrize("name, kind", [(NORM, "frozen"), (ROUTER, "trained")])
 def test_weights_are_looked_at_before_the_first_step(make_trainer, tmp_path, name, kind):
-    from megatron_lpr.training.hooks import FrozenWeights
+    from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
 
     trainer = make_trainer()
     trainer.train_step()

@@ -12,7 +12,7 @@ from megatron_lpr.reporting.metrics_log import each_record, read_metrics
 
 
 def test_a_script_can_write_a_hook_before_it_has_megatron():
-    look = "import sys, megatron_lpr.training.hooks; sys.exit('megatron.core' in sys.modules)"
+    look = "import sys, megatron_lpr.training.hooks.built_in; sys.exit('megatron.core' in sys.modules)"
     subprocess.run([sys.executable, "-c", look], check=True)
 
 
@@ -25,7 +25,8 @@ def metrics(step, **changes):
 @pytest.fixture
 def reported(megatron, toy_base, tmp_path):
     """reported(records, resumed_step): a run's hooks that report, with those steps; call `finish` on the result."""
-    from megatron_lpr.training.hooks import Metrics, Plots
+    from megatron_lpr.training.hooks.metrics import Metrics
+    from megatron_lpr.training.hooks.plots import Plots
 
     recipe = make_recipe(toy_base, mixed_batch(), tmp_path / "out", {})
 
@@ -117,7 +118,8 @@ def test_a_hook_of_your_own_is_called_after_what_every_run_does(make_trainer, tm
 
 
 def test_a_run_that_fails_tells_its_hooks_and_keeps_its_own_error(make_trainer, monkeypatch, capsys):
-    from megatron_lpr.training.hooks import Hook, Metrics
+    from megatron_lpr.training.hooks.hook import Hook
+    from megatron_lpr.training.hooks.metrics import Metrics
 
     class Failing(Hook):
         def after_step(self, trainer, metrics):
@@ -136,7 +138,7 @@ def test_a_run_that_fails_tells_its_hooks_and_keeps_its_own_error(make_trainer, 
 
 
 def test_what_a_hook_raises_before_a_save_leaves_it_unwritten(make_trainer, tmp_path):
-    from megatron_lpr.training.hooks import Hook
+    from megatron_lpr.training.hooks.hook import Hook
 
     class Never(Hook):
         def before_save(self, trainer):

@@ -1,71 +1,27 @@
-"""Checkpoints: Megatron's dist_checkpointing (torch_dist), written whole or not at all.
+"""Reading checkpoints of any layout into the model, the optimizer and its schedule."""
 
-A checkpoint is written under a temporary name and renamed when every rank has finished, so that a killed save leaves
-nothing that a later run could mistake for one.
-"""
-
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core import __version__ as installed
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
-)
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
 from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
-from megatron_lpr.checkpoint.run_folder import drop_old, publish
-from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.shims import cuda_type_names
 
 EXTRA_STATE = "_extra_state"
-Chunks = Sequence[torch.nn.Module]
-
-
-def save_checkpoint(
-    output: str, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, keep: int = 0
-) -> Path:
-    """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
-    root = Path(output) / "checkpoints"
-    folder, writing = root / f"step_{state.step:08d}", root / f".writing_step_{state.step:08d}"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    content = _model_state(chunks)
-    if optimizer is not None:
-        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=False)
-        content["scheduler"] = scheduler.state_dict()
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    dist_checkpointing.save(content, str(writing), strategy)
-    dist.barrier()
-    if rank == 0:
-        write_run_state(writing, state)
-        publish(writing, folder)
-        drop_old(folder, keep)
-    dist.barrier()
-    return folder
 
 
 def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None) -> None:
@@ -74,9 +30,9 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     Raises:
         UserError: the checkpoint is damaged or holds another model.
     """
-    content = _model_state(chunks)
+    content = model_state(chunks)
     if optimizer is not None:
-        content["optimizer"] = _optimizer_state(optimizer, content, is_loading=True)
+        content["optimizer"] = optimizer_state(optimizer, content, is_loading=True)
     for index in range(len(chunks)):
         content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
     _check_common_state(folder, read_metadata(folder))  # refuses what would run code in Megatron's hands
@@ -146,29 +102,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, UnpicklingError):
         return "it holds an object that is damaged or may run code: do not use it, and ask whoever it came from"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _model_state(chunks: Chunks) -> dict[str, Any]:
-    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
-
-
-def _optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:
-    model = content["model0"] if "model1" not in content else {k: v for k, v in content.items()}
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}  # loads at any layout
-    if is_loading:
-        _allocate_state(optimizer)
-    with cuda_type_names():
-        return optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-
-
-def _allocate_state(optimizer) -> None:
-    """Give torch's AdamW the state of step 0: Megatron cannot load into one that has never made a step.
-
-    Of Transformer Engine's and Apex's FusedAdam, which Megatron prefers, it allocates the state by itself.
-    """
-    for part in optimizer.chained_optimizers:
-        adam = part.optimizer
-        if isinstance(adam, torch.optim.AdamW):
-            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.zeros(())} | moments

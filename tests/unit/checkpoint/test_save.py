@@ -72,7 +72,7 @@ def test_changed_frozen_weight_stops_the_save(make_trainer, tmp_path):
 
 
 def test_trained_weights_are_not_in_the_digest(make_trainer):
-    from megatron_lpr.training.hooks import fingerprint
+    from megatron_lpr.training.hooks.frozen_weights import fingerprint
 
     trainer = make_trainer(train=ROUTERS)
     before = fingerprint(trainer.chunks)

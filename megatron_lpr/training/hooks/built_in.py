@@ -1,0 +1,16 @@
+"""The hooks that every run has, in the order in which they are called."""
+
+import torch.distributed as dist
+
+from megatron_lpr.training.hooks.announcement import Announcement, Starts
+from megatron_lpr.training.hooks.checkpoints import Checkpoints
+from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
+from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.metrics import Metrics
+from megatron_lpr.training.hooks.plots import Plots
+
+
+def built_in(trainer: RunningTrainer) -> list[Hook]:
+    """What every run does, before the hooks that are its own."""
+    plots = [Plots()] if dist.get_rank() == 0 else []
+    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Checkpoints(), *plots]

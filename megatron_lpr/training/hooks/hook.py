@@ -1,0 +1,87 @@
+"""What happens around the training loop: each concern is a hook.
+
+    class Halfway(Hook):
+        def after_step(self, trainer, metrics):
+            if 2 * metrics["step"] == metrics["steps"] and dist.get_rank() == 0:
+                print("half of it is done, the loss is", metrics["ntp_loss"])
+
+    Trainer(plan, hooks=[Halfway()]).run()
+
+Hooks of your own are called after those that every run has (built_in.py). They can be imported before Megatron.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.training.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+    from megatron_lpr.model.lpr_router import LPRRouter
+
+
+class RunningTrainer(Protocol):
+    """What a hook may use of its `Trainer` (train.py says what each is)."""
+
+    plan: Plan
+    recipe: Recipe
+    chunks: list[torch.nn.Module]
+    routers: list["LPRRouter"]
+    optimizer: "MegatronOptimizer"
+    hooks: list["Hook"]
+    step: int
+    consumed_samples: int
+    tokens_seen: Counter[str]
+
+    @property
+    def finished(self) -> bool: ...
+
+    def save(self, *, with_optimizer: bool = True) -> Path: ...
+
+
+class Hook:
+    """Called by the trainer on every rank, in the order of the hooks; override what you need.
+
+    As all ranks call it, a hook may use collectives, and one that prints or writes does so on rank 0 alone. Metrics
+    are plain numbers, the same on every rank: reading them waits for nothing. What a hook raises ends the run.
+    """
+
+    def start(self, trainer: RunningTrainer) -> None:
+        """Before the first step of this start of the run."""
+
+    def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
+        """After every optimizer step; `trainer.step` counts it already."""
+
+    def before_save(self, trainer: RunningTrainer) -> None:
+        """Before a checkpoint is written; what is raised here leaves it unwritten."""
+
+    def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
+        """When the checkpoint is whole and on the disk."""
+
+    def finish(self, trainer: RunningTrainer) -> None:
+        """After the last step and its checkpoint."""
+
+    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
+        """Instead of `finish`, where an error or Ctrl-C ends the run; no collectives, for other ranks may be gone."""
+
+
+@contextlib.contextmanager
+def failure_told(trainer: RunningTrainer) -> Iterator[None]:
+    """What ends the run inside it is told to every hook; what one raises then is printed, and does not hide it."""
+    try:
+        yield
+    except BaseException as error:
+        for hook in trainer.hooks:
+            try:
+                hook.fail(trainer, error)
+            except Exception as second:
+                print(f"warning: {type(hook).__name__}: {second}", flush=True)
+        raise
