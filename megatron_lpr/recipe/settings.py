@@ -156,6 +156,10 @@ class CheckpointConfig:
     every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
     keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    verify: bool = opt(
+        True,
+        "compare the files of a checkpoint with their checksums before it is read; false: their sizes only",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
