@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import unwrap_model
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.model.builder import named_weights
 
 
 class NotFinite(ArithmeticError):
@@ -59,18 +59,6 @@ def explain(error: NotFinite, step: int, chunks: Iterable[torch.nn.Module], lr: 
 
 
 def _own(chunks: Iterable[torch.nn.Module]):
-    for chunk in chunks:
-        model = unwrap_model(chunk)
-        first = model.decoder.layers[0].layer_number - 1
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                yield f"the {'trained' if parameter.requires_grad else 'frozen'} weight {_in_the_model(name, first)}"
-
-
-def _in_the_model(name: str, first_layer: int) -> str:
-    """A parameter's name with the layer's number in the model, not in the pipeline stage."""
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    layer, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{int(layer) + first_layer}.{rest}"
+    for name, parameter in named_weights(chunks):
+        if not torch.isfinite(parameter).all():
+            yield f"the {'trained' if parameter.requires_grad else 'frozen'} weight {name}"

@@ -29,6 +29,7 @@ from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, 
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
 from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.votes import Votes
 
 
 class Trainer:
@@ -39,6 +40,7 @@ class Trainer:
         step: optimizer steps that the run has made, earlier starts included; `consumed_samples` and `tokens_seen`
             (scored tokens of each language) count along.
         saved_step: of the newest checkpoint; None before the first.
+        votes: what ranks tell each other with each step.
     """
 
     def __init__(self, plan: Plan, hooks: Iterable[Hook] = ()) -> None:
@@ -65,6 +67,7 @@ class Trainer:
         self.saved_step = plan.state.step if plan.state else None
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter((plan.state and plan.state.tokens_per_language) or {})
+        self.votes = Votes()
         self.micro_batches = micro_batches(plan, self.consumed_samples)
         self.hooks = [*built_in(self), *hooks]
 
