@@ -18,9 +18,9 @@ from megatron.core.utils import get_model_config
 
 from megatron_lpr.data.sampler.inspect_data import DocumentPlace, documents_of
 from megatron_lpr.errors import UserError
+from megatron_lpr.model.builder import named_weights
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses, forward_backward, micro_batches
-from megatron_lpr.training.weight_names import named_weights
 
 _LARGE = 1e18  # a gradient whose square is near the end of float32
 _SHOWN = 3

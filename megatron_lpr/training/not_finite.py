@@ -11,10 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.files.json_lines import JsonLines, complete_lines, from_json
+from megatron_lpr.model.builder import named_weights
 from megatron_lpr.training.fault import Fault, find_fault
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
-from megatron_lpr.training.weight_names import named_weights
 
 
 class NotFinite(ArithmeticError):

@@ -30,6 +30,7 @@ from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
 from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.votes import Votes
 
 
 class Trainer:
@@ -41,6 +42,7 @@ class Trainer:
             (scored tokens of each language) count along.
         saved_step: of the newest checkpoint; None before the first.
         skipped_steps: those of `step` that changed no weight (train.on_not_finite), earlier starts included.
+        votes: what ranks tell each other with each step.
     """
 
     def __init__(self, plan: Plan, hooks: Iterable[Hook] = ()) -> None:
@@ -68,6 +70,7 @@ class Trainer:
         self.skipped_steps = plan.state.skipped_steps if plan.state else 0
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter((plan.state and plan.state.tokens_per_language) or {})
+        self.votes = Votes()
         self.micro_batches = micro_batches(plan, self.consumed_samples)
         self.hooks = [*built_in(self), *hooks]
 

@@ -21,6 +21,7 @@ import torch
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.plan import Plan
+from megatron_lpr.training.votes import Votes
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -44,6 +45,7 @@ class RunningTrainer(Protocol):
     skipped_steps: int
     consumed_samples: int
     tokens_seen: Counter[str]
+    votes: Votes
 
     @property
     def finished(self) -> bool: ...
