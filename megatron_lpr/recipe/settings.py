@@ -160,8 +160,11 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Distributed checkpoints under `output`/checkpoints."""
 
-    every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
+    every: int = opt(0, "steps between checkpoints; 0: the clock decides, and the last step has one", at_least=0)
+    every_minutes: float = opt(30.0, "minutes between checkpoints; 0: none by the clock", at_least=0)
     keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
+    keep_every: int = opt(0, "steps between checkpoints that are kept for good, beside the newest; 0: none", at_least=0)
+    asynchronous: bool = opt(True, "train on while a checkpoint is written, from a copy in the hosts' memory")
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
     verify: bool = opt(
         True,
