@@ -8,9 +8,10 @@ from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
+from megatron_lpr.training.hooks.stopping import Stopping
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
     """What every run does, before the hooks that are its own."""
     plots = [Plots()] if dist.get_rank() == 0 else []
-    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Checkpoints(), *plots]
+    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Checkpoints(), *plots, Stopping()]
