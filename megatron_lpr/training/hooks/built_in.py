@@ -7,6 +7,7 @@ from megatron_lpr.training.hooks.checkpoints import Checkpoints
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
+from megatron_lpr.training.hooks.stopping import Stopping
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
@@ -16,4 +17,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     from megatron_lpr.training.hooks.replicas import Replicas
 
     plots = [Plots()] if dist.get_rank() == 0 else []
-    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Replicas(), Checkpoints(), *plots]
+    return [
+        *(FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Replicas(), Checkpoints(), *plots),
+        Stopping(),
+    ]
