@@ -80,6 +80,8 @@ class Trainer:
             for hook in self.hooks:
                 hook.start(self)
             while not self.finished:
+                for hook in self.hooks:
+                    hook.before_step(self)
                 metrics = self.finite_step()
                 for hook in self.hooks:
                     hook.after_step(self, metrics)
