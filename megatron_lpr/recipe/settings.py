@@ -180,6 +180,7 @@ class LoggingConfig:
     router_layers_every: int = opt(
         100, "steps between full records of every layer and expert; the first and last step have one too", at_least=1
     )
+    stragglers_every: int = opt(100, "steps between records of the slowest rank and of memory; 0: none", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class Hook:
         """Before the first step of this start of the run."""
 
     def before_step(self, trainer: RunningTrainer) -> None:
-        """Before every optimizer step."""
+        """Before every optimizer step; `trainer.step` does not count it yet."""
 
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         """After every optimizer step; `trainer.step` counts it already."""
