@@ -23,6 +23,7 @@ from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, single_process, together
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.signals import stoppable
 from megatron_lpr.training.good_checkpoint import plan_on_good_checkpoint
 from megatron_lpr.training.hooks.hook import Hook
 from megatron_lpr.training.plan import Plan
@@ -43,15 +44,22 @@ def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
 
 @contextlib.contextmanager
 def session(run: Plan) -> Iterator[None]:
-    """Inside it this process is a rank of the run, whose output folder is its own: the place for a `Trainer`."""
-    with run_folder(run.recipe.output, run.resume, run.damaged), megatron():
+    """Inside it this process is a rank of the run, whose output folder is its own: the place for a `Trainer`.
+
+    In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
+    """
+    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged), megatron():
         yield
 
 
 def train(run: Plan, hooks: Iterable[Hook] = ()) -> None:
     """Train to the last step; a finished run has nothing to do.
 
-    hooks: what is called around the loop, after what every run does.
+    Args:
+        hooks: what is called around the loop, after what every run does.
+
+    Raises:
+        Stopped: a signal or the end of its time has stopped the run, which has saved. Uncaught, it is exit status 75.
     """
     if run.finished:
         return
