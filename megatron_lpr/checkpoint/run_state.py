@@ -34,6 +34,7 @@ class RunState:
     recipe: dict[str, Any]  # resolved
     data_state: dict[str, Any] | None = None  # of the replay sampler
     tokens_per_language: dict[str, int] | None = None  # since the start of the run
+    skipped_steps: int = 0  # the same
     base: dict[str, Any] | None = None  # identity of the base model (same_run.py)
     source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (same_run.py)
     version: int = VERSION

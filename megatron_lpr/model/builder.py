@@ -1,8 +1,11 @@
 """This rank's model chunks: Megatron GPTModels, dense or upcycled."""
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.utils import unwrap_model
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
@@ -67,6 +70,19 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         chunks.append(chunk)
     return chunks
+
+
+def named_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters, wrapped or not, with the layer's number in the model and not in the pipeline stage."""
+    prefix = "decoder.layers."
+    for chunk in chunks:
+        model = unwrap_model(chunk)
+        first_layer = model.decoder.layers[0].layer_number - 1
+        for name, parameter in model.named_parameters():
+            if name.startswith(prefix):
+                number, rest = name.removeprefix(prefix).split(".", 1)
+                name = f"{prefix}{int(number) + first_layer}.{rest}"
+            yield name, parameter
 
 
 def routers(*chunks: torch.nn.Module) -> list[LPRRouter]:

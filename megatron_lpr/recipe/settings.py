@@ -113,6 +113,13 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = opt("none", "activations recomputed in the backward pass")
     seed: int = opt(1234, "seed of the data order", at_least=0)
     max_minutes: float = opt(0.0, "minutes after which each start of the run saves and stops; 0: no limit", at_least=0)
+    on_not_finite: Literal["stop", "skip", "skip_and_mark"] = opt(
+        "stop", "at a loss or gradient that is not finite; `skip_and_mark` writes what the step read to marked.jsonl"
+    )
+    max_skipped_steps: int = opt(10, "steps that a run may skip over all its starts; one more stops it", at_least=1)
+    check_replicas_every: int = opt(
+        1000, "steps between comparisons of the weights that data-parallel ranks have copies of; 0: none", at_least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Every step's metrics: one JSON line in metrics.jsonl, and TensorBoard. docs/metrics.md says what each key means."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -52,6 +53,8 @@ class StepMetrics(TypedDict):
     tokens_per_language: dict[str, int]  # scored tokens since the start of the run
     seconds: float
     consumed_samples: int  # since the start of the run
+    skipped_steps: NotRequired[int]  # the same; not in old records
+    skipped: NotRequired[str]  # why this step has changed no weight, where it has not
     router_summary: NotRequired[dict[str, RouterSummary]]  # every `logging.router_every` steps
     router: NotRequired[dict[str, RouterMetrics]]  # every `logging.router_layers_every` steps, the first and the last
 
@@ -77,7 +80,8 @@ class MetricsLog:
         """Log one step; its line is with the operating system when this returns."""
         self._lines.append({"step": metrics["step"], "time": utc_now()} | metrics)
         for tag, value in _scalars(metrics):
-            self._board.add_scalar(tag, value, metrics["step"])
+            if math.isfinite(value):  # a skipped step's may be none
+                self._board.add_scalar(tag, value, metrics["step"])
 
     def close(self) -> None:
         self._lines.close()

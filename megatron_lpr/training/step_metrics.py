@@ -23,13 +23,21 @@ from megatron_lpr.training.votes import KINDS, Votes
 
 
 def step_metrics(
-    trainer: RunningTrainer, seen: BatchCounts, losses: RankLosses, *, lr: float, grad_norm: float, start: float
+    trainer: RunningTrainer,
+    seen: BatchCounts,
+    losses: RankLosses,
+    *,
+    lr: float,
+    grad_norm: float,
+    start: float,
+    skipped: str | None = None,
 ) -> StepMetrics:
     """The metrics of the step that `trainer` has just made; all ranks call it.
 
     Args:
         seen: what the step has read.
         start: when it began, by time.perf_counter.
+        skipped: why it has changed no weight; the routers have seen nothing then.
     """
     plan, recipe, step = trainer.plan, trainer.recipe, trainer.step
     stats = reduce_stats(
@@ -56,7 +64,10 @@ def step_metrics(
         tokens_per_language=dict(trainer.tokens_seen),
         seconds=seconds,
         consumed_samples=trainer.consumed_samples,
+        skipped_steps=trainer.skipped_steps,
     )
+    if skipped is not None:
+        return metrics | {"skipped": skipped, "balance_loss": None, "lpr_loss": None}
     if trainer.routers:
         first_or_last = step in (1, plan.train.steps)
         metrics.update(

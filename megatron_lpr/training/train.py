@@ -24,10 +24,11 @@ from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
-from megatron_lpr.training.not_finite import NotFinite, check_weights, explain
-from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
+from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, not_finite_weight, skip_or_stop
+from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
 from megatron_lpr.training.step_metrics import step_metrics
@@ -42,6 +43,7 @@ class Trainer:
         step: optimizer steps that the run has made, earlier starts included; `consumed_samples` and `tokens_seen`
             (scored tokens of each language) count along.
         saved_step: of the newest checkpoint; None before the first.
+        skipped_steps: those of `step` that changed no weight (train.on_not_finite), earlier starts included.
         votes: what ranks tell each other with each step.
     """
 
@@ -67,6 +69,7 @@ class Trainer:
             router.stats.num_languages = self.counts.num_languages
         self.step = plan.first_step
         self.saved_step = plan.state.step if plan.state else None
+        self.skipped_steps = plan.state.skipped_steps if plan.state else 0
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter((plan.state and plan.state.tokens_per_language) or {})
         self.votes = Votes()
@@ -112,18 +115,20 @@ class Trainer:
         return self.step >= self.plan.train.steps
 
     def finite_step(self) -> StepMetrics:
-        """`train_step`; a number that is not finite ends the run with what is known of its cause."""
+        """`train_step`; a loss that is not finite, though those of all ranks are, ends the run."""
         step, lr = self.step + 1, self.lr
-        try:
-            metrics = self.train_step()
-            if not math.isfinite(metrics["ntp_loss"]):
-                raise NotFinite(f"the loss is {metrics['ntp_loss']}")
-        except NotFinite as error:
-            raise explain(error, step, self.chunks, lr, self.saved_step) from None
+        metrics = self.train_step()
+        if not math.isfinite(metrics["ntp_loss"]) and "skipped" not in metrics:
+            fault = Fault(what=f"the loss is {metrics['ntp_loss']}")
+            raise explain(fault, step=step, weight=not_finite_weight(self.chunks), lr=lr, saved=self.saved_step)
         return metrics
 
     def train_step(self) -> StepMetrics:
-        """One optimizer step and its metrics, which are the same on every rank."""
+        """One optimizer step and its metrics, which are the same on every rank.
+
+        Raises:
+            UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed.
+        """
         start, lr, sizes = time.perf_counter(), self.lr, self.plan.train
         seen = self.plan.sampler.count(self.consumed_samples, sizes.global_batch_size)
         self.counts.tokens = max(seen.tokens, 1)
@@ -135,12 +140,18 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
-        grad_norm = update(self.optimizer)
-        self.scheduler.step(increment=1)
+        skipped: str | None = None
+        try:
+            grad_norm = update(self.optimizer)
+            self.scheduler.step(increment=1)
+        except NotFinite as error:
+            grad_norm, skipped = error.norm, skip_or_stop(self, error, losses, lr=lr)
+            self.skipped_steps += 1
+            begin_state(self.optimizer)
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start)
+        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
 
     @property
     def lr(self) -> float:
@@ -159,6 +170,7 @@ class Trainer:
             recipe=to_tree(self.recipe),
             data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
+            skipped_steps=self.skipped_steps,
             base=self.plan.base,
             source=self.plan.origin,
         )

@@ -4,7 +4,6 @@ import torch.distributed as dist
 
 from megatron_lpr.training.hooks.announcement import Announcement, Starts
 from megatron_lpr.training.hooks.checkpoints import Checkpoints
-from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
@@ -13,5 +12,10 @@ from megatron_lpr.training.hooks.stopping import Stopping
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
     """What every run does, before the hooks that are its own."""
+    # they import Megatron, which a script that imports hooks may not have made ready yet
+    from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
+    from megatron_lpr.training.hooks.replicas import Replicas
+
     plots = [Plots()] if dist.get_rank() == 0 else []
-    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Checkpoints(), *plots, Stopping()]
+    first = [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Replicas(), Checkpoints()]
+    return [*first, *plots, Stopping()]

@@ -27,6 +27,7 @@ from megatron_lpr.training.votes import Votes
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
+    from megatron_lpr.losses import GlobalCounts
     from megatron_lpr.model.lpr_router import LPRRouter
 
 
@@ -37,10 +38,12 @@ class RunningTrainer(Protocol):
     recipe: Recipe
     chunks: list[torch.nn.Module]
     routers: list["LPRRouter"]
+    counts: "GlobalCounts"
     optimizer: "MegatronOptimizer"
     hooks: list["Hook"]
     step: int
     saved_step: int | None
+    skipped_steps: int
     consumed_samples: int
     tokens_seen: Counter[str]
     votes: Votes

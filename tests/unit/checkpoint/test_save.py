@@ -62,30 +62,24 @@ def test_weights_come_back_as_they_were(make_trainer, tmp_path):
         assert torch.equal(parameter, saved[name]), name
 
 
-def test_changed_frozen_weight_stops_the_save(make_trainer, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.1.mlp.frozen_experts.0.linear_fc2.weight", "decoder.final_layernorm.weight"]
+)
+def test_changed_frozen_weight_stops_the_save(make_trainer, tmp_path, name):
     trainer = make_trainer(train=ROUTERS)
+    trainer.train_step()
+    parameter = dict(unwrapped(trainer).named_parameters())[name]
     with torch.no_grad():
-        unwrapped(trainer).decoder.layers[1].mlp.frozen_experts[0].linear_fc2.weight[3, 4] += 1e-6
-    with pytest.raises(AssertionError, match="a frozen weight has changed"):
+        parameter.view(-1).view(torch.int32)[-3] ^= 1  # the smallest change that there is
+    with pytest.raises(UserError, match=f"^step 1: the frozen weight {name} on rank 0 .* has changed in memory"):
         trainer.save(with_optimizer=False)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_trained_weights_are_not_in_the_digest(make_trainer):
-    from megatron_lpr.training.hooks.frozen_weights import fingerprint
-
+def test_what_learns_may_change(make_trainer):
     trainer = make_trainer(train=ROUTERS)
-    before = fingerprint(trainer.chunks)
     trainer.train_step()
-    assert fingerprint(trainer.chunks) == before
-    for name in ("decoder.final_layernorm.weight", "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight"):
-        parameter = dict(unwrapped(trainer).named_parameters())[name]
-        with torch.no_grad():
-            parameter.view(-1)[-1].neg_()
-        assert fingerprint(trainer.chunks) != before
-        with torch.no_grad():
-            parameter.view(-1)[-1].neg_()
-    assert fingerprint(trainer.chunks) == before
+    assert trainer.save(with_optimizer=False).is_dir()
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from megatron_lpr.data.sampler.inspect_data import DocumentPlace
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.starts import Start
 
@@ -26,3 +27,7 @@ def test_keys_of_metrics():
 
 def test_keys_of_starts():
     assert keys_of_tables("starts.jsonl") == [list(Start.__annotations__)]
+
+
+def test_keys_of_marked_documents():
+    assert keys_of_tables("marked.jsonl") == [["step", *DocumentPlace.__annotations__]]
