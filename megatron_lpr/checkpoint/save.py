@@ -28,7 +28,7 @@ def save_checkpoint(
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    content = model_state(chunks)
+    content = model_state(chunks, state.content)
     if optimizer is not None:
         content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
         content["scheduler"] = scheduler.state_dict()

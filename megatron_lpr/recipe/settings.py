@@ -156,6 +156,7 @@ class CheckpointConfig:
     every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
     keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    whole: bool = opt(False, "save every weight, those too that the base or the checkpoint in model.load holds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,7 @@ def export_checkpoint(
     out_dir: str | Path,
     *,
     base_dir: str | Path,
+    load: str | None = None,
     settings: ExportConfig | None = None,
     graft_delta: Sequence[str | Path] | None = None,
     on_verified: OnVerified | None = None,
@@ -130,8 +131,9 @@ def export_checkpoint(
 ) -> Path:
     """Writes a distributed checkpoint, or the newest of a run, as a stock HF model; needs no Megatron and no GPU.
 
-    base_dir: the HF model that training started from. graft_delta: (BASE, INSTRUCT), see graft.py; the export then
-    has INSTRUCT's config, tokenizer and frozen tensors. settings: with `auto` the dtype is the one that was trained.
+    base_dir: the HF model that training started from. load: where the checkpoint of its model.load may be now, where
+    `checkpoint` leaves something to it. graft_delta: (BASE, INSTRUCT), see graft.py; the export then has INSTRUCT's
+    config, tokenizer and frozen tensors. settings: with `auto` the dtype is the one that was trained.
     on_verified, dry_run: as of `upcycle_hf`. UserError as `export_model`, and when checkpoint and base do not belong
     together.
     """
@@ -140,7 +142,7 @@ def export_checkpoint(
     settings = settings or ExportConfig()
     if settings.dtype == "auto":
         settings = replace(settings, dtype=recipe_of(folder).model.dtype)
-    model = trained_model(folder, made, base_dir=base_dir, shared_expert_size=settings.shared_expert_size)
+    model = trained_model(folder, made, base_dir=base_dir, shared_expert_size=settings.shared_expert_size, load=load)
     if graft_delta:
         model = grafted(model, made, graft_delta, base_dir=base_dir, dtype=settings.dtype)
     told = _told(base_dir, model.arch, made, settings) | (names_of(model.hf_dir, "instruct") if graft_delta else {})

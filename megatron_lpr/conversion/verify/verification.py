@@ -23,6 +23,7 @@ class Verification:
     """What an export is compared with; nothing of it has been read but configs.
 
     checkpoint: every tensor is compared with it; None: only what is frozen, with the base.
+    load: where the checkpoint that its run started from may be now.
     typed: the recipe that somebody gave; it counts where neither checkpoint nor record say what was done.
     text: the recipe whose held-out text the logits are compared on; None: they are not.
     graft_delta: (BASE, INSTRUCT) of a grafted export.
@@ -32,6 +33,7 @@ class Verification:
     export_dir: Path
     base_dir: str
     checkpoint: Path | None = None
+    load: str | None = None
     typed: Recipe | None = None
     text: Recipe | None = None
     graft_delta: Sequence[str | Path] | None = None
@@ -60,7 +62,12 @@ class Verification:
         if self.checkpoint and made:
             checks.append(
                 compare_with_checkpoint(
-                    self.checkpoint, made, self.export_dir, self.base_dir, graft_delta=self.graft_delta
+                    self.checkpoint,
+                    made,
+                    self.export_dir,
+                    self.base_dir,
+                    load=self.load,
+                    graft_delta=self.graft_delta,
                 )
             )
             on_check(checks[-1])
@@ -113,6 +120,7 @@ def plan_verification(
         export_dir=Path(export_dir),
         base_dir=str(base),
         checkpoint=folder,
+        load=used.model.load if used else None,
         typed=recipe,
         text=text,
         graft_delta=graft_delta,
