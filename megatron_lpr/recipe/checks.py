@@ -93,6 +93,11 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
             f"choose 0 to {train.steps - 1}"
         )
+    if train.on_not_finite == "stop" and train.max_skipped_steps != TrainConfig.max_skipped_steps:
+        raise UserError(
+            f"train.max_skipped_steps: {train.max_skipped_steps} has no effect with train.on_not_finite: stop; set "
+            "skip or skip_and_mark, or leave it out"
+        )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
     _check_attention(recipe, data)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,14 @@ import yaml
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.base_files import check_base_sizes
 from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
-from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, locate, read_run_state, what_is_missing
+from megatron_lpr.checkpoint.run_state import (
+    NONE_DAMAGED,
+    RunState,
+    find_checkpoint,
+    locate,
+    read_run_state,
+    what_is_missing,
+)
 from megatron_lpr.checkpoint.source import chain, find_source, source_identity, source_of
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
@@ -58,6 +65,9 @@ class Plan:
     base: dict[str, Any] | None = None  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
+    damaged: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # checkpoints of this run that were passed over, by name
 
     def __str__(self) -> str:
         return describe(self)
@@ -109,11 +119,12 @@ class Plan:
         return [role == "original" for role in self.manifest.language_roles.values()]
 
 
-def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
+def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mapping[str, str] = NONE_DAMAGED) -> Plan:
     """Check the recipe against the model, the corpora, the checkpoints and the number of ranks; nothing is written.
 
     Args:
         world_size: ranks of the run; without it those that this process was started with.
+        damaged: checkpoints of the run that are passed over, by name, and what is wrong with them.
 
     Raises:
         UserError: whatever is wrong, in one sentence.
@@ -131,7 +142,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
-    resume = find_checkpoint(recipe.output)
+    resume = find_checkpoint(recipe.output, damaged)
     start = resume or (locate(recipe.model.load) if recipe.model.load else None)
     source = state = origin = None
     if resume:
@@ -168,6 +179,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
         base=base,
         origin=origin,
         notes=tuple(note for note in notes if note),
+        damaged=damaged,
     )
 
 

@@ -27,6 +27,7 @@ class RankLosses:
 
     ntp_loss: Tensor  # [], its share of L_NTP
     token_loss_sums_L: Tensor  # [L] fp64, of its own tokens
+    of_micro_batches: Sequence[Tensor]  # [] each, of a rank that computes losses, whether or not they count
 
 
 def forward_backward(
@@ -49,9 +50,12 @@ def forward_backward(
         return RankLosses(
             ntp_loss=torch.zeros((), device=device()),
             token_loss_sums_L=torch.zeros(counts.num_languages, dtype=torch.float64, device=device()),
+            of_micro_batches=[share for share, _ in reported],
         )
     shares, sums_L = zip(*reported, strict=True)
-    return RankLosses(ntp_loss=torch.stack(shares).sum(), token_loss_sums_L=torch.stack(sums_L).sum(0))
+    return RankLosses(
+        ntp_loss=torch.stack(shares).sum(), token_loss_sums_L=torch.stack(sums_L).sum(0), of_micro_batches=shares
+    )
 
 
 def micro_batches(plan: Plan, consumed_samples: int) -> MicroBatches:
@@ -88,4 +92,7 @@ def _loss(
     """(loss to differentiate, token count that Megatron shall not use, share and sums [L] to report)."""
     loss = next_token_loss(token_loss_BS, loss_mask_BS, counts)
     sums_L = token_loss_sums(token_loss_BS.detach(), loss_mask_BS, tags_BS, counts.num_languages)
-    return loss, torch.zeros((), dtype=torch.int, device=loss.device), (loss.detach().clone(), sums_L)
+    share = loss.detach().clone()
+    # A factor of one; of a loss that is not finite NaN, so that its gradient is not finite either, and all ranks know
+    # of it by the gradient's norm, before a weight has changed and without a collective for it.
+    return loss * (1 + 0 * share), torch.zeros((), dtype=torch.int, device=loss.device), (share, sums_L)

@@ -13,22 +13,33 @@ import torch
 import torch.distributed as dist
 
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts
+from megatron_lpr.files.json_lines import utc_now
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
+from megatron_lpr.training.throughput import throughput
+from megatron_lpr.training.votes import KINDS, Votes
 
 
 def step_metrics(
-    trainer: RunningTrainer, seen: BatchCounts, losses: RankLosses, *, lr: float, grad_norm: float, start: float
+    trainer: RunningTrainer,
+    seen: BatchCounts,
+    losses: RankLosses,
+    *,
+    lr: float,
+    grad_norm: float,
+    start: float,
+    skipped: str | None = None,
 ) -> StepMetrics:
     """The metrics of the step that `trainer` has just made; all ranks call it.
 
     Args:
         seen: what the step has read.
         start: when it began, by time.perf_counter.
+        skipped: why it has changed no weight; the routers have seen nothing then.
     """
     plan, recipe, step = trainer.plan, trainer.recipe, trainer.step
     stats = reduce_stats(
@@ -37,10 +48,12 @@ def step_metrics(
         num_languages=len(plan.manifest.languages),
         num_experts=recipe.model.num_experts,
         losses=losses,
+        votes=trainer.votes,
     )
     seconds = time.perf_counter() - start
     metrics = StepMetrics(
         step=step,
+        time=utc_now(),
         steps=plan.train.steps,
         stage=recipe.name,
         ntp_loss=stats.ntp_loss,
@@ -54,7 +67,11 @@ def step_metrics(
         tokens_per_language=dict(trainer.tokens_seen),
         seconds=seconds,
         consumed_samples=trainer.consumed_samples,
+        skipped_steps=trainer.skipped_steps,
     )
+    if skipped is not None:
+        return metrics | {"skipped": skipped, "balance_loss": None, "lpr_loss": None}
+    metrics.update(throughput(plan, stats.sums_NLC, seconds))
     if trainer.routers:
         first_or_last = step in (1, plan.train.steps)
         metrics.update(
@@ -80,17 +97,23 @@ class ReducedStats:
 
 
 def reduce_stats(
-    routers: list[LPRRouter], *, moe_layers: Sequence[int], num_languages: int, num_experts: int, losses: RankLosses
+    routers: list[LPRRouter],
+    *,
+    moe_layers: Sequence[int],
+    num_languages: int,
+    num_experts: int,
+    losses: RankLosses,
+    votes: Votes,
 ) -> ReducedStats:
-    """Sum over all ranks what each knows: its own layers, its own tokens, its part of the losses.
+    """Sum over all ranks what each knows: its own layers, its own tokens, its part of the losses, what it votes for.
 
     moe_layers: numbers of all layers that have a router, from 0.
     """
     num_layers = len(moe_layers)
     shape = (num_layers, num_languages, SLOTS + num_experts)
-    sizes = [1, num_languages, num_layers, math.prod(shape)]
+    sizes = [1, num_languages, num_layers, math.prod(shape), len(KINDS)]
     packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device())
-    ntp, token_loss_sums_L, balance_N, sums = packed.split(sizes)
+    ntp, token_loss_sums_L, balance_N, sums, said = packed.split(sizes)
     ntp[0], token_loss_sums_L[:] = losses.ntp_loss, losses.token_loss_sums_L
     sums_NLC = sums.view(shape)
     for router in routers:
@@ -98,8 +121,10 @@ def reduce_stats(
         n = moe_layers.index(router.layer_number - 1)
         sums_NLC[n] += sums_LC.to(packed.device)
         balance_N[n] += balance.to(packed.device)
+    votes.fill(said)
     dist.all_reduce(packed)
-    ntp, token_loss_sums_L, balance_N, sums = packed.cpu().split(sizes)
+    ntp, token_loss_sums_L, balance_N, sums, said = packed.cpu().split(sizes)
+    votes.settle(said)
     return ReducedStats(
         ntp_loss=float(ntp), token_loss_sums_L=token_loss_sums_L, sums_NLC=sums.view(shape), balance_N=balance_N
     )

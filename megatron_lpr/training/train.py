@@ -14,22 +14,26 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import save_checkpoint
+from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.model.load.weights import fill_under, fill_weights
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.content import NamedBase, agreed_content
+from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
-from megatron_lpr.training.not_finite import NotFinite, check_weights, explain
-from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
+from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, not_finite_weight, skip_or_stop
+from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
 from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.votes import Votes
 
 
 class Trainer:
@@ -40,6 +44,8 @@ class Trainer:
         step: optimizer steps that the run has made, earlier starts included; `consumed_samples` and `tokens_seen`
             (scored tokens of each language) count along.
         saved_step: of the newest checkpoint; None before the first.
+        skipped_steps: those of `step` that changed no weight (train.on_not_finite), earlier starts included.
+        votes: what ranks tell each other with each step.
     """
 
     def __init__(self, plan: Plan, hooks: Iterable[Hook] = ()) -> None:
@@ -67,22 +73,45 @@ class Trainer:
             router.stats.num_languages = self.counts.num_languages
         self.step = plan.first_step
         self.saved_step = plan.state.step if plan.state else None
+        self.skipped_steps = plan.state.skipped_steps if plan.state else 0
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter((plan.state and plan.state.tokens_per_language) or {})
+        self.votes = Votes()
         self.micro_batches = micro_batches(plan, self.consumed_samples)
         self.hooks = [*built_in(self), *hooks]
 
     def run(self) -> None:
-        """Train to the last step; all ranks call it."""
+        """Train to the last step; all ranks call it.
+
+        Raises:
+            Stopped: a signal or the end of its time has stopped the run, which has saved.
+        """
         with failure_told(self):
             for hook in self.hooks:
                 hook.start(self)
             while not self.finished:
+                for hook in self.hooks:
+                    hook.before_step(self)
                 metrics = self.finite_step()
                 for hook in self.hooks:
                     hook.after_step(self, metrics)
+                if not self.finished and self._asked_to_stop():
+                    self.stop()
             for hook in self.hooks:
                 hook.finish(self)
+
+    def stop(self) -> NoReturn:
+        """Save, unless that has been done at this step, and end this start of the run; all ranks call it."""
+        if self.saved_step != self.step:
+            self.save()
+        for hook in self.hooks:
+            hook.stop(self)
+        raise Stopped
+
+    def _asked_to_stop(self) -> bool:
+        """The same on all ranks. A save takes long, and whoever asks meanwhile need not wait for one more step."""
+        has_saved = self.saved_step == self.step
+        return bool(self.votes.count("stop") or (has_saved and self.votes.count_now("stop")))
 
     @property
     def finished(self) -> bool:
@@ -90,18 +119,20 @@ class Trainer:
         return self.step >= self.plan.train.steps
 
     def finite_step(self) -> StepMetrics:
-        """`train_step`; a number that is not finite ends the run with what is known of its cause."""
+        """`train_step`; a loss that is not finite, though those of all ranks are, ends the run."""
         step, lr = self.step + 1, self.lr
-        try:
-            metrics = self.train_step()
-            if not math.isfinite(metrics["ntp_loss"]):
-                raise NotFinite(f"the loss is {metrics['ntp_loss']}")
-        except NotFinite as error:
-            raise explain(error, step, self.chunks, lr, self.saved_step) from None
+        metrics = self.train_step()
+        if not math.isfinite(metrics["ntp_loss"]) and "skipped" not in metrics:
+            fault = Fault(what=f"the loss is {metrics['ntp_loss']}")
+            raise explain(fault, step=step, weight=not_finite_weight(self.chunks), lr=lr, saved=self.saved_step)
         return metrics
 
     def train_step(self) -> StepMetrics:
-        """One optimizer step and its metrics, which are the same on every rank."""
+        """One optimizer step and its metrics, which are the same on every rank.
+
+        Raises:
+            UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed.
+        """
         start, lr, sizes = time.perf_counter(), self.lr, self.plan.train
         seen = self.plan.sampler.count(self.consumed_samples, sizes.global_batch_size)
         self.counts.tokens = max(seen.tokens, 1)
@@ -113,12 +144,18 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
-        grad_norm = update(self.optimizer)
-        self.scheduler.step(increment=1)
+        skipped: str | None = None
+        try:
+            grad_norm = update(self.optimizer)
+            self.scheduler.step(increment=1)
+        except NotFinite as error:
+            grad_norm, skipped = error.norm, skip_or_stop(self, error, losses, lr=lr)
+            self.skipped_steps += 1
+            begin_state(self.optimizer)
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start)
+        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
 
     @property
     def lr(self) -> float:
@@ -137,6 +174,7 @@ class Trainer:
             recipe=to_tree(self.recipe),
             data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
+            skipped_steps=self.skipped_steps,
             base=self.base.identity(),
             source=self.plan.origin,
             content=agreed_content(self.plan, self.finished),

@@ -93,6 +93,8 @@ def as_version_2(folder):
     del tree["content"]
     tree["recipe"]["checkpoint"].pop("whole")
     tree["base"].pop("files")
+    del tree["manifest"], tree["digest"]
+    (folder / "manifest.json").unlink()
     (folder / "run.json").write_text(json.dumps(tree | {"version": 2}))
 
 
@@ -157,6 +159,27 @@ def test_a_base_with_other_bytes_is_refused_everywhere(project, runs, copy, tmp_
         assert "(model.safetensors has the SHA-256 " in error and error.count("\n") <= 2, error
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in (stage2 / "checkpoints").glob("step_*")) == ["step_00000002", "step_00000004"]
+
+
+def test_damage_in_the_checkpoint_below_is_found(project, runs, copy, tmp_path, capsys):
+    stage1, stage2 = copy / "learnt/stage1", copy / "learnt/stage2"
+    (runs / "learnt/stage1").rename(runs / "learnt/away")
+    try:
+        data = step(stage1, 6) / "__0_0.distcp"
+        octets = bytearray(data.read_bytes())
+        octets[-100] ^= 1
+        data.write_bytes(octets)
+        (stage2 / "checkpoints/latest").write_text("step_00000004")
+        commands = [
+            ["export", step(stage2, 4), tmp_path / "out", "--set", f"model.load={stage1}"],
+            ["evaluate", step(stage2, 4), "--name", "x", "--out", tmp_path / "x", "--set", f"model.load={stage1}"],
+            ["train", project.recipes["stage2"], *changed(output=stage2, model__load=stage1)],
+        ]
+        for command in commands:
+            assert cli.main(list(map(str, command))) == 2
+            assert f"checkpoint {step(stage1, 6)}: __0_0.distcp " in capsys.readouterr().err
+    finally:
+        (runs / "learnt/away").rename(runs / "learnt/stage1")
 
 
 def test_the_same_bytes_may_lie_elsewhere(project, runs, tmp_path):

@@ -1,7 +1,8 @@
 """What a training recipe reads, for people: the data plan as a tree, and the documents of one step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import TypedDict
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import ROLES, Manifest
@@ -132,6 +133,33 @@ def _branch(number: int, of: int) -> str:
 
 def _percent(share: float | Fraction) -> str:
     return f"{float(share):.4%}" if 0 < share < 0.001 or 0.999 < share < 1 else f"{float(share):.1%}"
+
+
+class DocumentPlace(TypedDict):
+    """A piece of a document that a sample of a run holds."""
+
+    sample: int
+    corpus: str
+    document: int  # in the corpus, from 0 on
+    first_token: int  # in the corpus
+    tokens: int
+
+
+def documents_of(manifest: Manifest, data: DataConfig, seed: int, samples: Iterable[int]) -> list[DocumentPlace]:
+    """What samples of a run hold, in their order.
+
+    Raises:
+        UserError: a corpus cannot be read.
+    """
+    sampler = ReplaySampler.of(manifest, data, seed, document_ids=True)
+    return [
+        DocumentPlace(
+            sample=k, corpus=manifest.corpora[pick.corpus].name, document=document, first_token=first, tokens=count
+        )
+        for k in samples
+        for pick in [sampler.pick(k)]
+        for document, first, count in sampler.documents(pick)
+    ]
 
 
 def step_documents(recipe: Recipe, step: int) -> str:

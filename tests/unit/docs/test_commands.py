@@ -119,8 +119,14 @@ def check_torchrun(words: list[str]) -> None:
 
 def check_sbatch(words: list[str]) -> None:
     script = next(word for word in words if word.endswith(".sbatch"))
-    assert 'megatron-lpr train "$@"' in (ROOT / script).read_text(encoding="utf-8")
-    check_megatron_lpr(["train", *words[words.index(script) + 1 :]])
+    arguments, text = words[words.index(script) + 1 :], (ROOT / script).read_text(encoding="utf-8")
+    if script.endswith("sweep.sbatch"):  # RECIPE LINES FOLDER, and more words of train
+        check_megatron_lpr(["train", arguments[0], *arguments[3:]])
+    elif 'megatron-lpr train "$@"' in text:
+        check_megatron_lpr(["train", *arguments])
+    else:
+        assert 'megatron-lpr "$@"' in text
+        check_megatron_lpr(arguments)
 
 
 def check_make(words: list[str]) -> None:

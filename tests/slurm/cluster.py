@@ -1,0 +1,179 @@
+"""A real Slurm on one host: munged, slurmctld, and a slurmd for each pretended node. Needs root and Debian's packages.
+
+By hand: `python tests/slurm/cluster.py FOLDER` starts one and says which variable makes it yours; Ctrl-C ends it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+# only looked at, never opened: Slurm wants character devices
+PRETENDED_GPUS = ("/dev/null", "/dev/zero")
+WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
+# cred_expire: a requeued job would wait for two minutes. config_overrides: nodes of more cores than the host has.
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=defer_batch=0,sched_interval=1,batch_sched_delay=0,bf_interval=1,sched_min_interval=0
+ReturnToService=2
+SlurmdTimeout=30
+InactiveLimit=0
+MinJobAge=300
+KillWait=5
+Waittime=0
+JobRequeue=1
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=8 Boards=1 SocketsPerBoard=1 \
+CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=n[1-{nodes}] Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=60 DefaultTime=10 PriorityTier=2 PreemptMode=OFF
+"""
+
+
+def why_not() -> str | None:
+    """What is missing for a cluster here."""
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
+        return f"no {missing[0]}: apt-get install slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
+    return None if os.geteuid() == 0 else "a cluster of several slurmd needs root"
+
+
+class Cluster:
+    """A running cluster of nodes n1, n2, ...; `environment` is what its programs need."""
+
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        self.folder, self.nodes = folder, nodes
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        for name in ("state", "log", "run", "spool", "munge"):
+            (folder / name).mkdir(parents=True)
+        folder.chmod(0o755)
+        self._write_conf()
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _write_conf(self) -> None:
+        ports = _free_ports(1 + self.nodes)
+        conf = CONF.format(
+            host=socket.gethostname().split(".")[0],
+            folder=self.folder,
+            port=ports[0],
+            ports=",".join(map(str, ports[1:])),
+            nodes=self.nodes,
+            gpus=len(PRETENDED_GPUS),
+        )
+        (self.folder / "slurm.conf").write_text(conf)
+        gpus = [f"NodeName=n[1-{self.nodes}] Name=gpu File={device}\n" for device in PRETENDED_GPUS]
+        (self.folder / "gres.conf").write_text("".join(gpus))
+
+    def _start(self) -> None:
+        munge = self.folder / "munge"
+        (munge / "key").touch(mode=0o600)
+        (munge / "key").write_bytes(os.urandom(1024))
+        munge.chmod(0o711)
+        places = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        # --force: folders above may be writable for all
+        self.run("munged", "--force", *(f"--{option}={munge / name}" for option, name in places.items()))
+        conf = str(self.folder / "slurm.conf")
+        self.run("slurmctld", "-f", conf, "-c")
+        for number in range(1, self.nodes + 1):
+            self.run("slurmd", "-f", conf, "-N", f"n{number}")
+        self.wait_until(lambda: set(self.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, 30)
+
+    def stop(self) -> None:
+        """End its jobs, then its daemons."""
+        with contextlib.suppress(subprocess.SubprocessError):
+            self.run("scancel", "--user=root")
+            self.wait_until(lambda: not self.run("squeue", "-h"), 20)
+        files = (*self.folder.glob("run/*.pid"), self.folder / "munge/pid")
+        daemons = []
+        for file in files:
+            with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+                daemons.append(psutil.Process(int(file.read_text())))
+                daemons[-1].terminate()
+        psutil.wait_procs(daemons, timeout=10)
+
+    def run(self, *words: object, **variables: str) -> str:
+        """Run a program of Slurm's that must succeed; returns what it printed."""
+        done = subprocess.run(
+            list(map(str, words)), env=self.environment | variables, stdout=subprocess.PIPE, timeout=60, text=True
+        )
+        done.check_returncode()
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        """The fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
+
+    def wait(self, number: str, seconds: float) -> str:
+        """The state in which a job ends, as COMPLETED."""
+        self.wait_until(lambda: self.job(number)["JobState"] not in WAITING, seconds)
+        return self.job(number)["JobState"]
+
+    def wait_until(self, is_so, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not within {seconds:.0f} s; {self.run('squeue', '-a')}")
+            time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def main(words: Iterable[str]) -> int:
+    (folder,) = words
+    if reason := why_not():
+        sys.exit(reason)
+    cluster = Cluster(Path(folder).resolve())
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # only now: the daemons would inherit it
+    print(f"export SLURM_CONF={cluster.folder}/slurm.conf", flush=True)
+    signal.sigwait(signals)
+    cluster.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""The scripts of examples/slurm are clean for shellcheck and sbatch, and the chain is what submit.sh says."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "examples/slurm").iterdir())
+BATCH = [script for script in SCRIPTS if script.suffix == ".sbatch"]
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck: apt-get install shellcheck")
+@pytest.mark.parametrize("script", [*SCRIPTS, Path(__file__).with_name("stand_in.sh")], ids=lambda path: path.name)
+def test_shellcheck(script):
+    done = subprocess.run(["shellcheck", "-x", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", BATCH, ids=lambda path: path.name)
+def test_slurm_takes_it(cluster, script):
+    """With what a node here has; with its own eight GPUs a node it is refused, so that the test can fail."""
+    small = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10")
+    cluster.run("sbatch", "--test-only", *small, script, "recipe.yaml")
+    if script.name != "command.sbatch":
+        with pytest.raises(subprocess.CalledProcessError):
+            cluster.run("sbatch", "--test-only", script, "recipe.yaml")
+
+
+def test_slurm_would_take_the_chain(cluster, tmp_path):
+    site = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "2", "CPUS_PER_TASK": "1", "TIME": "10"}
+    words = (ROOT / "examples/slurm/submit.sh", "--test-only", "stage1.yaml", "stage2.yaml", tmp_path / "run")
+    cluster.run(*words, **site)
+    assert not re.search(str(tmp_path), cluster.run("squeue", "--format=%o"))
+    with pytest.raises(subprocess.CalledProcessError):
+        cluster.run(*words, **site | {"GPUS_PER_NODE": "8"})
