@@ -169,6 +169,7 @@ class CheckpointConfig:
     keep_every: int = opt(0, "steps between checkpoints that are kept for good, beside the newest; 0: none", at_least=0)
     asynchronous: bool = opt(True, "train on while a checkpoint is written, from a copy in the hosts' memory")
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    whole: bool = opt(False, "save every weight, those too that the base or the checkpoint in model.load holds")
     verify: bool = opt(
         True,
         "compare the files of a checkpoint with their checksums before it is read; false: their sizes only",
