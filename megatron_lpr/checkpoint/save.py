@@ -68,7 +68,7 @@ class CheckpointWriter:
         self._state = state
         self._folder, self._writing = (self._root / f"{dot}step_{state.step:08d}" for dot in ("", ".writing_"))
         self._on_first_rank(self._make_folder)
-        content = model_state(chunks)
+        content = model_state(chunks, state.content)
         if optimizer is not None:
             content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
             content["scheduler"] = scheduler.state_dict()

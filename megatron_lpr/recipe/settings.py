@@ -8,6 +8,7 @@ the working directory.
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lpr.recipe.cluster import ClusterConfig
 from megatron_lpr.recipe.fields import MOST_SAMPLES, opt, required
 from megatron_lpr.recipe.text_settings import EvaluationConfig, PreprocessConfig
 
@@ -168,6 +169,7 @@ class CheckpointConfig:
     keep_every: int = opt(0, "steps between checkpoints that are kept for good, beside the newest; 0: none", at_least=0)
     asynchronous: bool = opt(True, "train on while a checkpoint is written, from a copy in the hosts' memory")
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    whole: bool = opt(False, "save every weight, those too that the base or the checkpoint in model.load holds")
     verify: bool = opt(
         True,
         "compare the files of a checkpoint with their checksums before it is read; false: their sizes only",
@@ -185,15 +187,6 @@ class LoggingConfig:
         100, "steps between full records of every layer and expert; the first and last step have one too", at_least=1
     )
     stragglers_every: int = opt(100, "steps between records of the slowest rank and of memory; 0: none", at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """What a run does about the machines and the job that it runs in."""
-
-    margin_minutes: float = opt(
-        5.0, "minutes before the time limit of its Slurm job at which a run saves and stops", at_least=0
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import CheckpointWriter
-from megatron_lpr.conversion.load.weights import fill_weights
 from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.model.load.weights import fill_under, fill_weights
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.training.content import NamedBase, agreed_content
 from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
@@ -58,9 +59,12 @@ class Trainer:
         """
         self.plan, self.recipe, recipe = plan, plan.recipe, plan.recipe
         init_model_parallel(recipe.parallel)
+        self.base = NamedBase(plan)
         chunks = build_model(recipe, plan.arch)
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)
+        else:
+            fill_under(recipe, plan.arch, chunks, plan.resume)
         self.routers, self.counts = routers(*chunks), global_counts(*chunks)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
@@ -187,8 +191,9 @@ class Trainer:
             data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
             skipped_steps=self.skipped_steps,
-            base=self.plan.base,
+            base=self.base.identity(),
             source=self.plan.origin,
+            content=agreed_content(self.plan, self.finished),
         )
         learned = (self.optimizer, self.scheduler) if with_optimizer else (None, None)
         folder = self.writer.start(state, self.chunks, *learned, to_host=not wait)
