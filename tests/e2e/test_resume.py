@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.manifest import sealed
 from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.files import output_place
 from megatron_lpr.platform import distributed
 from megatron_lpr.reporting.metrics_log import read_metrics
 
@@ -114,6 +116,16 @@ def test_damage_to_every_checkpoint_is_no_fresh_start(run, monkeypatch, tmp_path
     fresh = [f"output={tmp_path}/fresh", f"model.load={run.folder}"]
     status, _, error = run("train.steps=8", *fresh)
     assert status == 2 and "step_00000006: __0_0.distcp is damaged: " in error and not (tmp_path / "fresh").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(distributed, "join", no_work)
+    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
+    before = sorted(run.folder.rglob("*"))
+    status, _, error = run("train.steps=8")
+    assert status == 2 and f"output folder '{run.checkpoints}': " in error and "make room, or choose another" in error
+    assert sorted(run.folder.rglob("*")) == before
+    assert run()[0] == 0  # it has nothing to write
 
 
 def test_no_complete_checkpoint_is_no_fresh_start(run, monkeypatch):
