@@ -1,5 +1,6 @@
 """One cluster for all tests of this folder, and jobs of the scripts in examples/slurm on it."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -35,7 +36,7 @@ def cluster(tmp_path_factory) -> Iterator:
 class Jobs:
     """Submits scripts that find `megatron-lpr` in `programs`, and reads what they print, in `folder`."""
 
-    def __init__(self, cluster, folder: Path, programs: Path) -> None:
+    def __init__(self, cluster, programs: Path, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
         self.variables = {"PATH": f"{programs}:{cluster.environment['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -61,13 +62,7 @@ class Jobs:
         self.cluster.wait_until(lambda: re.search(pattern, self.log(number)), seconds)
 
 
-@pytest.fixture
-def new_jobs(cluster, tmp_path):
-    """new_jobs(programs): jobs in a folder of their own."""
-
-    def make(programs: Path) -> Jobs:
-        folder = tmp_path / "work"
-        folder.mkdir()
-        return Jobs(cluster, folder, programs)
-
-    return make
+@pytest.fixture(scope="session")
+def jobs_of(cluster):
+    """jobs_of(programs, folder): jobs on the cluster."""
+    return functools.partial(Jobs, cluster)
