@@ -7,6 +7,8 @@ from megatron_lpr.training.hooks.checkpoints import Checkpoints
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
+from megatron_lpr.training.hooks.stopping import Stopping
+from megatron_lpr.training.hooks.stragglers import Stragglers
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
@@ -15,5 +17,16 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
     from megatron_lpr.training.hooks.replicas import Replicas
 
+    stragglers = [Stragglers()] if trainer.recipe.logging.stragglers_every else []
     plots = [Plots()] if dist.get_rank() == 0 else []
-    return [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Replicas(), Checkpoints(), *plots]
+    return [
+        FrozenWeights(trainer.chunks),
+        Announcement(),
+        Starts(),
+        *stragglers,
+        Metrics(),
+        Replicas(),
+        Checkpoints(),
+        *plots,
+        Stopping(),
+    ]

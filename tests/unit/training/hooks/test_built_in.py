@@ -103,10 +103,13 @@ def test_a_hook_of_your_own_is_called_after_what_every_run_does(make_trainer, tm
     root = tmp_path / "run/checkpoints"
     assert [page[:2] for page in diary.pages] == [
         ("start", 0),
+        ("before_step", 0),
         ("after_step", 1),
+        ("before_step", 1),
         ("before_save", 2),
         ("after_save", 2),
         ("after_step", 2),
+        ("before_step", 2),
         ("before_save", 3),
         ("after_save", 3),
         ("after_step", 3),
@@ -133,7 +136,7 @@ def test_a_run_that_fails_tells_its_hooks_and_keeps_its_own_error(make_trainer, 
     diary = Diary()
     with pytest.raises(UserError, match="enough"):
         make_trainer([Failing(), diary]).run()
-    assert [page[0] for page in diary.pages] == ["start", "fail"] and closed == [1]
+    assert [page[0] for page in diary.pages] == ["start", "before_step", "fail"] and closed == [1]
     assert "warning: Failing: and this beside 'enough'" in capsys.readouterr().out
 
 
