@@ -5,8 +5,8 @@
     python benchmarks/faults.py --only flipped   # kinds with this in their name
 
 Prints a table, and ends with status 1 where a fault had one of these ends: other bytes or losses than the quiet run's,
-a traceback, a process that outlives its run, a run that does not end, one that cannot go on, more steps lost than a save
-interval (and the one that was being written). Faults are drawn from --seed; what failed is kept under --keep.
+a traceback, a process that outlives its run, a run that does not end, one that cannot go on, more steps lost than those
+of a save interval and of the save that was being written. Faults are drawn from --seed; --keep keeps what failed.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Bench:
         tree |= {"checkpoint": {"every": EVERY}, "train": tree["train"] | {"steps": STEPS}}
         tree["model"] = tree["model"] | {"load": None}
         self.recipe = write_recipe(root / "recipe.yaml", tree)
-        import_like(self.words(root / "imports"), root / "imports.log")
+        import_like(functools.partial(cli.main, self.words(root / "imports")), root / "imports.log")
         for ranks in (1, 2):
             ended = self.start(self.quiet(ranks), ranks).wait(600)
             assert set(ended.statuses) == {0}, ended.printed
@@ -86,7 +86,7 @@ class Bench:
 
     def start(self, output: Path, ranks: int = 1, before: Callable[[int], None] = lambda rank: None) -> ForkedCommand:
         log = output.with_suffix(".log")
-        return ForkedCommand(self.words(output), log, ranks=ranks, before=before)
+        return ForkedCommand(functools.partial(cli.main, self.words(output)), log, ranks=ranks, before=before)
 
     def _count_events(self) -> int:
         """What a whole run does to its folder of checkpoints: opens to write, renames, removes."""
@@ -103,23 +103,26 @@ class Bench:
 
     def finish(self, output: Path, ranks: int, first: Ended | None) -> Outcome:
         """Start a run until it is done, and say how it ended."""
-        printed, lost = (first.printed if first else ""), 0
-        if first and (wrong := _wrong_end(first)):
-            return Outcome(end=wrong, lost=0, printed=printed)
+        ended, lost = (first, 0) if first else self._again(output, ranks)
         for _ in range(RESTARTS):
-            reached = _steps(output)
-            ended = self.start(output, ranks).wait(self.seconds)
-            printed = ended.printed
-            if wrong := _wrong_end(ended):
-                return Outcome(end=wrong, lost=lost, printed=printed)
-            lost = max(lost, reached - _first_step(output))
-            if set(ended.statuses) == {0}:
+            if _wrong_end(ended) or set(ended.statuses) == {0}:
                 break
+            ended, more = self._again(output, ranks)
+            lost = max(lost, more)
+        return Outcome(end=_wrong_end(ended) or self._end(output, ranks, lost, ended), lost=lost, printed=ended.printed)
+
+    def _again(self, output: Path, ranks: int) -> tuple[Ended, int]:
+        """Start it again; how it ended, and how many steps it had lost."""
+        reached, starts = _steps(output), _starts(output)
+        ended = self.start(output, ranks).wait(self.seconds)
+        return ended, reached - _starts(output)[-1] if len(_starts(output)) > len(starts) else 0
+
+    def _end(self, output: Path, ranks: int, lost: int, ended: Ended) -> str:
         if set(ended.statuses) != {0}:
-            return Outcome(end="refused", lost=lost, printed=printed)
-        if found := differences(output, self.quiet(ranks)):
-            return Outcome(end="other bytes", lost=lost, printed=printed + "\n".join(found))
-        return Outcome(end="steps lost" if lost >= 2 * EVERY else "right bytes", lost=lost, printed=printed)
+            return "refused"
+        if differences(output, self.quiet(ranks)):
+            return "other bytes"
+        return "steps lost" if lost >= 2 * EVERY else "right bytes"
 
 
 def _wrong_end(ended: Ended) -> str | None:
@@ -135,10 +138,10 @@ def _steps(output: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def _first_step(output: Path) -> int:
-    """Where the newest start began; where it did not come to that, no step is lost yet."""
+def _starts(output: Path) -> list[int]:
+    """The step at which each start began that came to its first."""
     file = output / "starts.jsonl"
-    return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() else _steps(output)
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
 Fault = Callable[[Bench, Path, random.Random, int], Outcome]
@@ -151,12 +154,19 @@ def killed_in_a_save(bench: Bench, output: Path, chance: random.Random, number: 
 
 
 def signalled(
-    bench: Bench, output: Path, chance: random.Random, number: int, *, signum: int, ranks: int = 1, only: int | None = None
+    bench: Bench,
+    output: Path,
+    chance: random.Random,
+    number: int,
+    *,
+    signum: int,
+    ranks: int = 1,
+    only: int | None = None,
 ) -> Outcome:
     """A signal after a step, or in the start before the first; a little later than that."""
     running, step = bench.start(output, ranks), chance.randrange(STEPS)
     while running.is_running() and _steps(output) < step:
-        time.sleep(0.001)
+        time.sleep(0.005)
     time.sleep(chance.random() * (0.3 if step else 1.0))
     if running.is_running():
         running.kill(signum, *(() if only is None else (only,)))
@@ -167,7 +177,7 @@ def stopped(bench: Bench, output: Path, chance: random.Random, number: int) -> O
     """One of two ranks, for a second."""
     running, step, rank = bench.start(output, 2), chance.randrange(STEPS), chance.randrange(2)
     while running.is_running() and _steps(output) < step:
-        time.sleep(0.001)
+        time.sleep(0.005)
     if running.is_running():
         running.kill(signal.SIGSTOP, rank)
         time.sleep(1.0)
@@ -181,7 +191,7 @@ def one_of_two_killed(bench: Bench, output: Path, chance: random.Random, number:
 
 def file_too_large(bench: Bench, output: Path, chance: random.Random, number: int) -> Outcome:
     largest = max(file.stat().st_size for file in bench.quiet(1).rglob("*"))
-    limit = chance.randrange(1, largest)
+    limit = chance.randrange(1 << 14, largest)  # what it prints fits in
     running = bench.start(output, before=lambda rank: file_size_limit(limit))
     return bench.finish(output, 1, running.wait(bench.seconds))
 
@@ -246,7 +256,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="kinds with this in their name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=120.0, help="a run that takes longer hangs")
-    parser.add_argument("--keep", type=Path, help="folder for what was printed in runs that ended otherwise than they should")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for what was printed in runs that ended otherwise than they should"
+    )
     options = parser.parse_args()
     root, rows, begun = Path(tempfile.mkdtemp(prefix="faults-")), dict[str, Row](), time.monotonic()
     try:

@@ -11,12 +11,11 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 # Rank, local rank and number of ranks are srun's: SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS.
 
 # --- time ---
-# When the job's time ends, in seconds since 1970. Newer Slurms set it; megatron-lpr saves and stops before.
-if [[ ! ${SLURM_JOB_END_TIME:-} ]]; then
-    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p' | head -n1)
-    if end=$(date -d "$end" +%s 2>/dev/null); then # not for a job without a limit
-        export SLURM_JOB_END_TIME=$end
-    fi
+# When the job's time ends, in seconds since 1970: megatron-lpr saves and stops before. Newer Slurms set it; for others, and
+# for containers that cannot ask, it is asked for here.
+end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p' | head -n1)
+if end=$(date -d "$end" +%s 2>/dev/null); then # not for a job without a limit
+    export SLURM_JOB_END_TIME=$end
 fi
 
 # --- processors ---

@@ -1,5 +1,6 @@
 """Whether two runs ended in the same bytes: weights, optimizer and losses."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
         for key, described in read_metadata(folder).state_dict_metadata.items()
         if isinstance(described, TensorStorageMetadata)
     }
-    dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that it is one process
+        dcp.load(tensors, checkpoint_id=str(folder), no_dist=True)
     return tensors
 
 
@@ -28,6 +30,8 @@ def differences(run: Path, other: Path) -> list[str]:
     ours, theirs = checkpoint_tensors(run), checkpoint_tensors(other)
     found = [f"only one has {key}" for key in sorted(ours.keys() ^ theirs.keys())]
     found += [key for key in sorted(ours.keys() & theirs.keys()) if not torch.equal(ours[key], theirs[key])]
-    losses = [{record["step"]: record["ntp_loss"] for record in read_metrics(r / "metrics.jsonl")} for r in (run, other)]
+    losses = [
+        {record["step"]: record["ntp_loss"] for record in read_metrics(r / "metrics.jsonl")} for r in (run, other)
+    ]
     steps = sorted(losses[0].keys() | losses[1].keys())
     return found + [f"loss of step {step}" for step in steps if losses[0].get(step) != losses[1].get(step)]

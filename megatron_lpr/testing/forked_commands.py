@@ -1,7 +1,8 @@
-"""Commands of megatron-lpr in processes forked from this one, which has imported what takes seconds to import."""
+"""Commands in processes forked from this one, which has imported what takes seconds to import."""
 
 import atexit
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -9,7 +10,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +33,28 @@ class Ended:
 
 
 class ForkedCommand:
-    """`megatron-lpr WORDS` on one rank or several, each in a session of its own; prints to the file `log`.
+    """A command on one rank or several, each in a session of its own; prints to the file `log`.
 
     Args:
+        command: returns its exit status.
         before: called in each process, with its rank, before the command.
     """
 
     def __init__(
-        self, words: Sequence[str], log: Path, *, ranks: int = 1, before: Callable[[int], None] = lambda rank: None
+        self,
+        command: Callable[[], int],
+        log: Path,
+        *,
+        ranks: int = 1,
+        before: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self.log, port = log, free_port()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pids = [self._fork(words, rank, ranks, port, before) for rank in range(ranks)]
+        self.pids = [self._fork(command, rank, ranks, port, before) for rank in range(ranks)]
         self._statuses: dict[int, int] = {}
 
-    def _fork(self, words: Sequence[str], rank: int, ranks: int, port: int, before: Callable[[int], None]) -> int:
+    def _fork(self, command: Callable[[], int], rank: int, ranks: int, port: int, before: Callable[[int], None]) -> int:
         if pid := os.fork():
             return pid
         status = 1
@@ -59,7 +67,7 @@ class ForkedCommand:
                 environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
             before(rank)
-            status = _command(words)
+            status = _to_the_end(command)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -114,12 +122,10 @@ class ForkedCommand:
         return left
 
 
-def _command(words: Sequence[str]) -> int:
+def _to_the_end(command: Callable[[], int]) -> int:
     """As a process of its own would run and end it."""
-    from megatron_lpr.cli import main
-
     try:
-        status = main(list(words))
+        status = command()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     threading._shutdown()  # type: ignore[attr-defined]  # joins threads, as the end of Python does
@@ -127,16 +133,19 @@ def _command(words: Sequence[str]) -> int:
     return status
 
 
-def import_like(words: Sequence[str], log: Path) -> None:
+def import_like(command: Callable[[], int], log: Path) -> None:
     """Run a command, and import here what it has imported."""
     names = log.with_suffix(".modules")
 
     def note(rank: int) -> None:
         atexit.register(lambda: names.write_text("\n".join(sys.modules)))
 
-    ended = ForkedCommand(words, log, before=note).wait(600)
+    ended = ForkedCommand(command, log, before=note).wait(600)
     if ended.statuses != (0,):
-        raise RuntimeError(f"{' '.join(words)} ended with {ended.statuses}:\n{ended.printed}")
-    for name in names.read_text().split("\n"):
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
+        raise RuntimeError(f"it ended with {ended.statuses}:\n{ended.printed}")
+    with warnings.catch_warnings(action="ignore"):
+        for name in names.read_text().split("\n"):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that collections in what is forked do not copy it all

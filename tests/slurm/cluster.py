@@ -118,7 +118,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End its jobs, then its daemons."""
-        with contextlib.suppress(subprocess.SubprocessError):
+        with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
             self.run("scancel", "--user=root")
             self.wait_until(lambda: not self.run("squeue", "-h"), 20)
         files = (*self.folder.glob("run/*.pid"), self.folder / "munge/pid")

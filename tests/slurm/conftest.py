@@ -11,8 +11,9 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "examples/slurm"
+# Of no speed: waits are as long as a machine that does much else may need.
 # two nodes, two ranks and two GPUs (pretended) on each
-SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10")
+SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
 
 
 def _cluster_module():
@@ -50,14 +51,14 @@ class Jobs:
         file = self.folder / f"{number}.log"
         return file.read_text() if file.exists() else ""
 
-    def wait(self, number: str, state: str = "COMPLETED", *, restarts: int = 0, seconds: float = 240) -> str:
+    def wait(self, number: str, state: str = "COMPLETED", *, restarts: int = 0, seconds: float = 600) -> str:
         """What the job printed, once it has ended in this state after so many restarts."""
         found = self.cluster.wait(number, seconds)
         log = self.log(number)
         assert (found, self.cluster.job(number)["Restarts"]) == (state, str(restarts)), log
         return log
 
-    def wait_for(self, number: str, pattern: str, seconds: float = 120) -> None:
+    def wait_for(self, number: str, pattern: str, seconds: float = 300) -> None:
         """Until the job has printed something."""
         self.cluster.wait_until(lambda: re.search(pattern, self.log(number)), seconds)
 
