@@ -13,6 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from megatron_lpr.files.json_lines import utc_now
+from megatron_lpr.reporting.durations import clock
 from megatron_lpr.reporting.metrics_log import StepMetrics
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
@@ -55,7 +56,7 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
             *([f"{metrics['tflops_per_device']:.3g} TFLOP/s"] if "tflops_per_device" in metrics else []),
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
             " ".join(f"{language} {_short(count)}" for language, count in seen.items()),
-            f"ETA {_clock((steps - step) * seconds_per_step)}",
+            f"ETA {clock((steps - step) * seconds_per_step)}",
         ]
     )
 
@@ -73,16 +74,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return str(count)
-
-
-def _clock(seconds: float) -> str:
-    """2:41, 3:02:41, 5d 03:02:41."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class DocumentProgress:

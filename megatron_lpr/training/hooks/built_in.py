@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 from megatron_lpr.training.hooks.announcement import Announcement, Starts
 from megatron_lpr.training.hooks.checkpoints import Checkpoints
+from megatron_lpr.training.hooks.ends import Ends
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
@@ -28,5 +29,6 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
         Replicas(),
         Checkpoints(),
         *plots,
+        Ends(),
         Stopping(),
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from megatron_lpr.data.sampler.inspect_data import DocumentPlace
 from megatron_lpr.reporting.metrics_log import OverLayers, RanksRecord, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.training.hooks.ends import End
 from megatron_lpr.training.starts import Start
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
@@ -28,6 +29,10 @@ def test_keys_of_metrics():
 
 def test_keys_of_starts():
     assert keys_of_tables("starts.jsonl") == [list(Start.__annotations__)]
+
+
+def test_keys_of_ends():
+    assert keys_of_tables("ends.jsonl") == [list(End.__annotations__)]
 
 
 def test_keys_of_marked_documents():
