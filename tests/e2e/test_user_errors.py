@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_lpr import cli
+from megatron_lpr.checkpoint.manifest import sealed
 from megatron_lpr.platform import distributed
 from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy_text
 
@@ -58,7 +59,7 @@ def test_a_base_model_that_has_moved_since(refused, project, tmp_path):
     file = run / "checkpoints/step_00000000/run.json"
     state = json.loads(file.read_text())
     state["recipe"]["model"]["base"] = "models/gone"
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
     told = "its base model was in models/gone, which is not there now"
     out, scores = tmp_path / "out", ["--name", "x", "--out", tmp_path / "x.json"]
     for command, *arguments in (["export", run, out], ["evaluate", run, *scores], ["verify", out, "--checkpoint", run]):
@@ -183,7 +184,7 @@ def test_run_on_other_data(refused, project, trained):
 def test_run_without_optimizer_state(refused, project, trained, tmp_path):
     shutil.copytree(project.root / "stage2", tmp_path / "run")
     state = tmp_path / "run/checkpoints/step_00000006/run.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"has_optimizer": False}))
+    state.write_text(sealed(json.loads(state.read_text()) | {"has_optimizer": False}))
     assert "cannot be extended" in refused("train", "stage2", *changed(f"output={tmp_path}/run", "train.steps=8"))
 
 
@@ -251,7 +252,7 @@ def test_an_older_spelling_is_told_the_new_one(refused, command, arguments, now)
 def test_settings_that_a_checkpoint_decides(refused, project, trained, tmp_path):
     run, scores = project.root / "stage1", ["--name", "x", "--out", tmp_path / "x.json"]
     error = refused("export", run, tmp_path / "out", *changed("model.topk=1"))
-    assert "--set model.topk=1: has no effect here" in error and "model.base, export" in error
+    assert "--set model.topk=1: has no effect here" in error and "model.load, export" in error
     assert "--set train.steps=1: has no effect here" in refused("evaluate", run, *scores, *changed("train.steps=1"))
     assert "did you mean 'window'" in refused("evaluate", run, *scores, *changed("evaluation.windov=1"))
 
