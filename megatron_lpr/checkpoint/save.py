@@ -98,8 +98,9 @@ class CheckpointWriter:
             dist_checkpointing.save(content, beside, self._strategy, validate_access_integrity=not is_known.item())
             small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
         share: PlanOnly = self._strategy.base_strategy
-        self._plan = share.plan
-        return share.values, small
+        self._plan, values = share.plan, share.values
+        share.values = []  # the device's memory is not for keeping them
+        return values, small
 
     @property
     def step(self) -> int | None:

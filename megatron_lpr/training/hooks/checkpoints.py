@@ -35,6 +35,11 @@ class Checkpoints(Hook):
         if dist.get_rank() == 0:
             print(f"saved {folder}", flush=True)
 
+    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
+        """Alone, a process still finishes what it has begun to write; with others it cannot: they may be gone."""
+        if dist.get_world_size() == 1 and isinstance(error, Exception):
+            trainer.finish_save()
+
     def _tell(self, trainer: RunningTrainer) -> None:
         """With the next step, until it is seen."""
         minutes = trainer.recipe.checkpoint.every_minutes
