@@ -14,24 +14,25 @@ from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_folder import run_folder
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
-from megatron_lpr.conversion.load.import_hf import import_hf
+from megatron_lpr.conversion.import_hf import import_hf
 from megatron_lpr.conversion.verify.report import VerifyReport
 from megatron_lpr.conversion.verify.verification import plan_verification
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
-from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, single_process, together
+from megatron_lpr.platform import Ranks, megatron, single_process, together
 from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.signals import stoppable
+from megatron_lpr.training.good_checkpoint import plan_on_good_checkpoint
 from megatron_lpr.training.hooks.hook import Hook
-from megatron_lpr.training.plan import Plan, plan_training
+from megatron_lpr.training.plan import Plan
 
 
 def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
-    """Check a training recipe against the model, the corpora and the checkpoints; nothing is written.
+    """Check a training recipe against the model, the corpora and the checkpoints, byte by byte; nothing is written.
 
     `print(plan(recipe))` shows what the run reads, where it starts and what to be warned of. `.sampler` gives the
     batches that it will read.
@@ -40,9 +41,7 @@ def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
         world_size: ranks of the run; without it those that this process is one of.
     """
     ranks = world_size or Ranks.from_environment().world_size
-    planned = together(lambda: plan_training(recipe, ranks))
-    same_on_all_ranks("the checkpoint to go on from", str(planned.resume))
-    return planned
+    return plan_on_good_checkpoint(recipe, ranks)
 
 
 @contextlib.contextmanager
@@ -51,7 +50,7 @@ def session(run: Plan) -> Iterator[None]:
 
     In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
     """
-    with stoppable("training"), run_folder(run.recipe.output, run.resume):
+    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged):
         with megatron(run.recipe.cluster.collective_timeout_minutes) as ranks, connected(ranks, group_store):
             yield
 
@@ -151,7 +150,9 @@ def export(
         folder,
         out_dir,
         base_dir=base or recipe.model.base,
+        load=recipe.model.load,
         settings=recipe.export,
+        checksums=recipe.checkpoint.verify,
         graft_delta=graft_delta,
         on_verified=(lambda report: None) if check else None,
         progress=progress,

@@ -14,13 +14,15 @@ import hashlib
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_lpr.errors import UserError, warn
 
 LOCK_FILE = "run.lock"
+_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: kind, whence, start, length, process
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
@@ -49,6 +51,27 @@ def run_lock(output: str) -> Iterator[None]:
             (folder / LOCK_FILE).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
+
+
+def holder_of(output: str) -> dict[str, Any] | None:
+    """What the process that holds the output folder of a run says of itself; None where none does, or without locks.
+
+    The lock is asked for and not taken, so that a run that starts meanwhile gets it. Not for the process that holds it,
+    which would lose it: the kernel drops it with any descriptor of the file that the process closes.
+    """
+    try:
+        with (Path(output) / LOCK_FILE).open(encoding="utf-8", errors="replace") as file:
+            wanted = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0)
+            kind, *_ = struct.unpack_from(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+            if kind == fcntl.F_UNLCK:
+                return None
+            try:
+                said = json.load(file)
+            except ValueError:
+                return {}
+            return said if isinstance(said, dict) else {}
+    except OSError:
+        return None
 
 
 class FolderLocks:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Literal, NotRequired, TypedDict, cast
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import JsonLines, complete_lines, from_json, utc_now, writing
@@ -35,6 +35,36 @@ class RouterMetrics(TypedDict):
     load: list[list[float]]  # share of the slots of each expert, frozen ones first
 
 
+class SlowestRank(TypedDict):
+    """Seconds until a rank has its own gradients, in the mean of some steps; `median` of the ranks of its stage."""
+
+    median: float
+    max: float
+    rank: int
+    host: str
+
+
+class LargestRank(TypedDict):
+    """Memory of a rank."""
+
+    max: float
+    rank: int
+    host: str
+
+
+class RanksRecord(TypedDict):
+    """Which rank the others wait for, and which takes most memory."""
+
+    compute_seconds: SlowestRank
+    memory_gb: LargestRank
+
+
+_THROUGHPUT: tuple[Literal["tokens_per_second", "seconds", "tflops_per_device", "mfu"], ...]
+_THROUGHPUT = ("tokens_per_second", "seconds", "tflops_per_device", "mfu")
+# What may differ between two runs that compute the same
+TIMING = frozenset({"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "ranks"})
+
+
 class StepMetrics(TypedDict):
     """One optimizer step; losses are means over the global batch, in nats."""
 
@@ -52,6 +82,9 @@ class StepMetrics(TypedDict):
     tokens_per_second: float
     tokens_per_language: dict[str, int]  # scored tokens since the start of the run
     seconds: float
+    tflops_per_device: NotRequired[float]  # executed, in the mean of the devices; not in old records
+    mfu: NotRequired[float]  # what the model needs of them, as a share of the peak; where that is known
+    ranks: NotRequired[RanksRecord]  # every `logging.stragglers_every` steps
     consumed_samples: int  # since the start of the run
     skipped_steps: NotRequired[int]  # the same; not in old records
     skipped: NotRequired[str]  # why this step has changed no weight, where it has not
@@ -79,7 +112,7 @@ class MetricsLog:
     def write(self, metrics: StepMetrics) -> None:
         """Log one step; its line is with the operating system when this returns."""
         self._lines.append({"step": metrics["step"], "time": utc_now()} | metrics)
-        for tag, value in _scalars(metrics):
+        for tag, value in scalars(metrics):
             if math.isfinite(value):  # a skipped step's may be none
                 self._board.add_scalar(tag, value, metrics["step"])
 
@@ -165,16 +198,23 @@ def _kept_bytes(path: Path, step: int) -> tuple[int, list[int | None]]:
     return kept, beyond
 
 
-def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
+def scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     """TensorBoard tags and values; layers and experts count from 0, as in the names of the parameters."""
     groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
         "loss_per_language": metrics.get("ntp_loss_per_language", {}),
         "optimizer": {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"]},
-        "throughput": {"tokens_per_second": metrics["tokens_per_second"], "seconds": metrics["seconds"]},
+        "throughput": {key: metrics[key] for key in _THROUGHPUT if key in metrics},
         "data": {"tokens_per_step": metrics["tokens"], "consumed_samples": metrics["consumed_samples"]},
         "tokens": metrics["tokens_per_language"],
     }
+    if ranks := metrics.get("ranks"):
+        slowest, largest = ranks["compute_seconds"], ranks["memory_gb"]
+        groups["ranks"] = {
+            "compute_seconds_max": slowest["max"],
+            "compute_seconds_median": slowest["median"],
+            "memory_gb_max": largest["max"],
+        }
     for group, values in groups.items():
         yield from ((f"{group}/{name}", value) for name, value in values.items() if value is not None)
     summaries = cast(Mapping[str, Mapping[str, Mapping[str, float]]], metrics.get("router_summary", {}))

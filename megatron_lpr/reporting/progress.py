@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from megatron_lpr.files.json_lines import utc_now
+from megatron_lpr.reporting.durations import clock
 from megatron_lpr.reporting.metrics_log import StepMetrics
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
@@ -28,11 +30,16 @@ class Progress:
         """Print the line of a step that has just ended."""
         self._seconds.append(metrics["seconds"])
         mean = sum(self._seconds) / len(self._seconds)
-        print(progress_line(metrics, seconds_per_step=mean), file=self._stream, flush=True)
+        print(stamped(progress_line(metrics, seconds_per_step=mean)), file=self._stream, flush=True)
+
+
+def stamped(line: str) -> str:
+    """A line of a log with the time before it: UTC, ISO 8601, to the second."""
+    return f"{utc_now()[:19]}Z  {line}"
 
 
 def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
-    """`moe  37% step  9/24  ntp 1.512 (hu 1.602 en 1.422)  lpr 1.003  gnorm 0.82  lr 4.9e-04  88 tok/s  hu 9.2k ...`"""
+    """`moe  37% step  9/24  ntp 1.512 (hu 1.602 en 1.422)  lpr 1.003  gnorm 0.82  lr 4.9e-04  88 tok/s ...`"""
     step, steps = metrics["step"], metrics["steps"]
     seen = metrics["tokens_per_language"]
     losses = {"balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]}
@@ -40,13 +47,16 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
         [
             metrics["stage"],
             f"{100 * step // steps:3d}% step {step:{len(str(steps))}d}/{steps}",
+            *(["skipped"] if "skipped" in metrics else []),
             f"ntp {metrics['ntp_loss']:.3f}{_per_language(metrics.get('ntp_loss_per_language', {}))}",
             *(f"{name} {value:.3f}" for name, value in losses.items() if value is not None),
             f"gnorm {metrics['grad_norm']:.2f}",
             f"lr {metrics['lr']:.1e}",
             f"{metrics['tokens_per_second']:,.0f} tok/s",
+            *([f"{metrics['tflops_per_device']:.3g} TFLOP/s"] if "tflops_per_device" in metrics else []),
+            *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
             " ".join(f"{language} {_short(count)}" for language, count in seen.items()),
-            f"ETA {_clock((steps - step) * seconds_per_step)}",
+            f"ETA {clock((steps - step) * seconds_per_step)}",
         ]
     )
 
@@ -64,16 +74,6 @@ def _short(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return str(count)
-
-
-def _clock(seconds: float) -> str:
-    """2:41, 3:02:41, 5d 03:02:41."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class DocumentProgress:

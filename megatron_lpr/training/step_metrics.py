@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts
+from megatron_lpr.files.json_lines import utc_now
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
+from megatron_lpr.training.throughput import throughput
 from megatron_lpr.training.votes import KINDS, Votes
 
 
@@ -51,6 +53,7 @@ def step_metrics(
     seconds = time.perf_counter() - start
     metrics = StepMetrics(
         step=step,
+        time=utc_now(),
         steps=plan.train.steps,
         stage=recipe.name,
         ntp_loss=stats.ntp_loss,
@@ -68,6 +71,7 @@ def step_metrics(
     )
     if skipped is not None:
         return metrics | {"skipped": skipped, "balance_loss": None, "lpr_loss": None}
+    metrics.update(throughput(plan, stats.sums_NLC, seconds))
     if trainer.routers:
         first_or_last = step in (1, plan.train.steps)
         metrics.update(

@@ -9,9 +9,7 @@ import time
 
 import pytest
 
-from megatron_lpr.reporting.metrics_log import read_metrics
-
-TIMING = {"time", "tokens_per_second", "seconds"}
+from megatron_lpr.reporting.metrics_log import TIMING, read_metrics
 
 
 def numbers(folder):

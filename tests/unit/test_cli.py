@@ -18,6 +18,7 @@ WORDS = [
     ["inspect-data", "r.yaml", "--steps", "3"],
     ["upcycle", "r.yaml", "--hf", "out"],
     ["train", "r.yaml"],
+    ["status", "run"],
     ["evaluate", "run", "--name", "n", "--out", "o.json"],
     ["compare", "a.json", "b.json"],
     ["export", "run", "out", "--base", "b"],

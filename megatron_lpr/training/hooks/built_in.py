@@ -4,10 +4,12 @@ import torch.distributed as dist
 
 from megatron_lpr.training.hooks.announcement import Announcement, Starts
 from megatron_lpr.training.hooks.checkpoints import Checkpoints
+from megatron_lpr.training.hooks.ends import Ends
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
 from megatron_lpr.training.hooks.stopping import Stopping
+from megatron_lpr.training.hooks.stragglers import Stragglers
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
@@ -16,6 +18,17 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
     from megatron_lpr.training.hooks.replicas import Replicas
 
+    stragglers = [Stragglers()] if trainer.recipe.logging.stragglers_every else []
     plots = [Plots()] if dist.get_rank() == 0 else []
-    first = [FrozenWeights(trainer.chunks), Announcement(), Starts(), Metrics(), Replicas(), Checkpoints()]
-    return [*first, *plots, Stopping()]
+    return [
+        FrozenWeights(trainer.chunks),
+        Announcement(),
+        Starts(),
+        *stragglers,
+        Metrics(),
+        Replicas(),
+        Checkpoints(),
+        *plots,
+        Ends(),
+        Stopping(),
+    ]

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from megatron_lpr.data.sampler.inspect_data import DocumentPlace
-from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.reporting.metrics_log import OverLayers, RanksRecord, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.training.hooks.ends import End
 from megatron_lpr.training.starts import Start
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
@@ -18,8 +19,9 @@ def keys_of_tables(title):
 
 
 def test_keys_of_metrics():
-    step, summary = keys_of_tables("metrics.jsonl")
+    step, summary, ranks = keys_of_tables("metrics.jsonl")
     assert step == list(StepMetrics.__annotations__)
+    assert ranks == list(RanksRecord.__annotations__)
     assert summary == list(RouterSummary.__annotations__)
     for name in [*OverLayers.__annotations__, *RouterMetrics.__annotations__]:
         assert f"`{name}`" in PAGE
@@ -27,6 +29,10 @@ def test_keys_of_metrics():
 
 def test_keys_of_starts():
     assert keys_of_tables("starts.jsonl") == [list(Start.__annotations__)]
+
+
+def test_keys_of_ends():
+    assert keys_of_tables("ends.jsonl") == [list(End.__annotations__)]
 
 
 def test_keys_of_marked_documents():

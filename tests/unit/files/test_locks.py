@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.locks import LOCK_FILE, FolderLocks, run_lock
+from megatron_lpr.files.locks import LOCK_FILE, FolderLocks, holder_of, run_lock
 
 
 def hold(output, pipe):
@@ -30,6 +30,17 @@ def holder(tmp_path, monkeypatch):
     yield process, ours
     process.kill()
     process.join()
+
+
+def test_who_holds_a_folder_is_seen_without_touching_it(tmp_path, holder):
+    process, pipe = holder
+    said = holder_of(str(tmp_path / "run"))
+    assert said.pop("since").startswith("20")
+    assert said == {"host": socket.gethostname(), "pid": process.pid, "slurm_job": "88"}
+    process.kill()
+    process.join()
+    assert (tmp_path / "run" / LOCK_FILE).is_file() and holder_of(str(tmp_path / "run")) is None
+    assert holder_of(str(tmp_path / "elsewhere")) is None
 
 
 def test_second_run_is_told_who_holds_it(tmp_path, holder):

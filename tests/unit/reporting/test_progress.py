@@ -1,6 +1,7 @@
 """The progress line."""
 
 import io
+import re
 
 import pytest
 
@@ -35,6 +36,22 @@ def test_stage_2_line_has_the_lpr_loss():
     assert progress_line(review, seconds_per_step=10.7) == (
         "stage 2  100% step 24/24  ntp 1.512  lpr 0.634  gnorm 0.82  lr 4.9e-04  1,024 tok/s  hu 9.2k en 0  ETA 0:00"
     )
+
+
+def test_what_devices_compute_is_shown_where_it_is_known():
+    fast = METRICS | {"tflops_per_device": 312.44, "mfu": 0.3158}
+    assert "  1,024 tok/s  312 TFLOP/s  MFU 31.6%  hu" in progress_line(fast, seconds_per_step=1)
+
+
+def test_a_skipped_step_says_so():
+    line = progress_line(METRICS | {"ntp_loss": float("nan"), "skipped": "why"}, seconds_per_step=1)
+    assert "24  skipped  ntp nan  balance" in line
+
+
+def test_lines_have_the_time_and_stay_lines():
+    stream = io.StringIO()
+    Progress(stream).report(METRICS)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ  stage 1   37%.*\n", stream.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""How a run ended: one line of ends.jsonl for each end that it lived to tell."""
+
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch.distributed as dist
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.json_lines import JsonLines, utc_now
+from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+
+Outcome = Literal["finished", "stopped", "failed"]
+
+
+class End(TypedDict):
+    """A line of ends.jsonl."""
+
+    time: str  # UTC, ISO 8601
+    rank: int  # that tells it
+    step: int  # that the run had made
+    outcome: Outcome
+    reason: str | None  # of a run that failed
+
+
+class Ends(Hook):
+    """Rank 0 tells how the run ended; another rank only what it alone knows, as its bug or its lack of memory."""
+
+    def finish(self, trainer: RunningTrainer) -> None:
+        if dist.get_rank() == 0:
+            _write(trainer, "finished", None)
+
+    def stop(self, trainer: RunningTrainer) -> None:
+        if dist.get_rank() == 0:
+            _write(trainer, "stopped", None)
+
+    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
+        is_told_by_all = isinstance(error, UserError | SystemExit | KeyboardInterrupt)
+        if dist.get_rank() and is_told_by_all:
+            return
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        outcome: Outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
+        _write(trainer, outcome, " ".join(reason.removesuffix(": ").split()))
+
+
+def _write(trainer: RunningTrainer, outcome: Outcome, reason: str | None) -> None:
+    lines = JsonLines(Path(trainer.recipe.output) / "ends.jsonl")
+    end = End(time=utc_now(), rank=dist.get_rank(), step=trainer.step, outcome=outcome, reason=reason)
+    lines.append(end, sync=True)
+    lines.close()

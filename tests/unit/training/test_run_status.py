@@ -1,0 +1,176 @@
+"""What the files of a run say of it, whatever state it was left in."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from fake_checkpoints import write_fake_checkpoint
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.training.run_status import run_status
+
+START = datetime(2026, 11, 25, 12, tzinfo=UTC)
+
+
+def at(seconds):
+    return (START + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
+
+
+class Run:
+    """An output folder that a test fills."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        self.append("starts", {"time": at(0), "step": 0})
+
+    def append(self, name, *records):
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def steps(self, first, last, seconds_per_step=10, begin=0, **more):
+        for step in range(first, last + 1):
+            record = {"step": step, "steps": 20, "stage": "stage 1", "seconds": 9.0, "tokens_per_second": 100.0}
+            record |= {"ntp_loss": 4 - step / 10, "balance_loss": None, "lpr_loss": 0.5, "skipped_steps": 1}
+            self.append("metrics", record | {"time": at(begin + step * seconds_per_step)} | more)
+
+    def checkpoint(self, step, seconds):
+        folder = write_fake_checkpoint(self.folder / "checkpoints", step)
+        os.utime(folder / "run.json", (START.timestamp() + seconds,) * 2)
+        (self.folder / "checkpoints/latest").write_text(folder.name)
+
+    def status(self, seconds):
+        return run_status(str(self.folder), START + timedelta(seconds=seconds))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture
+def held(run, monkeypatch):
+    monkeypatch.setattr("megatron_lpr.training.run_status.holder_of", lambda folder: {"host": "n1", "pid": 7})
+    return run
+
+
+def test_a_run_that_goes_on(held):
+    held.steps(1, 10)
+    held.checkpoint(8, 80)
+    status = held.status(105)
+    assert (status.state, status.reason, status.name) == ("running", None, "stage 1")
+    assert (status.step, status.steps, status.eta_seconds, status.seconds_per_step) == (10, 20, 100, 10)
+    assert status.losses == {"ntp_loss": 3.0, "lpr_loss": 0.5} and status.trend == pytest.approx(-0.5)
+    assert (status.checkpoint_step, status.checkpoint_age_seconds, status.checkpoint_fault) == (8, 25, None)
+    assert (status.last_record, status.last_record_age_seconds) == (at(100), 5)
+    assert (status.skipped_steps, status.held_by) == (1, {"host": "n1", "pid": 7})
+
+
+def test_a_run_that_starts_has_no_eta_yet(held):
+    status = held.status(30)
+    assert (status.state, status.step, status.steps, status.eta_seconds) == ("running", 0, None, None)
+
+
+@pytest.mark.parametrize(
+    "seconds_per_step, silence, state", [(10, 599, "running"), (10, 601, "stale"), (60, 601, "running")]
+)
+def test_silence(held, seconds_per_step, silence, state):
+    held.steps(1, 2, seconds_per_step)
+    status = held.status(2 * seconds_per_step + silence)
+    assert status.state == state
+    assert status.reason == (
+        "a process holds the run and has written nothing for 10 minutes" if state == "stale" else None
+    )
+
+
+@pytest.mark.parametrize(
+    "ends, expected",
+    [
+        ([], ("failed", "no process holds the run, and it has ended without a word: killed, or its machine went down")),
+        ([{"outcome": "finished", "reason": None}], ("finished", None)),
+        ([{"outcome": "stopped", "reason": "KeyboardInterrupt"}], ("stopped", "KeyboardInterrupt")),
+        (
+            [{"outcome": "failed", "reason": "out of memory"}, {"outcome": "failed", "reason": "connection closed"}],
+            ("failed", "out of memory"),
+        ),
+    ],
+)
+def test_ends(run, ends, expected):
+    run.steps(1, 3)
+    run.append("ends", {"time": at(-5), "outcome": "failed", "reason": "of an earlier start"})
+    run.append("ends", *({"time": at(40 + i)} | end for i, end in enumerate(ends)))
+    status = run.status(100)
+    assert (status.state, status.reason) == expected and status.eta_seconds is None
+
+
+def test_what_was_asked_to_stop_says_by_whom(run):
+    run.append("ends", {"time": at(40), "outcome": "stopped", "reason": None})
+    (run.folder / "stopped").write_text("stopped by SIGTERM after step 3\n")
+    assert run.status(50).reason == "stopped by SIGTERM after step 3"
+
+
+def test_a_run_of_an_older_version_is_finished_by_its_last_checkpoint(run):
+    run.steps(1, 20)
+    run.checkpoint(20, 200)
+    assert run.status(300).state == "finished"
+
+
+def test_the_time_between_starts_is_no_time_of_a_step(held):
+    held.steps(1, 4)
+    held.append("starts", {"time": at(5000), "step": 4})
+    held.steps(5, 6, begin=5000)
+    assert held.status(5070).seconds_per_step == 10
+
+
+def test_skipped_steps_have_no_loss(held):
+    held.steps(1, 4)
+    held.steps(5, 5, ntp_loss=None)
+    status = held.status(60)
+    assert status.step == 5 and status.losses["ntp_loss"] == 3.6
+
+
+def test_only_the_end_of_a_long_log_is_read(held, monkeypatch):
+    monkeypatch.setattr("megatron_lpr.training.run_status._TAIL_BYTES", 2000)
+    (held.folder / "metrics.jsonl").write_text("damaged, long ago\n" * 1000)
+    held.steps(1, 20)
+    assert 2 <= held.status(200).trend_steps < 12
+
+
+def test_lines_that_a_killed_process_has_left(held):
+    held.steps(1, 2)
+    for name in ("metrics", "ends"):
+        with (held.folder / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 3, "ti')
+    held.append("ends", {})  # closes the torn line
+    assert held.status(30).step == 2
+
+
+def test_checkpoints_that_are_damaged_are_told(held):
+    held.steps(1, 9)
+    held.checkpoint(8, 80)
+    (held.folder / "checkpoints/step_00000008/.metadata").unlink()
+    status = held.status(100)
+    assert status.checkpoint is None and "step_00000008" in status.checkpoint_fault
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda folder: None, "no such folder; give the output folder of a run"),
+        (lambda folder: folder.mkdir(), "no training run there"),
+        (lambda folder: Run(folder).append("metrics", [1]), "metrics.jsonl: a line near its end is damaged; remove"),
+    ],
+)
+def test_what_is_no_run(tmp_path, make, sentence):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=sentence):
+        run_status(str(tmp_path / "x"))
+
+
+def test_nothing_heavy_is_imported():
+    look = "import sys, megatron_lpr.cli, megatron_lpr.training.run_status as s; s.run_status"
+    look += "; sys.exit(bool({'torch', 'numpy', 'tqdm', 'matplotlib'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", look], check=True)
