@@ -20,15 +20,17 @@ from megatron_lpr.conversion.verify.verification import plan_verification
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
-from megatron_lpr.platform import Ranks, megatron, same_on_all_ranks, single_process, together
+from megatron_lpr.platform import Ranks, megatron, single_process, together
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.signals import stoppable
+from megatron_lpr.training.good_checkpoint import plan_on_good_checkpoint
 from megatron_lpr.training.hooks.hook import Hook
-from megatron_lpr.training.plan import Plan, plan_training
+from megatron_lpr.training.plan import Plan
 
 
 def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
-    """Check a training recipe against the model, the corpora and the checkpoints; nothing is written.
+    """Check a training recipe against the model, the corpora and the checkpoints, byte by byte; nothing is written.
 
     `print(plan(recipe))` shows what the run reads, where it starts and what to be warned of. `.sampler` gives the
     batches that it will read.
@@ -37,22 +39,27 @@ def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
         world_size: ranks of the run; without it those that this process is one of.
     """
     ranks = world_size or Ranks.from_environment().world_size
-    planned = together(lambda: plan_training(recipe, ranks))
-    same_on_all_ranks("the checkpoint to go on from", str(planned.resume))
-    return planned
+    return plan_on_good_checkpoint(recipe, ranks)
 
 
 @contextlib.contextmanager
 def session(run: Plan) -> Iterator[None]:
-    """Inside it this process is a rank of the run, whose output folder is its own: the place for a `Trainer`."""
-    with run_folder(run.recipe.output, run.resume), megatron():
+    """Inside it this process is a rank of the run, whose output folder is its own: the place for a `Trainer`.
+
+    In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
+    """
+    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged), megatron():
         yield
 
 
 def train(run: Plan, hooks: Iterable[Hook] = ()) -> None:
     """Train to the last step; a finished run has nothing to do.
 
-    hooks: what is called around the loop, after what every run does.
+    Args:
+        hooks: what is called around the loop, after what every run does.
+
+    Raises:
+        Stopped: a signal or the end of its time has stopped the run, which has saved. Uncaught, it is exit status 75.
     """
     if run.finished:
         return
@@ -141,6 +148,7 @@ def export(
         out_dir,
         base_dir=base or recipe.model.base,
         settings=recipe.export,
+        checksums=recipe.checkpoint.verify,
         graft_delta=graft_delta,
         on_verified=(lambda report: None) if check else None,
         progress=progress,

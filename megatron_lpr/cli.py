@@ -25,7 +25,7 @@ class Program:
     gone: dict[str, str] = field(default_factory=dict)
 
     def main(self, words: Sequence[str]) -> int:
-        """Run one command; returns the exit status (2: what the user can put right, in one sentence; 130: Ctrl-C)."""
+        """Run one command; returns the exit status (2: what the user can put right, in one sentence)."""
         if not words or words[0] in ("-h", "--help"):
             print(self._help(), file=sys.stdout if words else sys.stderr)
             return 0 if words else 2
@@ -40,7 +40,7 @@ class Program:
             return 2
         command, name = commands[words[0]], f"{self.name} {words[0]}"
         command_line = shlex.join([self.name, *words])
-        return status_of(name, lambda: _status(name, command, words[1:], command_line))
+        return status_of(name, lambda: _status(name, command, words[1:], command_line), resumes=command.resumes)
 
     def _help(self) -> str:
         lines = [f"  {command.name:15}{command.about}" for command in self.commands]

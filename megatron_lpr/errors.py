@@ -17,6 +17,16 @@ class AlreadyTold(UserError):
     """A `UserError` that stops this rank and has been printed, here or by another rank of the run."""
 
 
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop has saved and said so; a script that lets it through ends with exit status 75."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint to append to a message about an unknown `name`: the closest valid name, or all of them."""
     valid = sorted(valid)

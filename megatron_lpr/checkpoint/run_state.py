@@ -1,27 +1,34 @@
 """Checkpoint folders and their run.json, readable without Megatron.
 
-    <output>/checkpoints/step_00000024/   one checkpoint: Megatron's files and run.json
+    <output>/checkpoints/step_00000024/   one checkpoint: Megatron's files, manifest.json and run.json
     <output>/checkpoints/latest           the name of the one that the run goes on from
     <output>/checkpoints/abandoned/       checkpoints that the run has turned back from; never read, never deleted
+    <output>/checkpoints/damaged/         checkpoints that the run has passed over; the same
 
-A checkpoint is complete when its run.json can be read and Megatron's two metadata files are there: it is written under
-another name, and those are what is written last.
+A checkpoint is complete when its run.json and its manifest are what was written, and every file of the manifest is
+there; one of an older version, when its run.json can be read and Megatron's two metadata files are there. Whether the
+files hold what was written is the business of verification.py.
 """
 
 import dataclasses
 import json
+import os
 import re
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from megatron_lpr.checkpoint.manifest import MANIFEST, is_sealed, read_manifest, sealed
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 
 VERSION = 2  # of run.json; 1 had no version, base and source
 _STEP = re.compile(r"step_(\d+)")
 _MEGATRON_FILES = ("metadata.json", ".metadata")
+NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,7 @@ class RunState:
     skipped_steps: int = 0  # the same
     base: dict[str, Any] | None = None  # identity of the base model (same_run.py)
     source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (same_run.py)
+    manifest: str | None = None  # SHA-256 of manifest.json; None: of an older version, without checksums
     version: int = VERSION
 
 
@@ -73,25 +81,30 @@ def locate(path: str) -> Found:
     raise UserError(f"checkpoint {path}: {what}; give the output folder of a run or one of its checkpoints")
 
 
-def find_checkpoint(output: str) -> Found | None:
-    """The checkpoint that a run goes on from: what `latest` names, or else the newest complete one; None in a folder
-    without checkpoints.
+def find_checkpoint(output: str, damaged: Mapping[str, str] = NONE_DAMAGED) -> Found | None:
+    """The checkpoint that a run goes on from: what `latest` names, or else the newest complete one before that, or
+    after; None in a folder without checkpoints.
+
+    Args:
+        damaged: checkpoints that are passed over, by name, and what is wrong with them.
 
     Raises:
-        UserError: there are checkpoints, and none is complete. Nothing may start afresh over them.
+        UserError: there are checkpoints, and none is good. Nothing may start afresh over them.
     """
     root = Path(output) / "checkpoints"
-    fault = _fault_of_pointer(root)
+    fault = _fault_of_pointer(root, damaged)
     if fault is None:
         return Found(root / _pointer(root))
-    folders = step_folders(root)
-    complete = next((folder for folder in reversed(folders) if not what_is_missing(folder)), None)
-    if complete:
-        return Found(complete, f"{root / 'latest'} {fault}: takes {complete.name}, the newest complete checkpoint")
+    folders, named = step_folders(root), _step_of_pointer(root)
+    faults = {folder: fault_of(folder, damaged) for folder in folders}
+    good = [folder for folder in folders if not faults[folder]]
+    if good:
+        newest = max(good, key=lambda folder: (named is None or step_of(folder) <= named, step_of(folder)))
+        return Found(newest, f"{root / 'latest'} {fault}: takes {newest.name}, the newest complete checkpoint")
     if folders or (root / "latest").exists():
-        faults = [f"{root / 'latest'} {fault}", *(f"{f.name} has {what_is_missing(f)}" for f in folders)]
+        told = [f"{root / 'latest'} {fault}", *(f"{folder.name} {what}" for folder, what in faults.items())]
         raise UserError(
-            f"checkpoint {output}: none there is complete ({'; '.join(faults)}); put one back, or move "
+            f"checkpoint {output}: none there is complete ({'; '.join(told)}); put one back, or move "
             f"{root} away to start afresh"
         )
     return None
@@ -107,13 +120,28 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def fault_of(folder: Path, damaged: Mapping[str, str]) -> str | None:
+    """Why a checkpoint is passed over, as `has no .metadata`; None for a good one."""
+    if folder.name in damaged:
+        return f"is damaged ({damaged[folder.name]})"
+    missing = what_is_missing(folder)
+    return f"has {missing}" if missing else None
+
+
 def what_is_missing(folder: Path) -> str | None:
-    """What makes a checkpoint incomplete, as `no .metadata`; None for a complete one."""
+    """What makes a checkpoint incomplete, as `no .metadata`; None for a complete one. No file but two is opened."""
     try:
-        _tree(folder)
+        digest = _tree(folder).get("manifest")
     except UserError:
         return "no readable run.json" if (folder / "run.json").is_file() else "no run.json"
-    return next((f"no {name}" for name in _MEGATRON_FILES if not (folder / name).is_file()), None)
+    files: Iterable[str] = _MEGATRON_FILES
+    if digest:
+        listed = read_manifest(folder, digest)
+        if listed is None:
+            return f"a damaged {MANIFEST}" if (folder / MANIFEST).is_file() else f"no {MANIFEST}"
+        files = listed
+    there = set(os.listdir(folder))
+    return next((f"no {name}" for name in files if name not in there), None)
 
 
 def read_run_state(folder: Path) -> RunState:
@@ -134,17 +162,20 @@ def read_run_state(folder: Path) -> RunState:
 
 def write_run_state(folder: Path, state: RunState) -> None:
     """Write run.json into a checkpoint."""
-    durable.write_text(folder / "run.json", json.dumps(state.__dict__, indent=1, ensure_ascii=False))
+    durable.write_text(folder / "run.json", sealed(state.__dict__))
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    """run.json, with the types that every version has."""
+    """run.json as it was written, with the types that every version has."""
     try:
-        tree = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        text = (folder / "run.json").read_text(encoding="utf-8")
+        tree = json.loads(text)
+        if (is_sealed(tree) or (folder / MANIFEST).exists()) and text != sealed(tree):
+            raise ValueError("it is not what was written")
         numbers = (tree["step"], tree["consumed_samples"], tree.get("version", 1))
         if all(type(n) is int and n >= 0 for n in numbers) and isinstance(tree["recipe"], dict):
             return {"has_optimizer": bool(tree["has_optimizer"]), **tree}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     what = "damaged" if (folder / "run.json").is_file() else "missing"
     raise UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
@@ -154,7 +185,12 @@ def _pointer(root: Path) -> str:
     return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
 
 
-def _fault_of_pointer(root: Path) -> str | None:
+def _step_of_pointer(root: Path) -> int | None:
+    named = _STEP.fullmatch(_pointer(root)) if (root / "latest").is_file() else None
+    return int(named[1]) if named else None
+
+
+def _fault_of_pointer(root: Path, damaged: Mapping[str, str]) -> str | None:
     """What is wrong with `latest`; None when it names a complete checkpoint."""
     if not (root / "latest").is_file():
         return "is missing"
@@ -163,5 +199,7 @@ def _fault_of_pointer(root: Path) -> str | None:
         return f"names no checkpoint ('{name[:40]}')"
     if not (root / name).is_dir():
         return f"names {name}, which is not there"
+    if name in damaged:
+        return f"names {name}, which is damaged ({damaged[name]})"
     missing = what_is_missing(root / name)
     return f"names {name}, which is not complete ({missing})" if missing else None

@@ -1,46 +1,154 @@
 """Writing checkpoints: Megatron's dist_checkpointing (torch_dist), whole or not at all.
 
 A checkpoint is written under a temporary name and renamed when every rank has finished, so that a killed save leaves
-nothing that a later run could mistake for one.
+nothing that a later run could mistake for one:
+
+    start()   plan, values to the host       all ranks, at a step boundary
+              threads write the shares       training goes on, where it does not wait
+    finish()  what was written is gathered   all ranks, at a step boundary; rank 0 writes .metadata, manifest.json and
+                                             run.json, renames the folder, lets `latest` name it, drops old ones
 """
 
+import pickle
 import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
+from megatron_lpr.checkpoint.dist_checkpoint import METADATA_FILE
+from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_folder import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
+from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Written, planner
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.checksum import Checksum, ChecksummedFile
 
 
 def save_checkpoint(
     output: str, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, keep: int = 0
 ) -> Path:
     """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
-    root = Path(output) / "checkpoints"
-    folder, writing = root / f"step_{state.step:08d}", root / f".writing_step_{state.step:08d}"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    content = model_state(chunks)
-    if optimizer is not None:
-        content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
-        content["scheduler"] = scheduler.state_dict()
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
-    dist_checkpointing.save(content, str(writing), strategy)
-    dist.barrier()
-    if rank == 0:
-        write_run_state(writing, state)
-        publish(writing, folder)
-        drop_old(folder, keep)
-    dist.barrier()
-    return folder
+    writer = CheckpointWriter(output, keep=keep)
+    writer.start(state, chunks, optimizer, scheduler)
+    return writer.finish()
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; all ranks call it at the same steps."""
+
+    def __init__(self, output: str, *, keep: int = 0, keep_every: int = 0) -> None:
+        """keep, keep_every: as of `drop_old`."""
+        self._root, self._keep, self._keep_every = Path(output) / "checkpoints", keep, keep_every
+        self._buffers = HostBuffers()
+        self._share: ShareWriter | None = None
+        self._told: SavePlan | None = None  # the plan that rank 0 has of this rank
+        self._plans: list[SavePlan] = []  # of all ranks, on rank 0, and the tensors that they come to
+        self._tensors: Metadata | None = None
+
+    def start(self, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, to_host: bool = False) -> None:
+        """Begin to write a checkpoint of this moment.
+
+        to_host: copy what is written, so that training can go on; without it nothing may change before `finish`.
+        """
+        assert self._share is None, "a checkpoint is being written"
+        self._state = state
+        self._folder, self._writing = (self._root / f"{dot}step_{state.step:08d}" for dot in ("", ".writing_"))
+        self._on_first_rank(self._make_folder)
+        content = model_state(chunks)
+        if optimizer is not None:
+            content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
+            content["scheduler"] = scheduler.state_dict()
+        share = PlanOnly()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        with tempfile.TemporaryDirectory() as beside:  # where the small files of Megatron cannot fail on rank 0 alone
+            dist_checkpointing.save(content, beside, FullyParallelSaveStrategyWrapper(share, group))
+            small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
+        self._plan, values = share.plan, share.values
+        if to_host:
+            values = self._buffers.take(self._plan, values)
+        elif torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._share = ShareWriter(self._writing, self._plan, values, small)
+        self._share.start(self._buffers if to_host else None)
+
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that is being written; None: none is."""
+        return self._state.step if self._share else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this rank has written its share, or failed to."""
+        return self._share is not None and self._share.has_ended
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write its share."""
+        return self._share is not None and self._share.has_failed
+
+    def finish(self) -> Path:
+        """Wait for the checkpoint that is being written, and give it its name; returns its folder.
+
+        Raises:
+            UserError: it could not be written, on some rank; the same on all ranks.
+        """
+        assert self._share is not None, "no checkpoint is being written"
+        written, self._share = self._share.wait(), None
+        plan = None if self._plan == self._told else self._plan
+        self._told = self._plan
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object((plan, written), shares if dist.get_rank() == 0 else None)
+        self._on_first_rank(lambda: self._publish(*map(list, zip(*shares, strict=True))))
+        return self._folder
+
+    def _make_folder(self) -> None:
+        shutil.rmtree(self._writing, ignore_errors=True)
+        self._writing.mkdir(parents=True)
+
+    def _publish(self, plans: list[SavePlan | None], shares: list[Written]) -> None:
+        if faults := [f"{fault} (rank {rank})" for rank, share in enumerate(shares) for fault in share.faults]:
+            raise OSError(0, faults[0])
+        files = {name: checksum for share in shares for name, checksum in share.checksums.items()}
+        if any(plans):
+            self._plans = [new or self._plans[rank] for rank, new in enumerate(plans)]
+            _, self._tensors = planner().create_global_plan(self._plans)
+        assert self._tensors is not None
+        places = {result.index: result.storage_data for share in shares for result in share.results}
+        files[METADATA_FILE] = _write_metadata(self._writing, replace(self._tensors, storage_data=places))
+        write_run_state(self._writing, replace(self._state, manifest=write_manifest(self._writing, files)))
+        publish(self._writing, self._folder)
+        drop_old(self._folder, self._keep, self._keep_every)
+
+    def _on_first_rank(self, step: Callable[[], None]) -> None:
+        """step() on rank 0, which all wait for; an OSError there is a UserError on all."""
+        told: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                step()
+            except OSError as error:
+                name = Path(error.filename).name + " cannot be written: " if error.filename else ""
+                told = [f"{name}{error.strerror}"]
+                shutil.rmtree(self._writing, ignore_errors=True)  # it may be what fills the disk
+        dist.broadcast_object_list(told)
+        if told[0] is not None:
+            raise UserError(
+                f"checkpoint {self._folder}: {told[0]}; the checkpoints before it are whole: make room or give the "
+                "right to write there, and start the run again"
+            )
+
+
+def _write_metadata(folder: Path, metadata: Metadata) -> Checksum:
+    """What tensors there are and where they lie, as torch's FileSystemReader reads it."""
+    with ChecksummedFile(folder / METADATA_FILE) as file:
+        file.write(pickle.dumps(metadata))
+    return file.checksum

@@ -19,6 +19,7 @@ class Command:
     place: in the list of commands, which is the order of the work.
     spelling: how its arguments go, for those who know an older spelling.
     distributed: runs on several ranks, all of which stop when one does.
+    resumes: started again it goes on where it was, so that to be stopped is no failure.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Command:
     place: int = 0
     spelling: str = ""
     distributed: bool = False
+    resumes: bool = False
 
 
 def all_commands() -> list[Command]:

@@ -12,7 +12,7 @@ SPELLING = (
     "the model comes first and a checkpoint brings its recipe, "
     "as evaluate MODEL --name NAME --out FILE [--recipe RECIPE]"
 )
-READS = ("model.base", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens")
+READS = ("model.base", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens", "checkpoint.verify")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,45 +8,50 @@ import io
 import os
 import signal
 import sys
-import threading
+import traceback
 from collections.abc import Callable
 
-INTERRUPTED = 128 + signal.SIGINT
+from megatron_lpr.errors import STOPPED, Stopped
+from megatron_lpr.signals import among_ranks, end_process, listening
+
 NOBODY_READS = 128 + signal.SIGPIPE
 
 
-def status_of(name: str, command: Callable[[], int]) -> int:
-    """The exit status of `command`, also where Ctrl-C stops it or nobody reads what it prints any more."""
-    interrupted = []
+def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -> int:
+    """The exit status of `command`, also where a signal stops it or nobody reads what it prints any more.
 
-    def note(*signal_and_frame) -> None:
-        interrupted.append(True)
-        raise KeyboardInterrupt
+    A rank that ends among others ends at once where its status is not 0: the end of Python would wait for collectives
+    that nobody finishes, and a launcher that sees one rank go first ends the others.
 
-    takes_it = signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread()
-    if takes_it:
-        signal.signal(signal.SIGINT, note)
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except (KeyboardInterrupt, Exception) as error:
-        # libraries that are being imported may turn the one into the other
-        if not interrupted and not isinstance(error, KeyboardInterrupt):
+    Args:
+        resumes: started again it goes on, so that to be stopped is no failure (75).
+    """
+    with listening(name, resumes=resumes) as listener:
+        try:
+            status = command()
+            sys.stdout.flush()
+            return status
+        except Stopped:
+            if among_ranks():
+                end_process(STOPPED)
+            return STOPPED
+        except (KeyboardInterrupt, Exception) as error:
+            # libraries that are being imported may turn the one into the other
+            if listener.ended_at_once or isinstance(error, KeyboardInterrupt):
+                return _at_once(*listener.ending())
             if isinstance(error, BrokenPipeError):
                 return _nobody_reads(name)
+            if _in_process_group() and among_ranks():
+                traceback.print_exc()
+                end_process(1)
             raise
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
-        if _in_process_group():  # the end of Python would wait for a collective that nobody finishes
-            os._exit(INTERRUPTED)
-        return INTERRUPTED
-    finally:
-        if takes_it:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _at_once(status: int, sentence: str) -> int:
+    if _in_process_group() or among_ranks():
+        end_process(status, sentence)
+    print(sentence, file=sys.stderr, flush=True)
+    return status
 
 
 def _in_process_group() -> bool:

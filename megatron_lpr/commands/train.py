@@ -44,8 +44,9 @@ COMMAND = Command(
     run,
     reads=(
         *("name", "output", "model", "data", "train", "parallel", "balance", "lpr", "optimizer", "checkpoint"),
-        *("logging", "preprocess.bos", "preprocess.parse_special_tokens"),
+        *("logging", "cluster", "preprocess.bos", "preprocess.parse_special_tokens"),
     ),
     place=5,
     distributed=True,
+    resumes=True,
 )

@@ -1,6 +1,7 @@
-"""`megatron-lpr verify`: an export against its base model and its checkpoint."""
+"""`megatron-lpr verify`: an export against its base model and its checkpoint, or a checkpoint against its checksums."""
 
 import argparse
+from pathlib import Path
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import (
@@ -19,11 +20,12 @@ SPELLING = (
     "the export comes first and a checkpoint brings its recipe, "
     "as verify EXPORT [--checkpoint CHECKPOINT | --base BASE] [--recipe RECIPE]"
 )
-READS = ("model.base", "evaluation.corpora", "evaluation.on_bad_line")
+READS = ("model.base", "evaluation.corpora", "evaluation.on_bad_line", "checkpoint.verify")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("export", metavar="EXPORT", help="folder that `export` wrote")
+    what = "folder that `export` wrote; or a checkpoint or the output folder of a run, for a look at its files alone"
+    parser.add_argument("export", metavar="EXPORT", help=what)
     parser.add_argument("--checkpoint", help="compare every tensor and logits with this checkpoint too")
     parser.add_argument(
         "--no-logits", dest="logits", action="store_false", help="with --checkpoint: tensors only, without Megatron"
@@ -36,12 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check an export: its files, names and frozen tensors against the base; tensors and logits against a checkpoint.
+    Or a checkpoint: every file against the checksum that was taken when it was written.
 
     What is frozen and how tokens are routed is the checkpoint's record or the export's, not what a recipe says.
     """
+    from megatron_lpr.checkpoint.verification import is_checkpoint
     from megatron_lpr.conversion.verify.verification import plan_verification
 
     refuse_file(options.export, SPELLING)
+    if is_checkpoint(Path(options.export)):
+        _verify_checkpoint(options)
+        return
     _refuse_what_has_no_effect(options)
     planned = plan_verification(
         options.export,
@@ -65,6 +72,22 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"verify {options.export}: failed (see above)")
 
 
+def _verify_checkpoint(options: argparse.Namespace) -> None:
+    from megatron_lpr.checkpoint.verification import faults_of_all
+
+    given = ("checkpoint", "base", "recipe", "set", "num_frozen", "graft_delta")
+    for name in (name for name in given if getattr(options, name)):
+        raise UserError(f"--{name.replace('_', '-')}: has no effect on {options.export}, which is no export")
+    if options.dry_run:
+        print(f"would verify {options.export} against its checksums")
+        return
+    damaged = faults_of_all(Path(options.export), lambda line: print(line, flush=True))
+    if damaged:
+        raise UserError(
+            f"verify {options.export}: {damaged} damaged (see above); copy it again, or use another checkpoint"
+        )
+
+
 def _own_recipe(options: argparse.Namespace) -> Recipe | None:
     if not options.checkpoint or options.recipe:
         return None
@@ -82,7 +105,7 @@ def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
 
 COMMAND = Command(
     "verify",
-    "check an export against the base model, and against its checkpoint",
+    "check an export against the base model and its checkpoint, or a checkpoint against its checksums",
     add_arguments,
     run,
     reads=READS,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.data.text.special_tokens import SpecialTokens, special_tokens
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError, warn
@@ -63,6 +64,8 @@ class Evaluation:
         for sentence in trained_on(self.recipe):
             warn(sentence)
         corpora = read_held_out(self.recipe.evaluation)
+        if not self.is_hf:
+            refuse_damaged(self.folder, contents=self.recipe.checkpoint.verify)
         score = self._score_hf if self.is_hf else self._score_checkpoint
         scores, routing = score(tokenizer, corpora, report)
         return EvaluationResult(

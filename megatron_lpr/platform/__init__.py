@@ -2,11 +2,12 @@
 
 from megatron_lpr.platform.device import backend, device, prepare
 from megatron_lpr.platform.distributed import Ranks, join, leave, leave_layout, megatron, on_leave, single_process
-from megatron_lpr.platform.meeting import meeting, same_on_all_ranks, together
+from megatron_lpr.platform.meeting import collected, meeting, same_on_all_ranks, together
 
 __all__ = [
     "Ranks",
     "backend",
+    "collected",
     "device",
     "join",
     "leave",

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -58,6 +58,17 @@ class Meeting:
             raise AlreadyTold(self._notes.get(f"{topic}/error").decode())
         except dist.DistNetworkError:
             raise UserError("rank 0 has ended before the ranks had agreed; look at what it printed last") from None
+
+    def collect(self, lines: Callable[[], Iterable[str]]) -> list[str]:
+        """lines() of all ranks, sorted, the same list on each of them; fails as `agree` does."""
+        topic = f"lines{self._topics}"
+
+        def tell() -> None:
+            for line in lines():
+                self._notes.set(f"{topic}/{self._notes.add(topic, 1)}", line)
+
+        self.agree(tell)
+        return sorted(self._notes.get(f"{topic}/{n + 1}").decode() for n in range(self._notes.add(topic, 0)))
 
     def check_same(self, what: str, value: str) -> None:
         """Raises UserError where another rank has said another value of `what`."""
@@ -117,6 +128,14 @@ def meeting(
 def together(step: Callable[[], T]) -> T:
     """step() on every rank of the meeting, where there is one; fails on all ranks when it fails on one."""
     return _current.agree(step) if _current else step()
+
+
+def collected(lines: Callable[[int, int], Iterable[str]]) -> list[str]:
+    """lines(rank, ranks) of every rank of the meeting, sorted, the same on all; without one lines(0, 1)."""
+    if not _current:
+        return sorted(lines(0, 1))
+    rank, ranks = _current.rank, _current.world_size
+    return _current.collect(lambda: lines(rank, ranks))
 
 
 def same_on_all_ranks(what: str, value: str) -> None:

@@ -119,6 +119,7 @@ class TrainConfig:
     check_replicas_every: int = opt(
         1000, "steps between comparisons of the weights that data-parallel ranks have copies of; 0: none", at_least=0
     )
+    max_minutes: float = opt(0.0, "minutes after which each start of the run saves and stops; 0: no limit", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,10 @@ class CheckpointConfig:
     every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
     keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    verify: bool = opt(
+        True,
+        "compare the files of a checkpoint with their checksums before it is read; false: their sizes only",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +180,20 @@ class LoggingConfig:
     router_layers_every: int = opt(
         100, "steps between full records of every layer and expert; the first and last step have one too", at_least=1
     )
+    wandb: Literal["off", "offline", "online"] = opt("off", "Weights & Biases too, in a project of the run's name")
+    profile_from: int = opt(0, "first step that torch.profiler traces into `output`/profile; 0: none", at_least=0)
+    profile_to: int = opt(0, "last step of it", at_least=0)
+    profile_ranks: tuple[int, ...] = opt((0,), "ranks that are traced", at_least=0)
     stragglers_every: int = opt(100, "steps between records of the slowest rank and of memory; 0: none", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a run does about the machines and the job that it runs in."""
+
+    margin_minutes: float = opt(
+        5.0, "minutes before the time limit of its Slurm job at which a run saves and stops", at_least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +298,7 @@ class Recipe:
     optimizer: OptimizerConfig = opt(OptimizerConfig(), "optimizer and learning-rate schedule")
     checkpoint: CheckpointConfig = opt(CheckpointConfig(), "checkpoints")
     logging: LoggingConfig = opt(LoggingConfig(), "metrics")
+    cluster: ClusterConfig = opt(ClusterConfig(), "machines and jobs")
     evaluation: EvaluationConfig = opt(EvaluationConfig(), "held-out evaluation")
     export: ExportConfig = opt(ExportConfig(), "Hugging Face export")
     preprocess: PreprocessConfig = opt(PreprocessConfig(), "tokenisation")

@@ -1,7 +1,7 @@
 """What a training run is going to do, checked and printed before any process group or GPU is taken."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_lpr.checkpoint import same_run
-from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, locate, read_run_state
+from megatron_lpr.checkpoint.run_state import NONE_DAMAGED, RunState, find_checkpoint, locate, read_run_state
 from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
@@ -72,6 +72,9 @@ class Plan:
     base: dict[str, Any] | None = None  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
+    damaged: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # checkpoints of this run that were passed over, by name
 
     def __str__(self) -> str:
         return describe(self)
@@ -105,11 +108,12 @@ class Plan:
         return [role == "original" for role in self.manifest.language_roles.values()]
 
 
-def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
+def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mapping[str, str] = NONE_DAMAGED) -> Plan:
     """Check the recipe against the model, the corpora, the checkpoints and the number of ranks; nothing is written.
 
     Args:
         world_size: ranks of the run; without it those that this process was started with.
+        damaged: checkpoints of the run that are passed over, by name, and what is wrong with them.
 
     Raises:
         UserError: whatever is wrong, in one sentence.
@@ -127,7 +131,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
-    resume, source = find_checkpoint(recipe.output), None
+    resume, source = find_checkpoint(recipe.output, damaged), None
     state = origin = None
     if resume:
         state = read_run_state(resume.folder)
@@ -161,6 +165,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None) -> Plan:
         base=base,
         origin=origin,
         notes=tuple(note for note in notes if note),
+        damaged=damaged,
     )
 
 

@@ -14,11 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import save_checkpoint
 from megatron_lpr.conversion.load.weights import fill_weights
+from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
@@ -75,7 +77,11 @@ class Trainer:
         self.hooks = [*built_in(self), *hooks]
 
     def run(self) -> None:
-        """Train to the last step; all ranks call it."""
+        """Train to the last step; all ranks call it.
+
+        Raises:
+            Stopped: a signal or the end of its time has stopped the run, which has saved.
+        """
         with failure_told(self):
             for hook in self.hooks:
                 hook.start(self)
@@ -85,8 +91,23 @@ class Trainer:
                 metrics = self.finite_step()
                 for hook in self.hooks:
                     hook.after_step(self, metrics)
+                if not self.finished and self._asked_to_stop():
+                    self.stop()
             for hook in self.hooks:
                 hook.finish(self)
+
+    def stop(self) -> NoReturn:
+        """Save, unless that has been done at this step, and end this start of the run; all ranks call it."""
+        if self.saved_step != self.step:
+            self.save()
+        for hook in self.hooks:
+            hook.stop(self)
+        raise Stopped
+
+    def _asked_to_stop(self) -> bool:
+        """The same on all ranks. A save takes long, and whoever asks meanwhile need not wait for one more step."""
+        has_saved = self.saved_step == self.step
+        return bool(self.votes.count("stop") or (has_saved and self.votes.count_now("stop")))
 
     @property
     def finished(self) -> bool:

@@ -11,6 +11,9 @@ import queue
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
+
+from megatron_lpr.platform import device
 
 Kind = Literal[
     "stop",  # end at this step: a signal, or the time is over
@@ -25,13 +28,13 @@ class Votes:
     """What this rank will have said at the next step, and how many have said what at the last."""
 
     def __init__(self) -> None:
-        self._said: queue.SimpleQueue[Kind] = queue.SimpleQueue()  # other threads, and signal handlers, may put
+        # other threads, and signal handlers, may put
+        self._said: dict[Kind, queue.SimpleQueue[None]] = {kind: queue.SimpleQueue() for kind in KINDS}
         self._counts = dict.fromkeys(KINDS, 0)
 
     def say(self, kind: Kind) -> None:
         """Once for this rank at the next step, however often it is called before that."""
-        assert kind in KINDS, kind
-        self._said.put(kind)
+        self._said[kind].put(None)
 
     def count(self, kind: Kind) -> int:
         """How many ranks had said it when the last step was reduced."""
@@ -39,10 +42,20 @@ class Votes:
 
     def fill(self, zeros: torch.Tensor) -> None:
         """Put what this rank says into its place in what is reduced, of a double for each kind; it is said then."""
-        said = {self._said.get_nowait() for _ in range(self._said.qsize())}
-        for kind in said:
-            zeros[KINDS.index(kind)].fill_(1)
+        for place, kind in enumerate(KINDS):
+            if self._take(kind):
+                zeros[place].fill_(1)
 
     def settle(self, sums: torch.Tensor) -> None:
         """Take over the reduced sums, which lie on the host."""
         self._counts = {kind: round(count) for kind, count in zip(KINDS, sums.tolist(), strict=True)}
+
+    def count_now(self, kind: Kind) -> int:
+        """How many ranks have said it since the last step; a collective of its own, for what took long after a step."""
+        said = torch.full((1,), float(self._take(kind)), dtype=torch.float64, device=device())
+        dist.all_reduce(said)
+        return round(float(said))
+
+    def _take(self, kind: Kind) -> bool:
+        said = self._said[kind]
+        return bool([said.get_nowait() for _ in range(said.qsize())])

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from megatron_lpr import cli
+from megatron_lpr.checkpoint.manifest import sealed
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.platform import distributed
 from megatron_lpr.reporting.metrics_log import read_metrics
@@ -80,6 +81,41 @@ def test_lost_pointer_and_damaged_newest(run):
     assert steps(run.checkpoints) == [2, 4, 6] and not list(run.checkpoints.glob(".w*"))
 
 
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_costs_the_steps_since_the_checkpoint_before(run, done):
+    share = run.checkpoints / "step_00000006/__0_0.distcp"
+    flip(share)
+    assert cli.main(["verify", str(run.folder)]) == 2
+    status, printed, _ = run()
+    assert status == 0 and "resumes at step 4" in printed
+    fault = "__0_0.distcp is damaged: its bytes are not those that were written"
+    assert f"names step_00000006, which is damaged ({fault}): takes step_00000004" in printed
+    [place] = (run.checkpoints / "damaged").iterdir()
+    assert f"set aside step_00000006 to {place} (step_00000006 is damaged ({fault}))" in printed
+    assert steps(place) == [6] and steps(run.checkpoints) == [2, 4, 6]
+    for folder in (run.checkpoints, done / "run/checkpoints"):
+        assert cli.main(["verify", str(folder / "step_00000006")]) == 0
+    assert share.read_bytes() == (done / "run/checkpoints/step_00000006/__0_0.distcp").read_bytes()
+
+
+def test_damage_to_every_checkpoint_is_no_fresh_start(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "join", no_work)
+    for folder in run.checkpoints.glob("step_*"):
+        flip(folder / "__0_0.distcp")
+    before = sorted(run.folder.rglob("*"))
+    status, _, error = run("train.steps=8")
+    assert status == 2 and "none there is complete (" in error and error.count("__0_0.distcp is damaged") == 4
+    assert sorted(run.folder.rglob("*")) == before
+    fresh = [f"output={tmp_path}/fresh", f"model.load={run.folder}"]
+    status, _, error = run("train.steps=8", *fresh)
+    assert status == 2 and "step_00000006: __0_0.distcp is damaged: " in error and not (tmp_path / "fresh").exists()
+
+
 def test_no_complete_checkpoint_is_no_fresh_start(run, monkeypatch):
     monkeypatch.setattr(distributed, "join", no_work)
     for folder in run.checkpoints.glob("step_*"):
@@ -109,7 +145,7 @@ def test_a_finished_run_that_read_in_another_order_has_nothing_to_do(run):
     file = run.checkpoints / "step_00000006/run.json"
     state = json.loads(file.read_text())
     state["data_state"]["version"] = 1
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
     status, printed, _ = run()
     assert status == 0 and printed.startswith("nothing to do: the run in ")
     status, _, error = run("train.steps=8")
@@ -151,7 +187,7 @@ def test_resumes_without_the_folder_of_model_load(run, done, capsys):
 def test_run_json_of_a_newer_version(run, monkeypatch):
     monkeypatch.setattr(distributed, "join", no_work)
     file = run.checkpoints / "step_00000006/run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
+    file.write_text(sealed(json.loads(file.read_text()) | {"version": 99}))
     status, _, error = run("train.steps=8")
     assert status == 2 and "written by a newer megatron-lpr (format 99" in error
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_lpr"
 # from low to high: a module imports from its own room and from those before it
 ROOMS = (
-    "errors files platform reporting families recipe data checkpoint losses model evaluation conversion training api"
+    "errors signals files platform reporting families recipe data checkpoint losses model evaluation conversion "
+    "training api"
 ).split()
 DOORS = ("commands", "cli")  # may import everything; the front door, megatron_lpr/__init__.py, imports lazily
 LONGEST_FILE, LONGEST_FUNCTION = 300, 70

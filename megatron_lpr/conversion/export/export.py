@@ -14,6 +14,7 @@ import torch
 
 from megatron_lpr.checkpoint.provenance import read_provenance
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.conversion.export.graft import grafted
 from megatron_lpr.conversion.export.model_card import ModelCard, names_of
 from megatron_lpr.conversion.export.sources import HFTensors, UpcycledSource, to_hf, trained_model
@@ -122,6 +123,7 @@ def export_checkpoint(
     *,
     base_dir: str | Path,
     settings: ExportConfig | None = None,
+    checksums: bool = True,
     graft_delta: Sequence[str | Path] | None = None,
     on_verified: OnVerified | None = None,
     command: str | None = None,
@@ -132,10 +134,12 @@ def export_checkpoint(
 
     base_dir: the HF model that training started from. graft_delta: (BASE, INSTRUCT), see graft.py; the export then
     has INSTRUCT's config, tokenizer and frozen tensors. settings: with `auto` the dtype is the one that was trained.
+    checksums: compare the checkpoint's files with theirs first, and not only with their sizes.
     on_verified, dry_run: as of `upcycle_hf`. UserError as `export_model`, and when checkpoint and base do not belong
     together.
     """
     folder = checkpoint_folder(str(checkpoint))
+    refuse_damaged(folder, contents=checksums)
     state, made = read_run_state(folder), made_of(folder)
     settings = settings or ExportConfig()
     if settings.dtype == "auto":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
+from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.conversion.record import Made, made_of
 from megatron_lpr.conversion.verify.report import Check, VerifyReport
 from megatron_lpr.conversion.verify.tensors import compare_with_checkpoint
@@ -23,6 +24,7 @@ class Verification:
     """What an export is compared with; nothing of it has been read but configs.
 
     checkpoint: every tensor is compared with it; None: only what is frozen, with the base.
+    checksums: its files are compared with theirs first, and not only with their sizes.
     typed: the recipe that somebody gave; it counts where neither checkpoint nor record say what was done.
     text: the recipe whose held-out text the logits are compared on; None: they are not.
     graft_delta: (BASE, INSTRUCT) of a grafted export.
@@ -32,6 +34,7 @@ class Verification:
     export_dir: Path
     base_dir: str
     checkpoint: Path | None = None
+    checksums: bool = True
     typed: Recipe | None = None
     text: Recipe | None = None
     graft_delta: Sequence[str | Path] | None = None
@@ -43,6 +46,8 @@ class Verification:
         Raises:
             UserError: a folder cannot be read at all, or they do not belong together.
         """
+        if self.checkpoint:
+            refuse_damaged(self.checkpoint, contents=self.checksums)
         made = made_of(self.checkpoint) if self.checkpoint else None
         grafted_on, hf_dir = self.graft_delta or (None, self.base_dir)
         report = verify_export(
@@ -113,6 +118,7 @@ def plan_verification(
         export_dir=Path(export_dir),
         base_dir=str(base),
         checkpoint=folder,
+        checksums=used is None or used.checkpoint.verify,
         typed=recipe,
         text=text,
         graft_delta=graft_delta,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from megatron_lpr.errors import Stopped
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.plan import Plan
@@ -56,6 +57,8 @@ class RunningTrainer(Protocol):
 class Hook:
     """Called by the trainer on every rank, in the order of the hooks; override what you need.
 
+    A start of a run ends with one of `finish`, `stop` and `fail`.
+
     As all ranks call it, a hook may use collectives, and one that prints or writes does so on rank 0 alone. Metrics
     are plain numbers, the same on every rank: reading them waits for nothing. What a hook raises ends the run.
     """
@@ -78,8 +81,11 @@ class Hook:
     def finish(self, trainer: RunningTrainer) -> None:
         """After the last step and its checkpoint."""
 
+    def stop(self, trainer: RunningTrainer) -> None:
+        """Instead of `finish`, where a signal or the end of its time stops the run; its checkpoint is written."""
+
     def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
-        """Instead of `finish`, where an error or Ctrl-C ends the run; no collectives, for other ranks may be gone."""
+        """Instead of `finish`, where an error ends the run; no collectives, for other ranks may be gone."""
 
 
 @contextlib.contextmanager
@@ -87,6 +93,8 @@ def failure_told(trainer: RunningTrainer) -> Iterator[None]:
     """What ends the run inside it is told to every hook; what one raises then is printed, and does not hide it."""
     try:
         yield
+    except Stopped:
+        raise
     except BaseException as error:
         for hook in trainer.hooks:
             try:

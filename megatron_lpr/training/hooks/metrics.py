@@ -30,5 +30,8 @@ class Metrics(Hook):
         if self._log:
             self._log.close()
 
+    def stop(self, trainer: RunningTrainer) -> None:
+        self.finish(trainer)
+
     def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
         self.finish(trainer)

@@ -5,6 +5,7 @@ import json
 import pytest
 from fake_checkpoints import write_fake_checkpoint
 
+from megatron_lpr.checkpoint.manifest import sealed
 from megatron_lpr.checkpoint.run_state import (
     VERSION,
     RunState,
@@ -89,7 +90,7 @@ def test_an_older_one_where_the_newest_is_damaged(run, damage):
         case "truncated":
             state.write_text(state.read_text()[:-20])
         case "types":
-            state.write_text(json.dumps(json.loads(state.read_text()) | {"step": "7"}))
+            state.write_text(sealed(json.loads(state.read_text()) | {"step": "7"}))
         case _:
             (step(run, 7) / damage.removeprefix("no ")).unlink()
     found = find_checkpoint(str(run))
@@ -126,12 +127,13 @@ def test_run_json_of_other_versions(run):
     file = step(run, 7) / "run.json"
     tree = json.loads(file.read_text())
     assert tree["version"] == VERSION
-    first = {key: value for key, value in tree.items() if key not in ("version", "base", "source")}
+    later = ("version", "base", "source", "manifest", "digest")
+    first = {key: value for key, value in tree.items() if key not in later}
     file.write_text(json.dumps(first))  # as it was written before there were versions
     assert read_run_state(step(run, 7)).version == 1
-    file.write_text(json.dumps(tree | {"new_key": [1]}))
+    file.write_text(sealed(tree | {"new_key": [1]}))
     assert read_run_state(step(run, 7)).step == 7
-    file.write_text(json.dumps(tree | {"version": VERSION + 1}))
+    file.write_text(sealed(tree | {"version": VERSION + 1}))
     assert find_checkpoint(str(run)).folder == step(run, 7)  # not damaged: no older one in its place
     with pytest.raises(UserError, match=r"newer megatron-lpr \(format 3, this one reads up to 2\); update"):
         read_run_state(step(run, 7))

@@ -1,0 +1,98 @@
+"""Whether the files of a checkpoint hold what was written, by the checksums of its manifest.
+
+The ranks of a meeting share the files of a checkpoint among them; each reads its own with a few threads, as XXH3 and
+the disk work without Python.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_lpr.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_lpr.checkpoint.run_state import read_run_state, step_folders, what_is_missing
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.checksum import Checksum, fault_of_file
+from megatron_lpr.platform import collected
+
+_THREADS = 8
+
+
+def verify_files(folder: Path, *, contents: bool = True) -> str:
+    """Compare the files of a complete checkpoint with its manifest; all ranks of the meeting call it.
+
+    Args:
+        contents: read the files, and not only ask for their sizes.
+
+    Returns:
+        What is wrong, the same on all ranks, as `__0_0.distcp is missing`; nothing where all is well.
+    """
+    found = collected(lambda rank, ranks: _faults(folder, contents, rank, ranks))
+    more = f", and {len(found) - 1} more" if found[1:] else ""
+    return f"{found[0]}{more}" if found else ""
+
+
+def _faults(folder: Path, contents: bool = True, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Of this rank's share of the files."""
+    listed = listed_files(folder)
+    own = sorted(listed, key=lambda name: (-listed[name].size, name))[rank::ranks]
+
+    def look(name: str) -> str | None:
+        fault = fault_of_file(folder / name, listed[name], contents=contents)
+        return f"{name} {fault}" if fault else None
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        return [fault for fault in threads.map(look, own) if fault]
+
+
+def refuse_damaged(folder: Path, *, contents: bool) -> None:
+    """Raises UserError where a checkpoint, which is read for something else than to go on, is damaged."""
+    if missing := what_is_missing(folder):
+        raise UserError(f"checkpoint {folder}: not complete ({missing}); give another checkpoint of the run")
+    if fault := verify_files(folder, contents=contents):
+        raise UserError(f"checkpoint {folder}: {fault}; copy it again, or give another checkpoint of the run")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one, damaged ones too, or the output folder of a run, and no export."""
+    if (path / "config.json").is_file():
+        return False
+    own = any((path / name).is_file() for name in ("run.json", MANIFEST, ".metadata"))
+    return own or (path / "checkpoints").is_dir() or path in step_folders(path.parent)
+
+
+def faults_of_all(path: Path, told: Callable[[str], object]) -> int:
+    """Compare every file of a checkpoint, or of all of a run, with its checksum; returns how many are damaged.
+
+    told: gets a line for each damaged file, and one for each checkpoint.
+    """
+    number = 0
+    for folder in step_folders(path / "checkpoints") or [path]:
+        missing = what_is_missing(folder)
+        faults = [f"it has {missing}"] if missing else _faults(folder)
+        for fault in faults:
+            told(f"{folder.name}: {fault}")
+        if not faults:
+            told(f"{folder.name}: {_good(folder)}")
+        number += len(faults)
+    return number
+
+
+def _good(folder: Path) -> str:
+    listed = listed_files(folder)
+    if not listed:
+        return "complete; it is from before there were checksums, so its bytes cannot be compared"
+    return f"{len(listed) + 2} files, {sum(file.size for file in listed.values()):,} bytes: as they were written"
+
+
+def listed_files(folder: Path) -> dict[str, Checksum]:
+    """The files of a complete checkpoint's manifest; none where it is from before there were manifests."""
+    digest = read_run_state(folder).manifest
+    listed = read_manifest(folder, digest) if digest else {}
+    assert listed is not None, f"{folder} is not complete"
+    return listed
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether a checkpoint is of a version that wrote them."""
+    return read_run_state(folder).manifest is not None

@@ -1,0 +1,112 @@
+"""Every kind of damage to every file of a checkpoint is found, and named."""
+
+import json
+
+import pytest
+
+from megatron_lpr.checkpoint.manifest import write_manifest
+from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, read_run_state, write_run_state
+from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.checksum import ChecksummedFile
+
+CONTENT = {"metadata.json": b"{}", ".metadata": b"\x80", "__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"abc"}
+FILES = [*CONTENT, "manifest.json", "run.json"]
+
+
+def write_checkpoint(root, step):
+    folder, checksums = root / f"step_{step:08d}", {}
+    folder.mkdir(parents=True)
+    for name, content in CONTENT.items():
+        with ChecksummedFile(folder / name) as file:
+            file.write(content)
+        checksums[name] = file.checksum
+    state = RunState(
+        step=step,
+        consumed_samples=4 * step,
+        has_optimizer=True,
+        recipe={"name": "é", "lr": 1e-4},
+        manifest=write_manifest(folder, checksums),
+    )
+    write_run_state(folder, state)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "run/checkpoints", 7)
+
+
+def flip(file, bit):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": lambda file: flip(file, len(file.read_bytes()) * 8 - 12),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b" "),
+    "emptied": lambda file: file.write_bytes(b""),
+    "removed": lambda file: file.unlink(),
+}
+
+
+def test_an_undamaged_one_is_good(folder):
+    assert verify_files(folder) == "" and has_checksums(folder)
+    refuse_damaged(folder, contents=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_sentence_that_names_the_file(folder, name, damage):
+    DAMAGE[damage](folder / name)
+    with pytest.raises(UserError, match="^checkpoint .*another checkpoint of the run$") as error:
+        refuse_damaged(folder, contents=True)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json"])
+def test_no_bit_of_the_small_files_changes_unnoticed(folder, name):
+    content = (folder / name).read_bytes()
+    for bit in range(len(content) * 8):
+        flip(folder / name, bit)
+        with pytest.raises(UserError):
+            refuse_damaged(folder, contents=False)
+        (folder / name).write_bytes(content)
+    refuse_damaged(folder, contents=True)
+
+
+def test_sizes_are_looked_at_without_checksums_too(folder):
+    flip(folder / "__0_0.distcp", 100)
+    assert verify_files(folder, contents=False) == ""
+    assert verify_files(folder) == "__0_0.distcp is damaged: its bytes are not those that were written"
+    DAMAGE["cut"](folder / "__0_0.distcp")
+    DAMAGE["emptied"](folder / "__1_0.distcp")
+    found = verify_files(folder, contents=False)
+    assert found == "__0_0.distcp has 10,239 bytes in place of 10,240, and 1 more"
+
+
+def test_one_from_before_checksums_is_good_and_known_as_such(folder):
+    tree = {k: v for k, v in json.loads((folder / "run.json").read_text()).items() if k not in ("manifest", "digest")}
+    (folder / "manifest.json").unlink()
+    (folder / "run.json").write_text(json.dumps(tree))
+    assert verify_files(folder) == "" and not has_checksums(folder)
+
+
+def test_what_is_damaged_is_passed_over_for_the_newest_good_one_before_it(tmp_path):
+    root = tmp_path / "run/checkpoints"
+    for step in (3, 5, 7, 9):
+        write_checkpoint(root, step)
+    (root / "latest").write_text("step_00000007")  # rolled back
+    found = find_checkpoint(str(tmp_path / "run"), {"step_00000007": "__0_0.distcp is missing"})
+    assert found.folder == root / "step_00000005"
+    assert "names step_00000007, which is damaged (__0_0.distcp is missing): takes step_00000005" in found.note
+    others = {f"step_0000000{step}": "x is damaged" for step in (3, 5, 7)}
+    assert find_checkpoint(str(tmp_path / "run"), others).folder == root / "step_00000009"
+    with pytest.raises(UserError, match=r"none there is complete .*step_00000009 is damaged \(.*to start afresh"):
+        find_checkpoint(str(tmp_path / "run"), others | {"step_00000009": "y is missing"})
+
+
+def test_run_json_comes_back(folder):
+    assert read_run_state(folder).recipe == {"name": "é", "lr": 1e-4}

@@ -1,0 +1,175 @@
+"""What asks a command to stop: at once or at a step, a second time, in a child, and at torchrun's death."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_lpr.errors import Stopped
+from megatron_lpr.signals import SIGNALS, Interrupted, listener, listening, not_for_children, stoppable
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = """
+import os, signal, subprocess, sys, time
+from megatron_lpr.commands.exit_status import status_of
+from megatron_lpr.errors import Stopped
+from megatron_lpr.signals import listener
+
+def command():
+    {code}
+
+sys.exit(status_of("x", command, resumes={resumes}))
+"""
+READY = "print('ready', flush=True)"
+SLEEP = f"{READY}; time.sleep(60)"
+A_STEP = f"""
+    asked = []
+    listener().stop_at_a_step(lambda: asked.append(1))
+    {READY}
+    while not asked: time.sleep(0.01)
+"""
+# as in a collective: the interpreter handles no signal
+NO_INTERPRETER = f"""
+    import ctypes
+    listener().stop_at_a_step(lambda: None)
+    {READY}
+    for _ in range(20): ctypes.CDLL(None).sleep(60)
+"""
+
+
+def start(code, resumes=False, **environment):
+    """A command, once it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND.format(code=code, resumes=resumes)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def ended(process):
+    _, error = process.communicate(timeout=30)
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(
+    "signum, status, sentence",
+    [
+        (signal.SIGTERM, 143, "x: ended by SIGTERM\n"),
+        (signal.SIGUSR1, 138, "x: ended by SIGUSR1\n"),
+        (signal.SIGINT, 130, "x: interrupted\n"),
+    ],
+)
+def test_a_command_ends_at_once(signum, status, sentence):
+    process = start(SLEEP)
+    process.send_signal(signum)
+    assert ended(process) == (status, sentence)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_what_goes_on_when_it_is_started_again_has_not_failed(signum):
+    process = start(SLEEP, resumes=True)
+    process.send_signal(signum)
+    sentence = f"x: stopped by {signum.name} before its first step, so that there is nothing to save; "
+    assert ended(process) == (75, f"{sentence}the same command starts it again\n")
+
+
+def test_a_run_is_asked_once_and_twice_in_a_blink_is_once():
+    process = start(A_STEP + "\n    time.sleep(0.5)\n    raise Stopped")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (75, "")
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once_what_handles_none(signum, status):
+    process = start(NO_INTERPRETER)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.6)
+    process.send_signal(signum)
+    assert ended(process) == (status, f"x: ended at once by a second signal, {signum.name}\n")
+
+
+def test_an_error_after_the_question_is_still_an_error():
+    process = start(A_STEP + "\n    raise ValueError('a bug')")
+    process.send_signal(signal.SIGTERM)
+    status, error = ended(process)
+    assert status == 1 and error.endswith("ValueError: a bug\n")
+
+
+def test_a_forked_process_leaves_signals_to_its_parent():
+    code = f"""
+    asked = []
+    listener().stop_at_a_step(lambda: asked.append(1))
+    child = os.fork()
+    if not child:
+        time.sleep(0.5)
+        os._exit(0)
+    for _ in range(2):
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.1)
+    status = os.waitpid(child, 0)[1]
+    {READY}
+    return 10 * len(asked) + status
+"""
+    assert ended(start(code)) == (0, "")
+
+
+def test_the_death_of_torchrun_is_a_signal():
+    """SIGUSR1 ends it without a word to its ranks."""
+    script = COMMAND.format(
+        code=A_STEP.replace(READY, "print(os.getpid(), flush=True)")
+        + "\n    print(listener().what_asked(), flush=True)",
+        resumes=True,
+    )
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    child = int(process.stdout.readline())
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.read() == "the end of torchrun\n"  # and the pipe is closed: the child has ended
+    process.stdout.close()
+    assert process.wait() == -signal.SIGUSR1
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            time.sleep(0.02)
+
+
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(signum) for signum in SIGNALS]
+    with pytest.raises(Stopped) as stopped, stoppable("training"), stoppable("inside"):
+        with listening("x") as mine:
+            assert listener() is mine
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 75
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
+    with pytest.raises(Interrupted), listening("x"):
+        signal.raise_signal(signal.SIGUSR1)
+
+
+def test_what_is_ignored_stays_ignored():
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with listening("x"):
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_processes_that_share_the_work_are_not_reached():
+    show = "import signal; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    with not_for_children():
+        blocked = subprocess.check_output([sys.executable, "-c", show], text=True).split()
+    assert blocked == [str(int(signum)) for signum in sorted(SIGNALS)]
+    assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, [])
