@@ -41,7 +41,7 @@ def ours_fast(tokenizer: str, text: str, folder: str, workers: int) -> Cost:
 
 def _preprocess(tokenizer: str, text: str, folder: str, workers: int, engine: str) -> Cost:
     from megatron_lpr.data.preprocess.preprocess import preprocess
-    from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+    from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
     start = clock()
     source = SourceConfig(name="corpus", files=(text,), language="xx", role="expanded")

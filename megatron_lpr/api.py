@@ -14,7 +14,7 @@ from megatron_lpr.checkpoint.own_recipe import own_recipe
 from megatron_lpr.checkpoint.run_folder import run_folder
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
-from megatron_lpr.conversion.load.import_hf import import_hf
+from megatron_lpr.conversion.import_hf import import_hf
 from megatron_lpr.conversion.verify.report import VerifyReport
 from megatron_lpr.conversion.verify.verification import plan_verification
 from megatron_lpr.errors import UserError
@@ -147,6 +147,7 @@ def export(
         folder,
         out_dir,
         base_dir=base or recipe.model.base,
+        load=recipe.model.load,
         settings=recipe.export,
         checksums=recipe.checkpoint.verify,
         graft_delta=graft_delta,

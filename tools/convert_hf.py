@@ -106,7 +106,7 @@ def hf_to_hf(options: argparse.Namespace) -> None:
 
 
 def hf_to_megatron(options: argparse.Namespace) -> None:
-    from megatron_lpr.conversion.load.import_hf import import_hf
+    from megatron_lpr.conversion.import_hf import import_hf
     from megatron_lpr.families import read_architecture
 
     arch = read_architecture(options.base)

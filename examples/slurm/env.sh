@@ -11,12 +11,11 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 # Rank, local rank and number of ranks are srun's: SLURM_PROCID, SLURM_LOCALID, SLURM_STEP_NUM_TASKS.
 
 # --- time ---
-# When the job's time ends, in seconds since 1970. Newer Slurms set it; megatron-lpr saves and stops before.
-if [[ ! ${SLURM_JOB_END_TIME:-} ]]; then
-    end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p' | head -n1)
-    if end=$(date -d "$end" +%s 2>/dev/null); then # not for a job without a limit
-        export SLURM_JOB_END_TIME=$end
-    fi
+# When the job's time ends, in seconds since 1970: megatron-lpr saves and stops before. Newer Slurms set it; for others, and
+# for containers that cannot ask, it is asked for here.
+end=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([^ ]*\).*/\1/p' | head -n1)
+if end=$(date -d "$end" +%s 2>/dev/null); then # not for a job without a limit
+    export SLURM_JOB_END_TIME=$end
 fi
 
 # --- processors ---
@@ -43,10 +42,11 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # export NCCL_IB_HCA=mlx5
 # A collective that fails or times out ends its process (3, torch's own choice), and so the job.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
-# The last collectives of each rank are kept, and written to files when one times out: who waited for whom.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+# The last collectives of each rank are kept, and written to files when one times out: who waited for whom. (Torch before
+# 2.9 calls the first and the last TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE.)
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$PWD/nccl_trace_${SLURM_JOB_ID}_rank}
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/nccl_trace_${SLURM_JOB_ID}_rank}
 
 # --- caches ---
 # Compiled kernels: on the node's own disk, for hundreds of ranks in one folder of a shared home wait for each other.

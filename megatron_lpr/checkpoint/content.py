@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as Megatron's sharded state: the model, and what the optimizer has learnt of it."""
+"""What a checkpoint holds, as Megatron's sharded state: weights, and what the optimizer has learnt of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,20 @@ from typing import Any
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_lpr.checkpoint.holding import Content, holds
 from megatron_lpr.platform.shims import cuda_type_names
 
 Chunks = Sequence[torch.nn.Module]
 
 
-def model_state(chunks: Chunks) -> dict[str, Any]:
-    """The parameters of this rank, each with its place in the whole tensor."""
-    return {f"model{index}": unwrap_model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+def model_state(chunks: Chunks, content: Content = "whole") -> dict[str, Any]:
+    """The parameters of this rank that a checkpoint of this content holds, each with its place in the whole tensor."""
+    return {
+        f"model{index}": {
+            name: entry for name, entry in unwrap_model(chunk).sharded_state_dict().items() if holds(content, name)
+        }
+        for index, chunk in enumerate(chunks)
+    }
 
 
 def optimizer_state(optimizer, content: dict[str, Any], is_loading: bool) -> Any:

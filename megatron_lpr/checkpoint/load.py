@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
 from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.holding import holds
+from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.shims import cuda_type_names
 
@@ -25,12 +27,13 @@ EXTRA_STATE = "_extra_state"
 
 
 def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None) -> None:
-    """Fill the model, and the optimizer and schedule where they are given, from a checkpoint of any layout.
+    """Fill what the checkpoint holds of the model, and the optimizer and schedule where they are given; at any layout.
 
     Raises:
         UserError: the checkpoint is damaged or holds another model.
     """
-    content = model_state(chunks)
+    held = read_run_state(folder).content
+    content = model_state(chunks, held)
     if optimizer is not None:
         content["optimizer"] = optimizer_state(optimizer, content, is_loading=True)
     for index in range(len(chunks)):
@@ -46,7 +49,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         differing = unwrap_model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        weights = [key for keys in differing for key in keys if not key.endswith(EXTRA_STATE)]
+        weights = [key for keys in differing for key in keys if holds(held, key) and not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
         _load_optimizer(optimizer, scheduler, loaded)

@@ -21,11 +21,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megatron_lpr.checkpoint.holding import CONTENTS, Content
 from megatron_lpr.checkpoint.manifest import MANIFEST, is_sealed, read_manifest, sealed
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 
-VERSION = 2  # of run.json; 1 had no version, base and source
+VERSION = 3  # of run.json; 1 had no version, base and source; checkpoints of 1 and 2 are whole
 _STEP = re.compile(r"step_(\d+)")
 _MEGATRON_FILES = ("metadata.json", ".metadata")
 NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
@@ -42,8 +43,9 @@ class RunState:
     data_state: dict[str, Any] | None = None  # of the replay sampler
     tokens_per_language: dict[str, int] | None = None  # since the start of the run
     skipped_steps: int = 0  # the same
-    base: dict[str, Any] | None = None  # identity of the base model (same_run.py)
-    source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (same_run.py)
+    base: dict[str, Any] | None = None  # identity of the base model (same_run.py), and its files (base_files.py)
+    source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (source.py)
+    content: Content = "whole"  # what the checkpoint holds (holding.py)
     manifest: str | None = None  # SHA-256 of manifest.json; None: of an older version, without checksums
     version: int = VERSION
 
@@ -157,7 +159,10 @@ def read_run_state(folder: Path) -> RunState:
             f"reads up to {VERSION}); update megatron-lpr"
         )
     known = {field.name for field in dataclasses.fields(RunState)}
-    return RunState(**{key: value for key, value in tree.items() if key in known})
+    state = RunState(**{key: value for key, value in tree.items() if key in known})
+    if state.content not in CONTENTS:
+        raise _damaged(folder)
+    return state
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
@@ -177,8 +182,12 @@ def _tree(folder: Path) -> dict[str, Any]:
             return {"has_optimizer": bool(tree["has_optimizer"]), **tree}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
+    raise _damaged(folder)
+
+
+def _damaged(folder: Path) -> UserError:
     what = "damaged" if (folder / "run.json").is_file() else "missing"
-    raise UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
+    return UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
 
 
 def _pointer(root: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state
+from megatron_lpr.checkpoint.source import source_identity
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.file_tensor import tensor_bytes
@@ -118,26 +119,6 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
     return {"architecture": to_tree(arch), "weights": weights}
 
 
-def source_identity(folder: Path) -> dict[str, Any]:
-    """What a run remembers of the checkpoint that it started from, which need not be there when the run resumes."""
-    state = read_run_state(folder)
-    return {
-        "folder": str(folder),
-        "run": hashlib.sha256((folder / "run.json").read_bytes()).hexdigest(),
-        "tokens": sum((state.tokens_per_language or {}).values()) or None,
-    }
-
-
-def source_of(recipe: Recipe, state: RunState) -> dict[str, Any] | None:
-    """What a resumed run remembers of its source; looked up where its checkpoint is from before that was written."""
-    if state.source or not recipe.model.load:
-        return state.source
-    try:
-        return source_identity(locate(recipe.model.load).folder)
-    except UserError:
-        return None  # it need not be there any more
-
-
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted names."""
     if not isinstance(tree, dict):
@@ -169,13 +150,13 @@ def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[s
 
 
 def _check_load(recipe: Recipe, state: RunState) -> None:
-    """`model.load` is not read when a run resumes; another name is accepted where it leads to the same checkpoint."""
+    """Another name in `model.load` is accepted where it leads to the same checkpoint."""
     old, new = state.recipe["model"].get("load"), recipe.model.load
     if old == new:
         return
     if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
         return
     raise UserError(
-        f"model.load: {new}, but the run in {recipe.output} started from {old or 'the base model'}; restore it (a "
-        "resumed run does not need that folder), or start a new run in another output folder"
+        f"model.load: {new}, but the run in {recipe.output} started from {old or 'the base model'}; restore it, or "
+        "start a new run in another output folder"
     )

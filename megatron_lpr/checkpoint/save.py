@@ -4,7 +4,7 @@ A checkpoint is written under a temporary name and renamed when every rank has f
 nothing that a later run could mistake for one:
 
     start()   plan, values to the host       all ranks, at a step boundary
-              threads write the shares       training goes on, where it does not wait
+              threads write the shares       training goes on, where nobody waits
     finish()  what was written is gathered   all ranks, at a step boundary; rank 0 writes .metadata, manifest.json and
                                              run.json, renames the folder, lets `latest` name it, drops old ones
 """
@@ -23,15 +23,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
 from megatron_lpr.checkpoint.dist_checkpoint import METADATA_FILE
 from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_folder import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
-from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Written, planner
+from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, Written, planner, structure
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.checksum import Checksum, ChecksummedFile
+from megatron_lpr.platform import device
 
 
 def save_checkpoint(
@@ -51,12 +53,14 @@ class CheckpointWriter:
         self._root, self._keep, self._keep_every = Path(output) / "checkpoints", keep, keep_every
         self._buffers = HostBuffers()
         self._share: ShareWriter | None = None
+        self._strategy: FullyParallelSaveStrategyWrapper | None = None  # knows who writes what of
+        self._entries: list[Any] = []  # these
         self._told: SavePlan | None = None  # the plan that rank 0 has of this rank
         self._plans: list[SavePlan] = []  # of all ranks, on rank 0, and the tensors that they come to
         self._tensors: Metadata | None = None
 
-    def start(self, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, to_host: bool = False) -> None:
-        """Begin to write a checkpoint of this moment.
+    def start(self, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, to_host: bool = False) -> Path:
+        """Begin to write a checkpoint of this moment; returns the folder that it will be.
 
         to_host: copy what is written, so that training can go on; without it nothing may change before `finish`.
         """
@@ -64,22 +68,39 @@ class CheckpointWriter:
         self._state = state
         self._folder, self._writing = (self._root / f"{dot}step_{state.step:08d}" for dot in ("", ".writing_"))
         self._on_first_rank(self._make_folder)
-        content = model_state(chunks)
+        content = model_state(chunks, state.content)
         if optimizer is not None:
             content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
             content["scheduler"] = scheduler.state_dict()
-        share = PlanOnly()
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        with tempfile.TemporaryDirectory() as beside:  # where the small files of Megatron cannot fail on rank 0 alone
-            dist_checkpointing.save(content, beside, FullyParallelSaveStrategyWrapper(share, group))
-            small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
-        self._plan, values = share.plan, share.values
+        values, small = self._planned(content)
         if to_host:
             values = self._buffers.take(self._plan, values)
         elif torch.cuda.is_available():
             torch.cuda.synchronize()
         self._share = ShareWriter(self._writing, self._plan, values, small)
         self._share.start(self._buffers if to_host else None)
+        return self._folder
+
+    def _planned(self, content: dict[str, Any]) -> tuple[list[Values], dict[str, bytes]]:
+        """What this rank writes: its share, and the small files that Megatron would write at once.
+
+        Who writes what is agreed on anew only where what there is has changed on some rank.
+        """
+        entries = structure(content)
+        is_known = torch.tensor([int(entries == self._entries and self._strategy is not None)], device=device())
+        dist.all_reduce(is_known, dist.ReduceOp.MIN)
+        if not is_known.item():
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            self._strategy = FullyParallelSaveStrategyWrapper(PlanOnly(), group, do_cache_distribution=True)
+            self._entries = entries
+        assert self._strategy is not None
+        with tempfile.TemporaryDirectory() as beside:  # where the small files of Megatron cannot fail on rank 0 alone
+            dist_checkpointing.save(content, beside, self._strategy, validate_access_integrity=not is_known.item())
+            small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
+        share: PlanOnly = self._strategy.base_strategy
+        self._plan, values = share.plan, share.values
+        share.values = []  # the device's memory is not for keeping them
+        return values, small
 
     @property
     def step(self) -> int | None:
@@ -104,7 +125,8 @@ class CheckpointWriter:
         """
         assert self._share is not None, "no checkpoint is being written"
         written, self._share = self._share.wait(), None
-        plan = None if self._plan == self._told else self._plan
+        # on its own, or .metadata would be pickled in another way where it shares objects with what was written
+        plan = None if self._plan == self._told else pickle.dumps(self._plan)
         self._told = self._plan
         shares: list[Any] = [None] * dist.get_world_size()
         dist.gather_object((plan, written), shares if dist.get_rank() == 0 else None)
@@ -115,15 +137,16 @@ class CheckpointWriter:
         shutil.rmtree(self._writing, ignore_errors=True)
         self._writing.mkdir(parents=True)
 
-    def _publish(self, plans: list[SavePlan | None], shares: list[Written]) -> None:
-        if faults := [f"{fault} (rank {rank})" for rank, share in enumerate(shares) for fault in share.faults]:
+    def _publish(self, plans: list[bytes | None], shares: list[Written]) -> None:
+        if faults := [f"{fault} (rank {rank})" for rank, share in enumerate(shares) for fault in sorted(share.faults)]:
             raise OSError(0, faults[0])
         files = {name: checksum for share in shares for name, checksum in share.checksums.items()}
         if any(plans):
-            self._plans = [new or self._plans[rank] for rank, new in enumerate(plans)]
+            self._plans = [pickle.loads(new) if new else self._plans[rank] for rank, new in enumerate(plans)]
             _, self._tensors = planner().create_global_plan(self._plans)
         assert self._tensors is not None
-        places = {result.index: result.storage_data for share in shares for result in share.results}
+        results = sorted((r for share in shares for r in share.results), key=_place)  # threads end in any order
+        places = {result.index: result.storage_data for result in results}
         files[METADATA_FILE] = _write_metadata(self._writing, replace(self._tensors, storage_data=places))
         write_run_state(self._writing, replace(self._state, manifest=write_manifest(self._writing, files)))
         publish(self._writing, self._folder)
@@ -145,6 +168,10 @@ class CheckpointWriter:
                 f"checkpoint {self._folder}: {told[0]}; the checkpoints before it are whole: make room or give the "
                 "right to write there, and start the run again"
             )
+
+
+def _place(result: WriteResult) -> tuple[str, int]:
+    return result.storage_data.relative_path, result.storage_data.offset
 
 
 def _write_metadata(folder: Path, metadata: Metadata) -> Checksum:

@@ -4,6 +4,7 @@ Who writes what is Megatron's plan, and the files are those that it reads (torch
 they are by threads of this process: Megatron's own way forks helpers that outlive a rank that is killed.
 """
 
+import atexit
 import heapq
 import io
 import os
@@ -16,6 +17,8 @@ from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -62,6 +65,21 @@ class PlanOnly(TorchDistSaveShardedStrategy):
         self.values = [mine.resolve_data(item) for item in self.plan.items]
 
 
+def structure(content: dict[str, Any]) -> list[Any]:
+    """What a rank has of a checkpoint, without the values: where it is the same, so is who writes what."""
+    entries = (entry for entry in nested_values(content) if isinstance(entry, ShardedBase))
+    return [
+        (
+            entry.key,
+            getattr(entry, "global_offset", None),
+            getattr(entry, "local_shape", None),
+            getattr(entry, "dtype", None),
+            entry.replica_id,
+        )
+        for entry in entries
+    ]
+
+
 class HostBuffers:
     """Host memory that a save copies tensors to, and the next one again: pinned where there is a GPU."""
 
@@ -102,11 +120,16 @@ class Written:
     faults: list[str] = field(default_factory=list)
 
 
+class _Abandoned(Exception):
+    """Nobody waits for the share any more."""
+
+
 class ShareWriter:
     """Threads that write a share into a folder, and end with the process."""
 
     def __init__(self, folder: Path, plan: SavePlan, values: Sequence[Values], small_files: dict[str, bytes]) -> None:
         """small_files: by name, written before the rest."""
+        self._is_abandoned = False
         self._folder, self._small, self._written, self._lock = folder, small_files, Written(), threading.Lock()
         shares = _divided(list(zip(plan.items, values, strict=True)))
         self._threads = [
@@ -117,6 +140,7 @@ class ShareWriter:
     def start(self, buffers: HostBuffers | None = None) -> None:
         """buffers: those that the values are on their way to."""
         self._buffers = buffers
+        atexit.register(self._abandon)  # or the end of Python would come over a thread inside torch
         for thread in self._threads:
             thread.start()
 
@@ -134,7 +158,12 @@ class ShareWriter:
         """What has become of it, when all threads have ended."""
         for thread in self._threads:
             thread.join()
+        atexit.unregister(self._abandon)
         return self._written
+
+    def _abandon(self) -> None:
+        self._is_abandoned = True
+        self.wait()
 
     def _work(self, number: int, share: list[tuple[WriteItem, Values]]) -> None:
         try:
@@ -145,6 +174,8 @@ class ShareWriter:
             if share:
                 self._write(f"__{dist.get_rank()}_{number}.distcp", share)
             durable.sync(self._folder)
+        except _Abandoned:
+            self._fail("it was abandoned")
         except OSError as error:
             self._fail(f"{os.path.basename(error.filename or '') or 'a file'} cannot be written: {error.strerror}")
         except Exception as error:
@@ -156,18 +187,22 @@ class ShareWriter:
             self._written.faults.append(fault)
 
     def _write(self, name: str, share: Sequence[Any]) -> None:
-        results = []
-        with ChecksummedFile(self._folder / name) as file:
-            try:
+        results, file = [], None
+        try:
+            with ChecksummedFile(self._folder / name) as file:
                 for entry in share:
+                    if self._is_abandoned:
+                        raise _Abandoned
                     if isinstance(entry, bytes):
                         file.write(entry)
                     else:
                         results.append(_write_item(file, name, *entry))
-            except Exception:
-                if file.error:  # torch makes a RuntimeError of it, with the stack of its C++
-                    raise OSError(file.error.errno, file.error.strerror, name) from None
+        except (OSError, RuntimeError) as failure:
+            # torch makes a RuntimeError of it, with the stack of its C++
+            error = (file and file.error) or failure
+            if not isinstance(error, OSError):
                 raise
+            raise OSError(error.errno, error.strerror, name) from None
         with self._lock:
             self._written.results += results
             self._written.checksums[name] = file.checksum

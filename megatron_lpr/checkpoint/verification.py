@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.manifest import MANIFEST, read_manifest
 from megatron_lpr.checkpoint.run_state import read_run_state, step_folders, what_is_missing
+from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.checksum import Checksum, fault_of_file
 from megatron_lpr.platform import collected
@@ -45,12 +46,16 @@ def _faults(folder: Path, contents: bool = True, rank: int = 0, ranks: int = 1) 
         return [fault for fault in threads.map(look, own) if fault]
 
 
-def refuse_damaged(folder: Path, *, contents: bool) -> None:
-    """Raises UserError where a checkpoint, which is read for something else than to go on, is damaged."""
-    if missing := what_is_missing(folder):
-        raise UserError(f"checkpoint {folder}: not complete ({missing}); give another checkpoint of the run")
-    if fault := verify_files(folder, contents=contents):
-        raise UserError(f"checkpoint {folder}: {fault}; copy it again, or give another checkpoint of the run")
+def refuse_damaged(checkpoint: Path, *, contents: bool, load: str | None = None) -> None:
+    """Raises UserError where a checkpoint, which is read for something else than to go on, is damaged.
+
+    Or one that it leaves weights to. load: where the nearest of those may be now.
+    """
+    if missing := what_is_missing(checkpoint):
+        raise UserError(f"checkpoint {checkpoint}: not complete ({missing}); give another checkpoint of the run")
+    for folder in chain(checkpoint, load):
+        if fault := verify_files(folder, contents=contents):
+            raise UserError(f"checkpoint {folder}: {fault}; copy it again, or give another checkpoint of the run")
 
 
 def is_checkpoint(path: Path) -> bool:

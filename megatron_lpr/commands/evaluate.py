@@ -12,7 +12,14 @@ SPELLING = (
     "the model comes first and a checkpoint brings its recipe, "
     "as evaluate MODEL --name NAME --out FILE [--recipe RECIPE]"
 )
-READS = ("model.base", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens", "checkpoint.verify")
+READS = (
+    "model.base",
+    "model.load",
+    "evaluation",
+    "preprocess.bos",
+    "preprocess.parse_special_tokens",
+    "checkpoint.verify",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from megatron_lpr.commands.options import (
 )
 
 SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
-READS = ("model.base", "export", "checkpoint.verify")
+READS = ("model.base", "model.load", "export", "checkpoint.verify")
 # options that stand for a setting of the section `export`
 _SETTINGS = {"dtype": "DTYPE", "max_shard_size": "SIZE", "results": "JSON"}
 
@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         source,
         options.out,
         base_dir=recipe.model.base,
+        load=recipe.model.load,
         settings=recipe.export,
         checksums=recipe.checkpoint.verify,
         graft_delta=options.graft_delta,

@@ -10,7 +10,7 @@ from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_recipe, typed_recipe
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import REST, to_tree
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 _SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "language_field", "tagger")
 _SETTINGS = ("output", "tokenizer", "on_bad_line", "seed", "workers", "engine", "bos")

@@ -65,7 +65,7 @@ class Evaluation:
             warn(sentence)
         corpora = read_held_out(self.recipe.evaluation)
         if not self.is_hf:
-            refuse_damaged(self.folder, contents=self.recipe.checkpoint.verify)
+            refuse_damaged(self.folder, contents=self.recipe.checkpoint.verify, load=self.recipe.model.load)
         score = self._score_hf if self.is_hf else self._score_checkpoint
         scores, routing = score(tokenizer, corpora, report)
         return EvaluationResult(

@@ -14,7 +14,8 @@ from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.recipe.sections import check_section
-from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe, SourceConfig
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus, SourceConfig
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
+from megatron_lpr.model.load.weights import fill_weights
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.platform import device
@@ -44,7 +44,7 @@ class MegatronModel:
         layers = tuple(saved.get("mlp_only_layers", ()))
         model = dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers)
         recipe = dataclasses.replace(recipe, model=model)
-        return cls(recipe, lambda recipe, arch, chunks: load_checkpoint(source, chunks))
+        return cls(recipe, lambda recipe, arch, chunks: fill_weights(recipe, arch, chunks, source))
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:

@@ -8,7 +8,9 @@ the working directory.
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lpr.recipe.cluster import ClusterConfig
 from megatron_lpr.recipe.fields import MOST_SAMPLES, opt, required
+from megatron_lpr.recipe.text_settings import EvaluationConfig, PreprocessConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +163,13 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Distributed checkpoints under `output`/checkpoints."""
 
-    every: int = opt(0, "steps between checkpoints; 0 saves at the end only", at_least=0)
+    every: int = opt(0, "steps between checkpoints; 0: the clock decides, and the last step has one", at_least=0)
+    every_minutes: float = opt(30.0, "minutes between checkpoints; 0: none by the clock", at_least=0)
     keep: int = opt(2, "newest checkpoints that are kept; 0 keeps all", at_least=0)
+    keep_every: int = opt(0, "steps between checkpoints that are kept for good, beside the newest; 0: none", at_least=0)
+    asynchronous: bool = opt(True, "train on while a checkpoint is written, from a copy in the hosts' memory")
     final_optimizer: bool = opt(True, "save the optimizer state with the last step too, so that a run can be extended")
+    whole: bool = opt(False, "save every weight, those too that the base or the checkpoint in model.load holds")
     verify: bool = opt(
         True,
         "compare the files of a checkpoint with their checksums before it is read; false: their sizes only",
@@ -188,39 +194,6 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterConfig:
-    """What a run does about the machines and the job that it runs in."""
-
-    margin_minutes: float = opt(
-        5.0, "minutes before the time limit of its Slurm job at which a run saves and stops", at_least=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationCorpus:
-    """Held-out text."""
-
-    name: str = required("row of the table")
-    files: tuple[str, ...] = required("text files of any kind that preprocess.corpora[].files knows; patterns too")
-    language: str = required("language code")
-    role: Literal["original", "expanded"] = required("whether the base model is meant to know the language")
-    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "as preprocess.corpora[].format")
-    text_field: str = opt("text", "field (column) of the text")
-    sample_by: Literal["document", "paragraph", "line"] = opt("document", "as preprocess.corpora[].sample_by")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Bits per byte on held-out text."""
-
-    corpora: tuple[EvaluationCorpus, ...] = opt((), "held-out corpora")
-    window: int = opt(1024, "tokens of context window", at_least=1, at_most=1 << 31)
-    batch: int = opt(8, "windows of one forward pass", at_least=1)
-    max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all", at_least=1)
-    on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """The Hugging Face folder that `export` writes."""
 
@@ -232,54 +205,6 @@ class ExportConfig:
     )
     shared_expert_size: int | None = opt(
         None, "width of the zero shared expert that Qwen2Moe insists on, for a dense base; without it 128", at_least=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Raw text of one corpus, or a corpus that is there already."""
-
-    name: str = required("name of the corpus")
-    files: tuple[str, ...] = opt((), "JSONL, .txt (both also .gz, .zst) or Parquet files; patterns as text/*.jsonl.gz")
-    prefix: str | None = opt(None, "in place of `files`: existing Megatron corpus, path without .bin")
-    language: str = required("language code; of a corpus that mixes languages the one it counts as in the mixture")
-    role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")
-    weight: float = opt(1.0, "share inside its role", above=0)
-    format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "`auto`: by the name, .parquet, .txt, else JSONL")
-    text_field: str = opt("text", "field (column) of the text")
-    sample_by: Literal["document", "paragraph", "line"] = opt(
-        "document", "what a document of a text file is: the file, lines up to a blank one, or a line"
-    )
-    languages: dict[str, str] = opt({}, "languages inside a corpus that mixes them, with their roles: {hu: expanded}")
-    language_field: str | None = opt(None, "field (column) that names each document's language")
-    tagger: str | None = opt(None, "your function module:function, from a sentence to its language code")
-    sentence_splitter: Literal["nltk", "none"] = opt("nltk", "`none` gives the tagger whole documents")
-    sentence_model: str = opt("english", "NLTK punkt model that divides documents into sentences for the tagger")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
-    """Raw text to Megatron .bin/.idx and a manifest."""
-
-    output: str | None = opt(None, "folder of the .bin/.idx files and of manifest.yaml")
-    tokenizer: str | None = opt(None, "tokenizer folder or SentencePiece file; without it the base model's")
-    corpora: tuple[SourceConfig, ...] = opt((), "corpora to tokenise")
-    on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
-    max_document_bytes: int = opt(
-        16 << 20,
-        "a longer document is a bad line (each MB of it takes 140 to 210 MB of memory); 0: no limit",
-        at_least=0,
-    )
-    seed: int = opt(0, "seed of the document shuffle", at_least=0)
-    workers: int = opt(0, "tokenising processes; 0 is one per core", at_least=0, at_most=1024)
-    engine: Literal["tokenizers", "fastokens"] = opt(
-        "tokenizers", "what reads tokenizer.json: fastokens gives the same tokens faster (megatron-lpr[fast])"
-    )
-    bos: Literal["auto", "true", "false"] = opt(
-        "auto", "a BOS token opens each document, of evaluation too; auto: where the tokenizer itself puts one first"
-    )
-    parse_special_tokens: bool = opt(
-        False, "<|im_end|> and the like, written out in a text, become control tokens, in evaluation too"
     )
 
 

@@ -60,7 +60,7 @@ class RankProcesses:
 
     def run(self, func: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
         """What func(*args) returns on each rank. After a RuntimeError the processes are gone."""
-        payload, port = pickle.dumps((func, args)), _free_port()
+        payload, port = pickle.dumps((func, args)), free_port()
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):  # it died: said below
                 pipe.send((port, payload))
@@ -123,7 +123,8 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
         gc.freeze()  # what is imported stays: collections in the next call need not look at it
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

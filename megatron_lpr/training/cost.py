@@ -5,9 +5,10 @@ x W^T with n rows and a weight of m elements takes 2 n m operations forward, as 
 something below learns, and as many again for the gradient of W where W learns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_lpr.checkpoint.holding import CONTENTS, Content, holds
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import torch_dtype
 from megatron_lpr.model.parameters import is_trainable, padded_vocab_size, parameter_sizes
@@ -20,13 +21,12 @@ class ModelSize:
 
     trainable: int
     frozen: int
-    weight_bytes: int
+    weight_bytes: Mapping[Content, int]
     optimizer_bytes: int
 
-    @property
-    def checkpoint_bytes(self) -> int:
+    def checkpoint_bytes(self, content: Content) -> int:
         """Of a checkpoint from which the run can go on; one without optimizer state has `weight_bytes`."""
-        return self.weight_bytes + self.optimizer_bytes
+        return self.weight_bytes[content] + self.optimizer_bytes
 
 
 def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
@@ -34,7 +34,7 @@ def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
     model, sizes = recipe.model, recipe.parallel
     # AdamW's two moments in fp32; and the weight, where the model's is bf16 or each rank has a shard of its own
     keeps_weight = model.dtype != "float32" or sizes.distributed_optimizer
-    elements = {True: 0, False: 0}
+    elements, held = {True: 0, False: 0}, dict.fromkeys(CONTENTS, 0)
     for name, size in parameter_sizes(
         arch,
         num_experts=model.num_experts,
@@ -42,10 +42,13 @@ def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
         vocab_size=padded_vocab_size(arch.vocab_size, sizes.tensor),
     ):
         elements[recipe.train is not None and is_trainable(name, recipe.train.trainable)] += size
+        for content in CONTENTS:
+            held[content] += size * holds(content, name)
+    itemsize = torch_dtype(model.dtype).itemsize
     return ModelSize(
         trainable=elements[True],
         frozen=elements[False],
-        weight_bytes=(elements[True] + elements[False]) * torch_dtype(model.dtype).itemsize,
+        weight_bytes={content: size * itemsize for content, size in held.items()},
         optimizer_bytes=elements[True] * 4 * (2 + keeps_weight),
     )
 

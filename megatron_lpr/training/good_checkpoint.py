@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
 from megatron_lpr.platform import same_on_all_ranks, together
 from megatron_lpr.recipe.settings import Recipe
@@ -13,7 +14,8 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
     """As `plan_training`, on all ranks alike, from the newest checkpoint of the run that is not damaged.
 
     Raises:
-        UserError: every checkpoint of the run is damaged, or that of `model.load`; whatever else is wrong.
+        UserError: every checkpoint of the run is damaged, or that of `model.load` which gives it weights; whatever else
+            is wrong.
     """
     contents, damaged = recipe.checkpoint.verify, dict[str, str]()
     while True:
@@ -27,6 +29,9 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
             return _with_note(plan)
         fault = verify_files(folder, contents=contents)
         if not fault:
+            if not plan.finished:
+                for below in chain(folder, recipe.model.load)[1:]:
+                    refuse_damaged(below, contents=contents)
             return _with_note(plan)
         damaged[folder.name] = fault
 

@@ -65,9 +65,12 @@ def skip_or_stop(trainer: RunningTrainer, error: NotFinite, losses: RankLosses, 
     fault = Fault(what=str(error)) if weight else find_fault(trainer, error.norm, losses)
     for router in trainer.routers:
         router.stats.take()  # what it has seen of this step, once or twice
+    is_last = trainer.skipped_steps >= train.max_skipped_steps
+    if weight or train.on_not_finite == "stop" or is_last:
+        trainer.finish_save()
     if weight or train.on_not_finite == "stop":
         raise explain(fault, step=step, weight=weight, lr=lr, saved=trainer.saved_step)
-    if trainer.skipped_steps >= train.max_skipped_steps:
+    if is_last:
         raise UserError(
             f"train.max_skipped_steps: {trainer.skipped_steps} of {step - 1} steps have been skipped, and at step "
             f"{step} {fault}; lower optimizer.lr (it was {lr:g}), look at the data, or raise it"

@@ -1,6 +1,7 @@
 """What a training run is going to do, checked and printed before any process group or GPU is taken."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,17 @@ from typing import Any
 import yaml
 
 from megatron_lpr.checkpoint import same_run
-from megatron_lpr.checkpoint.run_state import NONE_DAMAGED, RunState, find_checkpoint, locate, read_run_state
-from megatron_lpr.conversion.load.upcycle import check_checkpoint
+from megatron_lpr.checkpoint.base_files import check_base_sizes
+from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
+from megatron_lpr.checkpoint.run_state import (
+    NONE_DAMAGED,
+    RunState,
+    find_checkpoint,
+    locate,
+    read_run_state,
+    what_is_missing,
+)
+from megatron_lpr.checkpoint.source import chain, find_source, source_identity, source_of
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
@@ -23,37 +33,20 @@ from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
-from megatron_lpr.training.cost import model_size
+from megatron_lpr.training.cost import ModelSize, model_size
+from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
+_HOLDS: dict[Content, str] = {
+    "whole": "every weight",
+    "over base": "what the base model does not hold",
+    "over checkpoint": "what the checkpoint in model.load does not hold",
+}
 _NOT_READ = ("evaluation", "export", "preprocess")  # sections that say nothing of a training run
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayBudget:
-    """Original-language tokens (positions with a label) of the whole run, and the tokens of stage 1."""
-
-    replayed: int
-    stage1: int | None  # not known: the run does not start from a trained checkpoint
-    limit: float
-
-    def check(self) -> None:
-        """Raises UserError above the limit (the paper replays under 1% of stage 1, arXiv 2408.11396)."""
-        if self.stage1 and self.replayed > self.limit * self.stage1:
-            raise UserError(
-                f"data.replay.max_share: the run reads {self.replayed:,} tokens of original languages, "
-                f"{self.replayed / self.stage1:.2%} of stage 1's {self.stage1:,}, above the limit of {self.limit:.2%}; "
-                "read fewer (train.steps, data.mixture), or raise data.replay.max_share"
-            )
-
-    def __str__(self) -> str:
-        share = "stage 1 not known (data.replay.stage1_tokens)"
-        if self.stage1:
-            share = f"{self.replayed / self.stage1:.2%} of stage 1's {self.stage1:,} (limit {self.limit:.2%})"
-        return f"{self.replayed:,} tokens of original languages, {share}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +58,7 @@ class Plan:
     manifest: Manifest
     sampler: ReplaySampler
     world_size: int
-    source: Path | None  # checkpoint that gives the weights of a fresh run; None: the base model
+    source: Path | None  # checkpoint of model.load; None: the run started from the base model, or it is gone
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
@@ -97,6 +90,24 @@ class Plan:
     def finished(self) -> bool:
         """Whether an earlier start of the run has made its last step."""
         return self.first_step >= self.train.steps
+
+    @functools.cached_property
+    def below(self) -> RunState | None:
+        """Of the checkpoint that the weights come from, the run's own or another; None: they are the base model's."""
+        return self.state or (read_run_state(self.source) if self.source else None)
+
+    @property
+    def frozen_is_base(self) -> bool:
+        """Whether every weight but routers and new experts is the base's, bit for bit, as cast to the run's dtype."""
+        below = self.below
+        return frozen_is_base(
+            self.recipe, below.recipe if below else None, below.base if below else None, self.arch.dtype
+        )
+
+    def content(self, *, finished: bool) -> Content:
+        """What a checkpoint of the run holds, the one of its last step or one before, as things are now."""
+        there = self.source is not None and self.origin is not None and what_is_missing(self.source) is None
+        return content_of(self.recipe, frozen_is_base=self.frozen_is_base, on_checkpoint=there, finished=finished)
 
     def recipe_path(self) -> Path:
         """Where the resolved recipe is written."""
@@ -131,18 +142,21 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
-    resume, source = find_checkpoint(recipe.output, damaged), None
-    state = origin = None
+    resume = find_checkpoint(recipe.output, damaged)
+    start = resume or (locate(recipe.model.load) if recipe.model.load else None)
+    source = state = origin = None
     if resume:
         state = read_run_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
         if state.step < train.steps:  # nothing is read by a run that is finished
             sampler.check_state(state.data_state or {})
-        origin = same_run.source_of(recipe, state)
-    elif recipe.model.load:
-        source = locate(recipe.model.load)
-        same_run.check_source(recipe, source.folder, base)
-        origin = same_run.source_identity(source.folder)
+            _check_under(recipe, resume.folder)
+        source, origin = find_source(state, recipe.model.load), source_of(recipe, state)
+    elif start:
+        source = start.folder
+        same_run.check_source(recipe, source, base)
+        _check_under(recipe, source)
+        origin = source_identity(source)
     else:
         check_checkpoint(SafetensorsReader(recipe.model.base), arch)
     if state is None or state.step < train.steps:
@@ -150,15 +164,15 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
     if replay:
         replay.check()
-    notes = [found.note for found in (resume, source) if found]
-    notes += [same_run.rounded(recipe, source.folder)] if source else []
+    notes = [start.note] if start else []
+    notes += [same_run.rounded(recipe, source)] if source and not resume else []
     return Plan(
         recipe=recipe,
         arch=arch,
         manifest=manifest,
         sampler=sampler,
         world_size=world_size,
-        source=source.folder if source else None,
+        source=source,
         resume=resume.folder if resume else None,
         state=state,
         replay=replay,
@@ -169,19 +183,12 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     )
 
 
-def replay_budget(
-    train: TrainConfig, data: DataConfig, sampler: ReplaySampler, stage1_tokens: int | None
-) -> ReplayBudget | None:
-    """The budget of a run from its first step to its last; None where it replays nothing.
-
-    Args:
-        stage1_tokens: of the checkpoint that the weights come from, as far as the run knows.
-    """
-    replayed = sampler.count(0, train.steps * train.global_batch_size).original_tokens
-    if not replayed:
-        return None
-    stage1 = stage1_tokens if data.replay.stage1_tokens is None else data.replay.stage1_tokens
-    return ReplayBudget(replayed=replayed, stage1=stage1, limit=data.replay.max_share)
+def _check_under(recipe: Recipe, checkpoint: Path) -> None:
+    """Raises UserError unless what the checkpoint does not hold is there: other checkpoints, the files of the base."""
+    lowest = chain(checkpoint, recipe.model.load)[-1]
+    state = read_run_state(lowest)
+    if state.content == "over base":
+        check_base_sizes(recipe.model.base, state.base, lowest)
 
 
 def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
@@ -229,13 +236,22 @@ def describe(plan: Plan) -> str:
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
-            f"checkpoint   {_size(size.weight_bytes)}, {_size(size.checkpoint_bytes)} with the optimizer's state",
+            *_checkpoints(plan, size),
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in _warnings(plan)),
             *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
+
+
+def _checkpoints(plan: Plan, size: ModelSize) -> Iterator[str]:
+    """How large checkpoints are, and what they hold: those on the way and, where it differs, the last."""
+    on_the_way, last = plan.content(finished=False), plan.content(finished=True)
+    for label, content in (("checkpoint  ", on_the_way), ("the last one", last)):
+        weights, all_of_it = size.weight_bytes[content], size.checkpoint_bytes(content)
+        if label == "checkpoint  " or content != on_the_way:
+            yield f"{label} {_size(weights)}, {_size(all_of_it)} with the optimizer's state: {_HOLDS[content]}"
 
 
 def _differing(config: Any) -> dict[str, Any]:

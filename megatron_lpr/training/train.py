@@ -16,14 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
+
 from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
-from megatron_lpr.checkpoint.save import save_checkpoint
-from megatron_lpr.conversion.load.weights import fill_weights
+from megatron_lpr.checkpoint.save import CheckpointWriter
 from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.model.load.weights import fill_under, fill_weights
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.training.content import NamedBase, agreed_content
 from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
@@ -45,6 +48,7 @@ class Trainer:
         saved_step: of the newest checkpoint; None before the first.
         skipped_steps: those of `step` that changed no weight (train.on_not_finite), earlier starts included.
         votes: what ranks tell each other with each step.
+        writer: the checkpoint that is being written, if one is.
     """
 
     def __init__(self, plan: Plan, hooks: Iterable[Hook] = ()) -> None:
@@ -55,9 +59,12 @@ class Trainer:
         """
         self.plan, self.recipe, recipe = plan, plan.recipe, plan.recipe
         init_model_parallel(recipe.parallel)
+        self.base = NamedBase(plan)
         chunks = build_model(recipe, plan.arch)
         if plan.resume is None:
             fill_weights(recipe, plan.arch, chunks, plan.source)
+        else:
+            fill_under(recipe, plan.arch, chunks, plan.resume)
         self.routers, self.counts = routers(*chunks), global_counts(*chunks)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)
@@ -73,6 +80,8 @@ class Trainer:
         self.consumed_samples = plan.state.consumed_samples if plan.state else 0
         self.tokens_seen = Counter((plan.state and plan.state.tokens_per_language) or {})
         self.votes = Votes()
+        settings = recipe.checkpoint
+        self.writer = CheckpointWriter(recipe.output, keep=settings.keep, keep_every=settings.keep_every)
         self.micro_batches = micro_batches(plan, self.consumed_samples)
         self.hooks = [*built_in(self), *hooks]
 
@@ -120,6 +129,7 @@ class Trainer:
         metrics = self.train_step()
         if not math.isfinite(metrics["ntp_loss"]) and "skipped" not in metrics:
             fault = Fault(what=f"the loss is {metrics['ntp_loss']}")
+            self.finish_save()
             raise explain(fault, step=step, weight=not_finite_weight(self.chunks), lr=lr, saved=self.saved_step)
         return metrics
 
@@ -158,8 +168,18 @@ class Trainer:
         """The learning rate of the next step."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def save(self, *, with_optimizer: bool = True) -> Path:
-        """Write a checkpoint of this moment, from which the run can go on; returns its folder. All ranks call it."""
+    def save(self, *, with_optimizer: bool = True, wait: bool = True) -> Path:
+        """Write a checkpoint of this moment, from which the run can go on; returns its folder. All ranks call it.
+
+        Args:
+            wait: until it is whole and on the disk; without it training goes on when it is on the hosts, and the next
+                save, or `finish_save`, waits for it.
+        """
+        if self.writer.step not in (None, self.step) and not self.writer.has_ended and dist.get_rank() == 0:
+            print(f"waits for the checkpoint of step {self.writer.step}, which is still being written", flush=True)
+        begun, folder = self.writer.step, self.finish_save()
+        if folder and begun == self.step:
+            return folder
         for hook in self.hooks:
             hook.before_save(self)
         gather_parameters(self.chunks)
@@ -171,12 +191,27 @@ class Trainer:
             data_state=self.plan.sampler.state(self.consumed_samples),
             tokens_per_language=dict(self.tokens_seen),
             skipped_steps=self.skipped_steps,
-            base=self.plan.base,
+            base=self.base.identity(),
             source=self.plan.origin,
+            content=agreed_content(self.plan, self.finished),
         )
         learned = (self.optimizer, self.scheduler) if with_optimizer else (None, None)
-        folder = save_checkpoint(self.recipe.output, state, self.chunks, *learned, keep=self.recipe.checkpoint.keep)
-        self.saved_step = self.step
+        folder = self.writer.start(state, self.chunks, *learned, to_host=not wait)
+        if wait:
+            self.finish_save()
+        return folder
+
+    def finish_save(self) -> Path | None:
+        """Wait for the checkpoint that is being written, if one is; returns its folder. All ranks call it.
+
+        Raises:
+            UserError: a rank could not write it; the checkpoints before it are whole.
+        """
+        step = self.writer.step
+        if step is None:
+            return None
+        folder = self.writer.finish()
+        self.saved_step = step
         for hook in self.hooks:
             hook.after_save(self, folder)
         return folder

@@ -80,8 +80,8 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     with megatron():
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.checkpoint.save import save_checkpoint
-        from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
+        from megatron_lpr.model.load.weights import fill_weights
 
         for case in cases:
             recipe = recipe_of(root, *case)

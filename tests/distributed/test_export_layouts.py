@@ -34,9 +34,9 @@ def rewrite(root, models):
 def rewrite_one(base, source, out, parallel):
     from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
     from megatron_lpr.checkpoint.save import save_checkpoint
-    from megatron_lpr.conversion.load.weights import fill_weights
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
+    from megatron_lpr.model.load.weights import fill_weights
 
     recipe, arch = recipe_of(base, "stage1", out, {"parallel": parallel}), read_architecture(base)
     init_model_parallel(recipe.parallel)

@@ -172,16 +172,34 @@ def test_another_experiment_is_refused_before_any_group(run, monkeypatch, assign
     assert error.count("\n") == 1 and sorted(run.folder.rglob("*")) == before
 
 
-def test_resumes_without_the_folder_of_model_load(run, done, capsys):
-    """And remembers the tokens of stage 1 for the replay budget."""
+def test_the_checkpoint_of_model_load_may_lie_elsewhere_but_not_be_gone(run, done, monkeypatch):
+    """And the tokens of stage 1 are remembered for the replay budget."""
     roll_back(run, 4)
     tokens = read_run_state(run.checkpoints / "step_00000004").source["tokens"]
+    before = sorted(run.folder.rglob("*"))
+    (done / "stage1").rename(done / "moved")
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "join", no_work)
+            status, _, error = run()
+        assert status == 2 and error.count("\n") == 1
+        assert "step_00000004: holds routers only, and the checkpoint that its run started from is not there" in error
+        assert f"(it was {done}/stage1/checkpoints/step_00000006, seen from " in error
+        assert sorted(run.folder.rglob("*")) == before
+        status, printed, _ = run(f"model.load={done}/moved")
+    finally:
+        (done / "moved").rename(done / "stage1")
+    assert status == 0 and "resumes at step 4" in printed and f"of stage 1's {tokens:,}" in printed
+
+
+def test_the_last_checkpoint_needs_no_other(run, done):
     (done / "stage1").rename(done / "gone")
     try:
-        status, printed, _ = run()
+        status, printed, _ = run("train.steps=8", "checkpoint.every=1")
     finally:
         (done / "gone").rename(done / "stage1")
-    assert status == 0 and "resumes at step 4" in printed and f"of stage 1's {tokens:,}" in printed
+    assert status == 0 and "resumes at step 6" in printed
+    assert [read_run_state(run.checkpoints / f"step_{n:08d}").content for n in (7, 8)] == ["over base"] * 2
 
 
 def test_run_json_of_a_newer_version(run, monkeypatch):

@@ -14,10 +14,10 @@ from tiny_models import TINY, rewrite, save_tiny, stock_logits, tokens_BS, train
 from transformers import AutoModelForCausalLM
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
-from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.recipe.settings import ExportConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -137,7 +137,7 @@ def scramble(module: torch.nn.Module, *, seed: int = 0) -> None:
 
 def upcycle_base(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Module]) -> None:
     """The base model upcycled, as the weights of a `MegatronModel`."""
-    from megatron_lpr.conversion.load.weights import fill_weights
+    from megatron_lpr.model.load.weights import fill_weights
 
     fill_weights(recipe, arch, chunks, None)
 

@@ -130,9 +130,9 @@ def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int
 
 def loaded_weights(base: Path, changes: Sections) -> list[Piece]:
     """This rank's pieces of the model as it is upcycled from the Hugging Face folder in a layout."""
-    from megatron_lpr.conversion.load.weights import fill_weights
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import build_model, init_model_parallel
+    from megatron_lpr.model.load.weights import fill_weights
     from megatron_lpr.platform import leave_layout
 
     recipe, arch = recipe_of(base, "stage1", base, changes), read_architecture(base)

@@ -13,7 +13,7 @@ from pathlib import Path
 from preprocessing import preprocess
 
 from megatron_lpr.data.preprocess import make_corpus, tokenize_parts
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 
 def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str, seconds: str = "0") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess import preprocess as module
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 
 def preprocess(sources: Iterable[SourceConfig], *, overwrite: bool = False, **settings: Any) -> Manifest:

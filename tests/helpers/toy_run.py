@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from dist_checkpoints import write_dist_checkpoint
 
-from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 

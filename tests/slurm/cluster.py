@@ -60,8 +60,8 @@ NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=8
 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=test Nodes=n[1-{nodes}] Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=60 DefaultTime=10 PriorityTier=2 PreemptMode=OFF
+PartitionName=test Nodes=n[1-{nodes}] Default=YES MaxTime=INFINITE DefaultTime=10 PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=n[1-{nodes}] MaxTime=INFINITE DefaultTime=10 PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -118,7 +118,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End its jobs, then its daemons."""
-        with contextlib.suppress(subprocess.SubprocessError):
+        with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
             self.run("scancel", "--user=root")
             self.wait_until(lambda: not self.run("squeue", "-h"), 20)
         files = (*self.folder.glob("run/*.pid"), self.folder / "munge/pid")
@@ -129,10 +129,15 @@ class Cluster:
                 daemons[-1].terminate()
         psutil.wait_procs(daemons, timeout=10)
 
-    def run(self, *words: object, **variables: str) -> str:
+    def run(self, *words: object, cwd: Path | None = None, **variables: str) -> str:
         """Run a program of Slurm's that must succeed; returns what it printed."""
         done = subprocess.run(
-            list(map(str, words)), env=self.environment | variables, stdout=subprocess.PIPE, timeout=60, text=True
+            list(map(str, words)),
+            env=self.environment | variables,
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            timeout=60,
+            text=True,
         )
         done.check_returncode()
         return done.stdout

@@ -1,5 +1,6 @@
 """One cluster for all tests of this folder, and jobs of the scripts in examples/slurm on it."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -10,8 +11,9 @@ import pytest
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "examples/slurm"
+# Of no speed: waits are as long as a machine that does much else may need.
 # two nodes, two ranks and two GPUs (pretended) on each
-SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10")
+SIZE = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
 
 
 def _cluster_module():
@@ -35,7 +37,7 @@ def cluster(tmp_path_factory) -> Iterator:
 class Jobs:
     """Submits scripts that find `megatron-lpr` in `programs`, and reads what they print, in `folder`."""
 
-    def __init__(self, cluster, folder: Path, programs: Path) -> None:
+    def __init__(self, cluster, programs: Path, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
         self.variables = {"PATH": f"{programs}:{cluster.environment['PATH']}", "OMP_NUM_THREADS": "1"}
 
@@ -49,25 +51,19 @@ class Jobs:
         file = self.folder / f"{number}.log"
         return file.read_text() if file.exists() else ""
 
-    def wait(self, number: str, state: str = "COMPLETED", *, restarts: int = 0, seconds: float = 240) -> str:
+    def wait(self, number: str, state: str = "COMPLETED", *, restarts: int = 0, seconds: float = 600) -> str:
         """What the job printed, once it has ended in this state after so many restarts."""
         found = self.cluster.wait(number, seconds)
         log = self.log(number)
         assert (found, self.cluster.job(number)["Restarts"]) == (state, str(restarts)), log
         return log
 
-    def wait_for(self, number: str, pattern: str, seconds: float = 120) -> None:
+    def wait_for(self, number: str, pattern: str, seconds: float = 300) -> None:
         """Until the job has printed something."""
         self.cluster.wait_until(lambda: re.search(pattern, self.log(number)), seconds)
 
 
-@pytest.fixture
-def new_jobs(cluster, tmp_path):
-    """new_jobs(programs): jobs in a folder of their own."""
-
-    def make(programs: Path) -> Jobs:
-        folder = tmp_path / "work"
-        folder.mkdir()
-        return Jobs(cluster, folder, programs)
-
-    return make
+@pytest.fixture(scope="session")
+def jobs_of(cluster):
+    """jobs_of(programs, folder): jobs on the cluster."""
+    return functools.partial(Jobs, cluster)

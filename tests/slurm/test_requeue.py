@@ -10,12 +10,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def jobs(new_jobs, tmp_path):
+def jobs(jobs_of, tmp_path):
     stand_in = tmp_path / "bin/megatron-lpr"
     stand_in.parent.mkdir()
     shutil.copy(Path(__file__).with_name("stand_in.sh"), stand_in)
     stand_in.chmod(0o755)
-    return new_jobs(stand_in.parent)
+    (tmp_path / "work").mkdir()
+    return jobs_of(stand_in.parent, tmp_path / "work")
 
 
 def counts(jobs):

@@ -122,6 +122,7 @@ def export_checkpoint(
     out_dir: str | Path,
     *,
     base_dir: str | Path,
+    load: str | None = None,
     settings: ExportConfig | None = None,
     checksums: bool = True,
     graft_delta: Sequence[str | Path] | None = None,
@@ -132,19 +133,20 @@ def export_checkpoint(
 ) -> Path:
     """Writes a distributed checkpoint, or the newest of a run, as a stock HF model; needs no Megatron and no GPU.
 
-    base_dir: the HF model that training started from. graft_delta: (BASE, INSTRUCT), see graft.py; the export then
-    has INSTRUCT's config, tokenizer and frozen tensors. settings: with `auto` the dtype is the one that was trained.
+    base_dir: the HF model that training started from. load: where the checkpoint of its model.load may be now, where
+    `checkpoint` leaves something to it. graft_delta: (BASE, INSTRUCT), see graft.py; the export then has INSTRUCT's
+    config, tokenizer and frozen tensors. settings: with `auto` the dtype is the one that was trained.
     checksums: compare the checkpoint's files with theirs first, and not only with their sizes.
     on_verified, dry_run: as of `upcycle_hf`. UserError as `export_model`, and when checkpoint and base do not belong
     together.
     """
     folder = checkpoint_folder(str(checkpoint))
-    refuse_damaged(folder, contents=checksums)
+    refuse_damaged(folder, contents=checksums, load=load)
     state, made = read_run_state(folder), made_of(folder)
     settings = settings or ExportConfig()
     if settings.dtype == "auto":
         settings = replace(settings, dtype=recipe_of(folder).model.dtype)
-    model = trained_model(folder, made, base_dir=base_dir, shared_expert_size=settings.shared_expert_size)
+    model = trained_model(folder, made, base_dir=base_dir, shared_expert_size=settings.shared_expert_size, load=load)
     if graft_delta:
         model = grafted(model, made, graft_delta, base_dir=base_dir, dtype=settings.dtype)
     told = _told(base_dir, model.arch, made, settings) | (names_of(model.hf_dir, "instruct") if graft_delta else {})

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from megatron_lpr.conversion.export.sources import HFTensors, Source, TrainedModel
-from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import Origin, origins
 from megatron_lpr.files.file_tensor import FileTensor
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.model.load.upcycle import check_checkpoint
 
 # What may differ between a base and its instruct model without another meaning of the same weights.
 _MAY_DIFFER = {"dtype", "max_position_embeddings"}

@@ -4,15 +4,17 @@ A source is a list of units, each of which gives some HF tensors: those of one p
 lie in a file in one piece are not read here: the writer copies them from file to file.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from megatron_lpr.checkpoint.base_files import check_base_files, run_folder_of
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint, StoredParameter
-from megatron_lpr.conversion.load.upcycle import check_checkpoint
+from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, family_of, read_architecture
@@ -26,7 +28,8 @@ from megatron_lpr.families.expansion import (
 )
 from megatron_lpr.families.mappings import Mapping, parse, positions, take_apart
 from megatron_lpr.files.file_tensor import FileTensor, Narrowable, Shape
-from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.model.load.upcycle import check_checkpoint
 
 HFTensors = Iterator[tuple[str, torch.Tensor | FileTensor]]
 
@@ -52,12 +55,22 @@ class TrainedModel:
 
 
 def trained_model(
-    folder: Path, made: Made, *, base_dir: str | Path, shared_expert_size: int | None = None
+    folder: Path, made: Made, *, base_dir: str | Path, shared_expert_size: int | None = None, load: str | None = None
 ) -> TrainedModel:
-    """The model in the checkpoint `folder`. UserError when it and the base that training started from do not fit."""
+    """The model in the checkpoint `folder`, what that leaves to other checkpoints and to the base included.
+
+    load: where the checkpoint that the run started from may be now. UserError when one is missing, or they and the base
+    that training started from do not fit.
+    """
     arch = with_layers_kept_dense(read_architecture(base_dir), made.expansion.mlp_only_layers)
     arch = with_shared_expert(arch, shared_expert_size)
-    source = CheckpointSource(folder, arch, made.expansion)
+    checkpoints = chain(folder, load)
+    lowest, base = read_run_state(checkpoints[-1]), None
+    if lowest.content == "over base":
+        check_base_files(base_dir, lowest.base, checkpoints[-1], run_folder_of(checkpoints[-1]))
+        dtype = torch_dtype(read_run_state(folder).recipe["model"].get("dtype", "float32"))
+        base = FrozenTensors(base_dir, arch, made, dtype)
+    source = CheckpointSource(folder, arch, made.expansion, under=checkpoints[1:], base=base)
     return TrainedModel(arch=arch, hf_dir=Path(base_dir), source=source)
 
 
@@ -79,25 +92,63 @@ class UpcycledSource:
                 yield name, initial_tensor(name, origin, self._reader, self._arch, self._expansion)
 
 
-class CheckpointSource:
-    """A Megatron distributed checkpoint of any layout; a unit is one of its parameters.
+class FrozenTensors:
+    """The tensors of a model that training left as they are in the base, by their names in the export.
 
-    arch: of the base model. UserError when the checkpoint does not hold exactly what a model of this architecture is
-    made of after this expansion.
+    dtype: of training, which rounded them where it cannot hold them.
     """
 
-    def __init__(self, folder: str | Path, arch: Architecture, expansion: Expansion):
-        self._checkpoint, self._arch, self._num_frozen = DistCheckpoint(folder), arch, expansion.num_frozen
-        names = {name: hf_names(name, arch, num_frozen=self._num_frozen) for name in self._checkpoint}
+    def __init__(self, base_dir: str | Path, arch: Architecture, made: Made, dtype: torch.dtype):
+        self._reader, self._dtype = SafetensorsReader(base_dir), dtype
+        check_checkpoint(self._reader, arch)
+        self._copied = {
+            name: origin.copied
+            for name, origin in origins(arch, made.expansion.num_experts).items()
+            if origin.is_frozen(made.expansion.num_frozen)
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._copied
+
+    def __getitem__(self, name: str) -> torch.Tensor | FileTensor:
+        tensor = self._reader.slice(self._copied[name])
+        is_exact = torch.promote_types(tensor.dtype, self._dtype) == self._dtype
+        return tensor if is_exact else tensor[:].to(self._dtype)
+
+
+class CheckpointSource:
+    """A Megatron distributed checkpoint of any layout; a unit is one of its parameters, or a tensor of the base.
+
+    arch: of the base model. under: checkpoints that hold what this one does not, the nearest first. base: what none of
+    them holds. UserError when they do not hold exactly what a model of this architecture is made of after this
+    expansion.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        arch: Architecture,
+        expansion: Expansion,
+        *,
+        under: Sequence[Path] = (),
+        base: FrozenTensors | None = None,
+    ):
+        checkpoints = [DistCheckpoint(path) for path in (folder, *under)]
+        self._holder = {name: checkpoint for checkpoint in reversed(checkpoints) for name in checkpoint}
+        self._arch, self._num_frozen, self._base = arch, expansion.num_frozen, base
+        names = {name: hf_names(name, arch, num_frozen=self._num_frozen) for name in self._holder}
         for name, tensors in names.items():
-            if not tensors or not _has_its_shape(self._checkpoint[name], name, arch, expansion.num_experts):
+            parameter = self._holder[name][name]
+            if not tensors or not _has_its_shape(parameter, name, arch, expansion.num_experts):
                 raise UserError(
-                    f"checkpoint {folder}: its parameter '{name}' {list(self._checkpoint[name].shape)} has no place in "
-                    f"a {arch.family} model like the base: was it trained from another one?"
+                    f"checkpoint {folder}: its parameter '{name}' {list(parameter.shape)} has no place in a "
+                    f"{arch.family} model like the base: was it trained from another one?"
                 )
         self._zeros = dict(zero_tensors(arch, expansion.num_experts))
         shapes = family_of(arch).shapes(arch, expansion.num_experts)
         given = {tensor for tensors in names.values() for tensor in tensors} | self._zeros.keys()
+        self._of_base = {name for name in shapes if base is not None and name in base} - given
+        given |= self._of_base
         missing = [name for name in shapes if name not in given]
         unexpected = [name for name in given if name not in shapes]
         if missing or unexpected:
@@ -106,15 +157,17 @@ class CheckpointSource:
                 f"checkpoint {folder}: {what} ({len(missing)} tensors missing, {len(unexpected)} unexpected)"
             )
         position = {name: number for number, name in enumerate(shapes)}
-        units = names | {name: [name] for name in self._zeros}
+        units = names | {name: [name] for name in (*self._zeros, *self._of_base)}
         self.units = dict(sorted(units.items(), key=lambda unit: position[unit[1][0]]))
 
     def stream(self, units: Iterable[str]) -> HFTensors:
         for unit in units:
             if unit in self._zeros:
                 yield unit, self._zeros[unit]
+            elif unit in self._of_base and self._base is not None:
+                yield unit, self._base[unit]
             else:
-                yield from to_hf([(unit, self._checkpoint[unit])], self._arch, num_frozen=self._num_frozen)
+                yield from to_hf([(unit, self._holder[unit][unit])], self._arch, num_frozen=self._num_frozen)
 
 
 def to_hf(parameters: Iterable[tuple[str, Narrowable]], arch: Architecture, *, num_frozen: int) -> HFTensors:

@@ -34,10 +34,12 @@ def compare_with_checkpoint(
     export_dir: str | Path,
     base_dir: str | Path,
     *,
+    load: str | None = None,
     graft_delta: Sequence[str | Path] | None = None,
 ) -> Check:
     """Every tensor of an export against the checkpoint's, with the delta added again where it was grafted.
 
+    load: where the checkpoint that its run started from may be now.
     UserError when the checkpoint, the base and the models of the delta do not fit; what is wrong with the export itself
     fails the check.
     """
@@ -45,7 +47,7 @@ def compare_with_checkpoint(
     field = family_of(read_architecture(base_dir)).moe.fields.get("shared_expert_size", ("",))[0]
     width = config.get(field) if made.expansion.num_experts else None
     size = width if type(width) is int and width >= 0 else None
-    model = trained_model(checkpoint, made, base_dir=base_dir, shared_expert_size=size)
+    model = trained_model(checkpoint, made, base_dir=base_dir, shared_expert_size=size, load=load)
     if graft_delta:
         model = grafted(model, made, graft_delta, base_dir=base_dir, dtype=config.get("dtype", "float32"))
     try:

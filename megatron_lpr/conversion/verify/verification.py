@@ -24,6 +24,7 @@ class Verification:
     """What an export is compared with; nothing of it has been read but configs.
 
     checkpoint: every tensor is compared with it; None: only what is frozen, with the base.
+    load: where the checkpoint that its run started from may be now.
     checksums: its files are compared with theirs first, and not only with their sizes.
     typed: the recipe that somebody gave; it counts where neither checkpoint nor record say what was done.
     text: the recipe whose held-out text the logits are compared on; None: they are not.
@@ -34,6 +35,7 @@ class Verification:
     export_dir: Path
     base_dir: str
     checkpoint: Path | None = None
+    load: str | None = None
     checksums: bool = True
     typed: Recipe | None = None
     text: Recipe | None = None
@@ -47,7 +49,7 @@ class Verification:
             UserError: a folder cannot be read at all, or they do not belong together.
         """
         if self.checkpoint:
-            refuse_damaged(self.checkpoint, contents=self.checksums)
+            refuse_damaged(self.checkpoint, contents=self.checksums, load=self.load)
         made = made_of(self.checkpoint) if self.checkpoint else None
         grafted_on, hf_dir = self.graft_delta or (None, self.base_dir)
         report = verify_export(
@@ -65,7 +67,12 @@ class Verification:
         if self.checkpoint and made:
             checks.append(
                 compare_with_checkpoint(
-                    self.checkpoint, made, self.export_dir, self.base_dir, graft_delta=self.graft_delta
+                    self.checkpoint,
+                    made,
+                    self.export_dir,
+                    self.base_dir,
+                    load=self.load,
+                    graft_delta=self.graft_delta,
                 )
             )
             on_check(checks[-1])
@@ -118,6 +125,7 @@ def plan_verification(
         export_dir=Path(export_dir),
         base_dir=str(base),
         checkpoint=folder,
+        load=used.model.load if used else None,
         checksums=used is None or used.checkpoint.verify,
         typed=recipe,
         text=text,

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.conversion.record import Made, read_record
 from megatron_lpr.conversion.verify.folder import (
     census_problems,
@@ -21,6 +20,7 @@ from megatron_lpr.families import Architecture, Family, family_of, read_architec
 from megatron_lpr.families.expansion import Expansion, origins, with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.model.load.upcycle import check_checkpoint
 
 
 def verify_export(

@@ -3,7 +3,7 @@
 from megatron_lpr.data.corpus.manifest import TokenizerRecord
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import PreprocessConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig
 
 
 def record_of(tokenizer: Tokenizer) -> TokenizerRecord:

@@ -13,7 +13,7 @@ from megatron_lpr.data.corpus.spot_check import check_all_bytes, check_spots, wi
 from megatron_lpr.data.preprocess.work_folder import work_folder
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 _SHARE_OF_TIME = 0.1
 

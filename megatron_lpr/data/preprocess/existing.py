@@ -12,7 +12,7 @@ from megatron_lpr.data.corpus.manifest import Corpus, TokenizerRecord
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 _CHUNK = 1 << 22
 _DOCUMENTS = 1 << 16

@@ -19,7 +19,7 @@ from megatron_lpr.data.text.documents import BadLines
 from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.reporting.progress import DocumentProgress
 
 _LEAST_BLOCK_BYTES = 4 << 20

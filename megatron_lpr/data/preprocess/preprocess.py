@@ -25,7 +25,7 @@ from megatron_lpr.data.text.text_files import expand, files_sha256
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 
 def preprocess(settings: PreprocessConfig, *, overwrite: bool = False) -> Manifest:

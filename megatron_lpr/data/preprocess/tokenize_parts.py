@@ -27,7 +27,7 @@ from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.text_files import Block
 from megatron_lpr.data.text.tokenize import TokenIds, load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.signals import not_for_children
 
 # One call of the tokenizer: it takes up to 150 times the memory of the text.

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from megatron_lpr.data.text.text_files import Block, Format, SampleBy, expand, parquet_file, read_blocks
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 OnBadLine = Literal["refuse", "skip"]
 _ROWS = 4096

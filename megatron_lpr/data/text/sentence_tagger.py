@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 Splitter = Literal["nltk", "none"]
 

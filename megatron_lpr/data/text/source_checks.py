@@ -10,7 +10,7 @@ from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSetting
 from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.sections import check_section
-from megatron_lpr.recipe.settings import EvaluationCorpus, PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import EvaluationCorpus, PreprocessConfig, SourceConfig
 
 
 def check_sources(settings: PreprocessConfig) -> None:

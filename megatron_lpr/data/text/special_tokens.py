@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import PreprocessConfig
+from megatron_lpr.recipe.text_settings import PreprocessConfig
 
 Bos = Literal["auto", "true", "false"]
 _CONFIG = "tokenizer_config.json"

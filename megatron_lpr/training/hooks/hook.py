@@ -27,6 +27,7 @@ from megatron_lpr.training.votes import Votes
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
 
+    from megatron_lpr.checkpoint.save import CheckpointWriter
     from megatron_lpr.losses import GlobalCounts
     from megatron_lpr.model.lpr_router import LPRRouter
 
@@ -47,11 +48,14 @@ class RunningTrainer(Protocol):
     consumed_samples: int
     tokens_seen: Counter[str]
     votes: Votes
+    writer: "CheckpointWriter"
 
     @property
     def finished(self) -> bool: ...
 
-    def save(self, *, with_optimizer: bool = True) -> Path: ...
+    def save(self, *, with_optimizer: bool = True, wait: bool = True) -> Path: ...
+
+    def finish_save(self) -> Path | None: ...
 
 
 class Hook:
@@ -76,7 +80,7 @@ class Hook:
         """Before a checkpoint is written; what is raised here leaves it unwritten."""
 
     def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
-        """When the checkpoint is whole and on the disk."""
+        """When the checkpoint is whole and on the disk; `trainer` may have made steps since its step, saved_step."""
 
     def finish(self, trainer: RunningTrainer) -> None:
         """After the last step and its checkpoint."""

@@ -127,15 +127,19 @@ def test_run_json_of_other_versions(run):
     file = step(run, 7) / "run.json"
     tree = json.loads(file.read_text())
     assert tree["version"] == VERSION
-    later = ("version", "base", "source", "manifest", "digest")
+    later = ("version", "base", "source", "content", "manifest", "digest")
     first = {key: value for key, value in tree.items() if key not in later}
     file.write_text(json.dumps(first))  # as it was written before there were versions
     assert read_run_state(step(run, 7)).version == 1
+    assert read_run_state(step(run, 7)).content == "whole"
+    file.write_text(sealed(tree | {"content": "over there"}))
+    with pytest.raises(UserError, match="run.json is damaged"):
+        read_run_state(step(run, 7))
     file.write_text(sealed(tree | {"new_key": [1]}))
     assert read_run_state(step(run, 7)).step == 7
     file.write_text(sealed(tree | {"version": VERSION + 1}))
     assert find_checkpoint(str(run)).folder == step(run, 7)  # not damaged: no older one in its place
-    with pytest.raises(UserError, match=r"newer megatron-lpr \(format 3, this one reads up to 2\); update"):
+    with pytest.raises(UserError, match=r"newer megatron-lpr \(format 4, this one reads up to 3\); update"):
         read_run_state(step(run, 7))
 
 

@@ -16,8 +16,8 @@ from megatron_lpr.checkpoint.same_run import (
     check_resumed,
     check_source,
     rounded,
-    source_identity,
 )
+from megatron_lpr.checkpoint.source import source_identity
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.recipe.reading import from_tree, to_tree

@@ -16,14 +16,14 @@ from megatron_lpr.recipe.settings import CheckpointConfig
 
 @pytest.fixture
 def make_trainer(megatron, toy_base, tmp_path):
-    def make(source=None, **sections):
+    def make(source=None, *, whole=False, **sections):
         from megatron.core import parallel_state
 
         from megatron_lpr.training.train import Trainer
 
         parallel_state.destroy_model_parallel()
         recipe = make_recipe(toy_base, mixed_batch(), tmp_path / "run", sections)
-        recipe = dataclasses.replace(recipe, checkpoint=CheckpointConfig(keep=2, final_optimizer=False))
+        recipe = dataclasses.replace(recipe, checkpoint=CheckpointConfig(keep=2, final_optimizer=False, whole=whole))
         trainer = Trainer(make_plan(recipe, mixed_batch(), source=source))
         for chunk in trainer.chunks:
             chunk.train()
@@ -177,7 +177,7 @@ def test_every_object_of_a_checkpoint_is_loaded_without_running_it(make_trainer,
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    make_trainer(train=ROUTERS).save(with_optimizer=False)
+    make_trainer(train=ROUTERS, whole=True).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
     planted = io.BytesIO()
     torch.save([RunsCode(tmp_path / "ran")], planted)
@@ -188,22 +188,30 @@ def test_every_object_of_a_checkpoint_is_loaded_without_running_it(make_trainer,
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_are_those_of_the_transformer_engine_spec(make_trainer, tmp_path):
+NEW = {
+    "decoder.layers.mlp.router.weight",
+    "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+    "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_are_those_of_the_transformer_engine_spec(make_trainer, tmp_path, whole):
     """Which fuses the attention norm into the linear layer behind it, but not the norm of an MoE layer."""
     from megatron.core import dist_checkpointing
 
-    trainer = make_trainer(train=ROUTERS)
+    trainer = make_trainer(train=ROUTERS, whole=whole)
     trainer.save(with_optimizer=False)
     metadata = dist_checkpointing.load_tensors_metadata(str(tmp_path / "run/checkpoints/step_00000000"))
-    assert set(metadata) == {
+    if not whole:
+        assert set(metadata) == NEW
+        return
+    assert set(metadata) == NEW | {
         "embedding.word_embeddings.weight",
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight",
         "decoder.layers.self_attention.linear_qkv.weight",
         "decoder.layers.self_attention.linear_proj.weight",
         "decoder.layers.pre_mlp_layernorm.weight",
-        "decoder.layers.mlp.router.weight",
-        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
-        "decoder.layers.mlp.experts.experts.linear_fc2.weight",
         "decoder.layers.mlp.frozen_experts.0.linear_fc1.weight",
         "decoder.layers.mlp.frozen_experts.0.linear_fc2.weight",
         "decoder.final_layernorm.weight",

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from toy_run import write_run
 
 from megatron_lpr import cli
+from megatron_lpr.conversion import import_hf
 from megatron_lpr.conversion.export.export import upcycle_hf
-from megatron_lpr.conversion.load import import_hf
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files import output_place
 from megatron_lpr.platform import distributed

@@ -197,7 +197,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, write_corpus, suffi
 def test_an_existing_corpus_whose_files_shrink(corpus, monkeypatch):
     """preprocess reads all of it; the error names the file."""
     from megatron_lpr.data.preprocess import existing
-    from megatron_lpr.recipe.settings import SourceConfig
+    from megatron_lpr.recipe.text_settings import SourceConfig
 
     source = SourceConfig(name="toy", prefix=corpus.prefix, language="hu", role="expanded")
     check = existing._check_documents

@@ -17,7 +17,7 @@ from megatron_lpr.data.preprocess import preprocess as module
 from megatron_lpr.data.preprocess.entries import PendingEntries
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 TEXTS = [f"the quick fox number {number} árvíz" for number in range(30)]
 FORK = multiprocessing.get_context("fork")

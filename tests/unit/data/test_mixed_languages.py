@@ -14,7 +14,7 @@ from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.preprocess import make_corpus
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 LANGUAGES = {"hu": "expanded", "en": "original", "el": "expanded"}
 LINES = [

@@ -12,7 +12,8 @@ from megatron_lpr import cli
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out, trained_on
 from megatron_lpr.recipe.reading import from_tree
-from megatron_lpr.recipe.settings import EvaluationConfig, EvaluationCorpus, Recipe
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus
 
 
 def corpus(*files, **more) -> EvaluationCorpus:

@@ -8,7 +8,7 @@ import torch
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import HeldOut
 from megatron_lpr.evaluation.perplexity import bits_per_byte, evaluate_corpora
-from megatron_lpr.recipe.settings import EvaluationCorpus
+from megatron_lpr.recipe.text_settings import EvaluationCorpus
 
 
 class Letters:

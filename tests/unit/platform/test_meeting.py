@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.platform import meeting, same_on_all_ranks, together
-from megatron_lpr.testing.run_distributed import _free_port, run_distributed
+from megatron_lpr.testing.run_distributed import free_port, run_distributed
 
 
 def attempt(failing, message, *, inside_step, late=None, kind=UserError):
@@ -141,7 +141,7 @@ def test_ranks_that_see_different_files():
 
 
 def test_rank_0_that_ends_without_a_word():
-    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     command = [sys.executable, "-c", WITHOUT_A_WORD]
     ranks = [
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ def test_rank_0_that_ends_without_a_word():
 
 def test_ranks_that_do_not_come(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT: the 2 ranks cannot meet there"):
         with meeting(0, 2, report=None, timeout_minutes=0.02):
             pass

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe import settings
+from megatron_lpr.recipe import settings, text_settings
 from megatron_lpr.recipe.reading import describe, from_tree, load_recipe, to_tree
 from megatron_lpr.recipe.settings import LPRConfig, OptimizerConfig, ParallelConfig, Recipe
 
@@ -161,7 +161,7 @@ def all_fields(cls=Recipe, prefix=""):
             yield f"{prefix}{field.name}", field
 
 
-SECTIONS = [c for c in vars(settings).values() if dataclasses.is_dataclass(c)]
+SECTIONS = [c for c in (*vars(settings).values(), *vars(text_settings).values()) if dataclasses.is_dataclass(c)]
 
 
 def test_every_setting_is_described():

@@ -11,7 +11,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.fields import LARGEST_INT, Range, parse_size, range_of
 from megatron_lpr.recipe.reading import describe, from_tree, load_recipe
 from megatron_lpr.recipe.sections import check_section, check_setting
-from megatron_lpr.recipe.settings import EvaluationConfig, OptimizerConfig, Recipe, TrainConfig
+from megatron_lpr.recipe.settings import OptimizerConfig, Recipe, TrainConfig
+from megatron_lpr.recipe.text_settings import EvaluationConfig
 
 CORPUS = {"name": "x", "files": ["a"], "language": "hu", "role": "expanded"}
 # A recipe with all its sections.

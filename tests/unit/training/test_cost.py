@@ -7,6 +7,7 @@ from harness import EXPANDED, ORIGINAL, make_batch, make_plan, make_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.training.cost import model_size, step_flops
 
@@ -82,4 +83,6 @@ def test_parameters_and_checkpoints_are_as_large_as_expected(megatron, toy_base,
     expected = model_size(recipe, trainer.plan.arch)
     assert expected.trainable == sum(number for number, learns in parameters if learns)
     assert expected.frozen == sum(number for number, learns in parameters if not learns)
-    assert sizes == [expected.weight_bytes, expected.checkpoint_bytes]
+    content = read_run_state(folder).content
+    assert content == ("over base" if method.startswith("stage") else "whole")
+    assert sizes == [expected.weight_bytes[content], expected.checkpoint_bytes(content)]

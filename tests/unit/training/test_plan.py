@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+from fake_checkpoints import write_fake_checkpoint
 from harness import FixedSampler, make_plan, make_recipe, mixed_batch
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,8 @@ from megatron_lpr.recipe.reading import from_tree, load_recipe
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_project
 from megatron_lpr.training.cost import model_size
-from megatron_lpr.training.plan import ReplayBudget, describe, plan_training, replay_budget
+from megatron_lpr.training.plan import describe, plan_training
+from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 
 @pytest.fixture
@@ -49,7 +51,8 @@ def test_description_is_what_differs_from_the_defaults_and_what_it_comes_to(plan
 
 
 def test_description_names_the_checkpoint_it_starts_from(plan, tmp_path):
-    assert f"checkpoint {tmp_path}" in describe(dataclasses.replace(plan, source=tmp_path))
+    source = write_fake_checkpoint(tmp_path, 3)
+    assert f"checkpoint {source}" in describe(dataclasses.replace(plan, source=source))
     state = RunState(step=2, consumed_samples=8, has_optimizer=True, recipe={})
     resumed = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert "step 2 of this run" in describe(resumed) and resumed.first_step == 2
@@ -72,7 +75,8 @@ def test_description_says_how_large_the_model_is(plan, recipe):
     size = model_size(recipe, plan.arch)
     text = describe(plan)
     assert f"parameters   {size.trainable:,}: {size.trainable:,} trainable, 0 frozen" in text
-    assert f"checkpoint   {size.weight_bytes / 1e3:.1f} KB, {size.checkpoint_bytes / 1e6:.1f} MB with the opt" in text
+    weights, all_of_it = size.weight_bytes["whole"] / 1e3, size.checkpoint_bytes("whole") / 1e6
+    assert f"checkpoint   {weights:.1f} KB, {all_of_it:.1f} MB with the optimizer's state: every weight" in text
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def two_steps():
                 moe_layers=[],
                 num_languages=3,
                 num_experts=0,
-                losses=RankLosses(ntp_loss=losses[0].clone(), token_loss_sums_L=losses),
+                losses=RankLosses(ntp_loss=losses[0].clone(), token_loss_sums_L=losses, of_micro_batches=()),
                 votes=votes,
             )
             dist.all_reduce(losses)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
-from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.recipe.settings import ExportConfig
 
 TOKENS = torch.randint(60, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.families.expansion import Expansion
-from megatron_lpr.recipe.settings import ExportConfig, SourceConfig
+from megatron_lpr.recipe.settings import ExportConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 ALPHA, GAMMA = {"balance": {"coeff": 0.02}}, {"lpr": {"coeff": 0.1}}
 

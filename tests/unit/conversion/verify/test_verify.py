@@ -11,13 +11,13 @@ from tiny_models import rewrite, rewrite_config, save_tiny, train_a_little
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
 from megatron_lpr.conversion.export.sources import to_hf
-from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.conversion.verify.tensors import compare_tensors, digest_of_digests
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.recipe.settings import ExportConfig
 
 EXPERTS = "model.layers.1.block_sparse_moe.experts."

@@ -15,7 +15,8 @@ from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.verify_data import record
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import ReplayConfig, SourceConfig
+from megatron_lpr.recipe.settings import ReplayConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 
 def flip(path: str, place: int) -> None:

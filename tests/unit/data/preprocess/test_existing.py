@@ -10,7 +10,7 @@ from preprocessing import preprocess
 from megatron_lpr.data.corpus.indexed import IndexedCorpus, LanguageRunsWriter
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 EOD = 1
 DOCUMENTS = [[[5, 6], [7, EOD]], [[9, EOD]], [[3, 4, 5], [6], [8, EOD]]]  # documents of sequences of tokens

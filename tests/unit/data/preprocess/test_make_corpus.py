@@ -23,7 +23,7 @@ from megatron_lpr.data.preprocess import make_corpus, tokenize_parts, work_folde
 from megatron_lpr.data.text.text_files import files_sha256
 from megatron_lpr.data.text.tokenize import HFTokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 SCRIPT = Path(__file__).parents[3] / "helpers" / "preprocess_slowly.py"
 TEXTS = [f"the quick fox number {number} árvíz" * (1 + number % 3) for number in range(600)]

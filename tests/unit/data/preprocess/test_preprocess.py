@@ -9,7 +9,7 @@ from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 TEXTS = [f"the quick fox number {number} árvíz" for number in range(50)]
 

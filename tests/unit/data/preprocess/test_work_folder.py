@@ -9,7 +9,7 @@ from preprocessing import files, preprocess, run
 
 from megatron_lpr.data.preprocess import work_folder
 from megatron_lpr.data.preprocess.parts import PartCursor, PartWriter
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 TEXTS = [f"the quick fox number {number} árvíz" * (1 + number % 3) for number in range(600)]
 

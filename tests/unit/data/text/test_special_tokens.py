@@ -16,7 +16,7 @@ from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.text.special_tokens import SpecialTokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 PAD, EOD = 0, 1  # of the tokenizer of these tests; <pad> plays the BOS token
 TEXTS = ["the lazy dog", "árvíz", "fox <eod> dog", "a fox"]

@@ -16,7 +16,7 @@ from preprocessing import preprocess
 from megatron_lpr.data.text.special_tokens import SpecialTokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import SourceConfig
+from megatron_lpr.recipe.text_settings import SourceConfig
 
 TEXTS = ["the lazy dog", "árvíz", "a", "fox " * 50]
 HARD_TEXTS = ["the lazy dog", "árvíztűrő  tükörfúrógép\n", "a", "fox " * 50, "<eod> inside <pad>", "日本😀\u0301", ""]

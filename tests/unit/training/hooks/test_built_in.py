@@ -79,7 +79,10 @@ def make_trainer(megatron, toy_base, tmp_path):
         from megatron_lpr.training.train import Trainer
 
         parallel_state.destroy_model_parallel()
-        sections = {"train": {"trainable": "routers", "steps": 3}, "checkpoint": {"every": 2}} | sections
+        sections = {
+            "train": {"trainable": "routers", "steps": 3},
+            "checkpoint": {"every": 2, "asynchronous": False},
+        } | sections
         return Trainer(
             make_plan(make_recipe(toy_base, mixed_batch(), tmp_path / "run", sections), mixed_batch()), hooks
         )

@@ -49,7 +49,10 @@ def run(megatron, toy_base, tmp_path):
         from megatron_lpr.training.train import Trainer
 
         parallel_state.destroy_model_parallel()
-        sections = {"train": {"trainable": "routers", "steps": 4} | train, "checkpoint": {"every": 2}}
+        sections = {
+            "train": {"trainable": "routers", "steps": 4} | train,
+            "checkpoint": {"every": 2, "asynchronous": False},
+        }
         plan = make_plan(make_recipe(toy_base, mixed_batch(), tmp_path / "run", sections), mixed_batch())
         trainer = Trainer(plan, [hook])
         try:

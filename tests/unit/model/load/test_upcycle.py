@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_lpr.conversion.export.sources import to_hf
-from megatron_lpr.conversion.load.upcycle import load_dense
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion, router_rows
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.platform.place import RankPlace
 
 MOE = {"num_frozen": 1, "num_experts": 5}

@@ -5,7 +5,7 @@ There is no second model and no intermediate checkpoint; what each parameter is 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -73,29 +73,33 @@ def load_dense(
     *,
     place: RankPlace = ONLY_RANK,
     layer_offset: int = 0,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> list[ParameterName]:
     """Fills this rank's parameters of one model chunk in place; casts to each parameter's dtype.
 
     named_parameters: as `GPTModel.named_parameters()` gives them (local or TE spec), layers numbered from 0
         within the chunk; the global layer is that number + `layer_offset`.
     expansion: of the base to the model to fill. A base that has experts already keeps them as the first ones.
-    Returns the parsed name of every parameter, each filled exactly once, layers numbered globally and new
-    experts by their global index among the new ones. Raises UserError when the checkpoint does not hold what
-    its config promises or the new experts cannot be divided over the expert-parallel ranks.
+    wanted: by the parameter's local name; of the others nothing is read.
+    Returns the parsed name of every parameter that was met, each once, the wanted ones filled; layers numbered
+    globally and new experts by their global index among the new ones. Raises UserError when the checkpoint does not
+    hold what its config promises or the new experts cannot be divided over the expert-parallel ranks.
     """
     check_upcycling(arch, expansion)
     check_checkpoint(reader, arch)
     own = _own_experts(expansion, place)
-    filled: list[ParameterName] = []
+    met: list[ParameterName] = []
     for local_name, parameter in named_parameters:
         name = _globally(parse(local_name), layer_offset=layer_offset, first_new=own.start)
-        if name.role == "router":
+        if not wanted(local_name):
+            pass
+        elif name.role == "router":
             _fill_router(parameter, name, reader, arch, expansion)
         else:
             _fill_from_base(parameter, name, reader, arch, expansion, place)
-        filled.append(name)
-    _check_complete(filled, arch, expansion, own)
-    return filled
+        met.append(name)
+    _check_complete(met, arch, expansion, own)
+    return met
 
 
 def _globally(name: ParameterName, *, layer_offset: int, first_new: int) -> ParameterName:

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_lpr.conversion.load.upcycle import check_checkpoint
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
@@ -32,18 +32,26 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
             print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
+        from megatron_lpr.checkpoint.base_files import BaseFiles
+        from megatron_lpr.checkpoint.holding import content_of
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.checkpoint.save import save_checkpoint
-        from megatron_lpr.conversion.load.weights import fill_weights
         from megatron_lpr.model.builder import build_model, init_model_parallel
+        from megatron_lpr.model.load.weights import fill_weights
         from megatron_lpr.reporting.progress import byte_progress
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
+        content = content_of(recipe, frozen_is_base=bool(recipe.model.num_experts), on_checkpoint=False, finished=True)
+        files = None if content == "whole" else BaseFiles(recipe.model.base, Path(recipe.output))
         total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
         with byte_progress("convert", total, show=progress and ranks.rank == 0) as bar:
             fill_weights(recipe, arch, chunks, None, progress=bar.update)
-        state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base)
+        if files is not None:
+            base["files"] = files.digests()
+        state = RunState(
+            step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=base, content=content
+        )
         folder = save_checkpoint(recipe.output, state, chunks)
         if progress and ranks.rank == 0:
             print(f"converted {recipe.model.base}: {experts}, saved {folder}")

@@ -1,0 +1,83 @@
+"""Where faults.py lets something go wrong: at what a run does to its checkpoints, on its disk, in its files."""
+
+import atexit
+import contextlib
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
+_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def _on_save_events(output: Path, name: str, act: Callable[[int], None]) -> None:
+    """act(n) just before the process, or one that it forks, does the n-th thing to files below `output`/checkpoints."""
+    root, count = str(output / "checkpoints"), 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        if event not in _CHANGES and not (event == "open" and arguments[2] and arguments[2] & _TO_WRITE):
+            return
+        if any(root in os.fspath(a) and name in os.fspath(a) for a in arguments if isinstance(a, str | os.PathLike)):
+            count += 1
+            act(count)
+
+    sys.addaudithook(hook)
+
+
+def at_save_event(output: Path, number: int, signum: int, name: str = "") -> None:
+    """Send this process a signal just before its `number`-th change of a file there that has `name` in its path."""
+    process = os.getpid()
+
+    def act(count: int) -> None:
+        if count == number:
+            os.kill(process, signum)
+
+    _on_save_events(output, name, act)
+
+
+def count_save_events(output: Path, file: Path) -> None:
+    """Write the number of these events to a file at the end."""
+    counts = []
+    _on_save_events(output, "", counts.append)
+    atexit.register(lambda: file.write_text(str(len(counts))))
+
+
+def file_size_limit(limit: int) -> None:
+    """No file can be written beyond so many bytes, as with a quota."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
+    """`folder` lies on a disk of so many bytes, until what is yielded is called. Needs root."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True) and None
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+class Damage:
+    """Damages files."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+
+    def do(self, what: str, file: Path) -> None:
+        """flip (one bit), cut, empty or remove."""
+        content = bytearray(file.read_bytes())
+        if what == "flip" and content:
+            content[self.chance.randrange(len(content))] ^= 1 << self.chance.randrange(8)
+        elif what == "cut":
+            del content[self.chance.randrange(max(1, len(content))) :]
+        elif what == "empty":
+            content.clear()
+        file.write_bytes(content)
+        if what == "remove":
+            file.unlink()
