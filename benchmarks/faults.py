@@ -5,8 +5,8 @@
     python benchmarks/faults.py --only flipped   # kinds with this in their name
 
 Prints a table, and ends with status 1 where a fault had one of these ends: other bytes or losses than the quiet run's,
-a traceback, a process that outlives its run, a run that does not end, one that cannot go on, more steps lost than those
-of a save interval and of the save that was being written. Faults are drawn from --seed; --keep keeps what failed.
+a traceback, a process that outlives its run, a run that does not end, one that cannot go on, steps lost beyond the save
+interval: that and the save that was being written, or the one that was damaged. Faults are drawn from --seed.
 """
 
 import argparse
@@ -109,7 +109,10 @@ class Bench:
                 break
             ended, more = self._again(output, ranks)
             lost = max(lost, more)
-        return Outcome(end=_wrong_end(ended) or self._end(output, ranks, lost, ended), lost=lost, printed=ended.printed)
+        end = _wrong_end(ended) or self._end(output, ranks, ended)
+        if end == "right bytes" and lost >= EVERY * (2 if first else 3):
+            end = "steps lost"
+        return Outcome(end=end, lost=lost, printed=ended.printed)
 
     def _again(self, output: Path, ranks: int) -> tuple[Ended, int]:
         """Start it again; how it ended, and how many steps it had lost."""
@@ -117,12 +120,10 @@ class Bench:
         ended = self.start(output, ranks).wait(self.seconds)
         return ended, reached - _starts(output)[-1] if len(_starts(output)) > len(starts) else 0
 
-    def _end(self, output: Path, ranks: int, lost: int, ended: Ended) -> str:
+    def _end(self, output: Path, ranks: int, ended: Ended) -> str:
         if set(ended.statuses) != {0}:
             return "refused"
-        if differences(output, self.quiet(ranks)):
-            return "other bytes"
-        return "steps lost" if lost >= 2 * EVERY else "right bytes"
+        return "other bytes" if differences(output, self.quiet(ranks)) else "right bytes"
 
 
 def _wrong_end(ended: Ended) -> str | None:
