@@ -10,6 +10,7 @@ from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
 from megatron_lpr.training.hooks.stopping import Stopping
 from megatron_lpr.training.hooks.stragglers import Stragglers
+from megatron_lpr.training.hooks.watching import Watching
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
@@ -21,6 +22,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     stragglers = [Stragglers()] if trainer.recipe.logging.stragglers_every else []
     plots = [Plots()] if dist.get_rank() == 0 else []
     return [
+        Watching(),  # what the others do after a step is no part of it
         FrozenWeights(trainer.chunks),
         Announcement(),
         Starts(),
