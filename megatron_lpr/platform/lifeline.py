@@ -6,11 +6,13 @@ listens, and ends the process where its main thread does not.
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,21 +20,22 @@ import torch.distributed as dist
 from megatron_lpr.errors import Stopped, UserError, warn
 from megatron_lpr.platform.distributed import Ranks
 from megatron_lpr.platform.hub import Hub, keep_alive, send
+from megatron_lpr.platform.stacks import within, write_stacks
 from megatron_lpr.signals import end_process, listener
 
 _CONNECT_SECONDS = 20.0
 _VERDICT_SECONDS = 8.0
 _GRACE_SECONDS = 6.0  # for what all ranks know, as a UserError, to be told by them in their own way
 _SIGNAL_GRACE_SECONDS = 2.0  # for those who have had the signal themselves
+_STACKS_SECONDS = 8.0
 _OF_OTHERS = ("gloo", "nccl", "connection", "peer")  # in the errors of a rank whose collective another one has left
 
 
 class Lifeline:
-    """This rank's. `on_stacks` is called, in a thread, with the folder in which to write what the process is doing."""
+    """This rank's."""
 
     def __init__(self, rank: int, connection: socket.socket, token: str, hub: Hub | None) -> None:
         self.rank, self._connection, self._hub = rank, connection, hub
-        self.on_stacks: Callable[[str], None] = lambda folder: None
         self.asked: dict[int, str] = {}  # on rank 0: the first signal of each rank that has had one
         self._sending = threading.Lock()
         self._verdict: dict[str, Any] | None = None
@@ -102,8 +105,8 @@ class Lifeline:
                     case "signal":
                         self.asked[message["rank"]] = message["what"]
                     case "stacks":
-                        self.on_stacks(message["folder"])
-                        self.say("dumped")
+                        if within(_STACKS_SECONDS, functools.partial(write_stacks, Path(message["folder"]), self.rank)):
+                            self.say("dumped")
                     case "verdict":
                         self._obey(message)
         if not self._is_closing.is_set():

@@ -11,6 +11,7 @@ from megatron_lpr.training.hooks.plots import Plots
 from megatron_lpr.training.hooks.profile import Profile
 from megatron_lpr.training.hooks.stopping import Stopping
 from megatron_lpr.training.hooks.stragglers import Stragglers
+from megatron_lpr.training.hooks.watching import Watching
 from megatron_lpr.training.hooks.weights_and_biases import WeightsAndBiases
 
 
@@ -26,6 +27,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     stragglers = [Stragglers()] if logging.stragglers_every else []
     plots = [Plots()] if rank == 0 else []
     return [
+        Watching(),  # what the others do after a step is no part of it
         FrozenWeights(trainer.chunks),
         Announcement(),
         Starts(),
