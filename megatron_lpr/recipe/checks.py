@@ -33,7 +33,7 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         _check_training(recipe, recipe.train, recipe.data)
         check_seq_length(recipe.data.seq_length, recipe.parallel, arch)
         check_batch(recipe.train, recipe.parallel, world_size)
-        _check_logging(recipe.logging, recipe.train.steps, world_size)
+        check_logging(recipe.logging, steps=recipe.train.steps, world_size=world_size)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
@@ -113,7 +113,8 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
         )
 
 
-def _check_logging(logging: LoggingConfig, steps: int, world_size: int) -> None:
+def check_logging(logging: LoggingConfig, *, steps: int, world_size: int) -> None:
+    """What a run of so many steps and ranks can log. UserError names the setting."""
     first, last = logging.profile_from, logging.profile_to
     if (first or last) and not 1 <= first <= last <= steps:
         raise UserError(
