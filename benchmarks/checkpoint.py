@@ -7,6 +7,8 @@ what the eight steps with it take longer than eight steps without one.
 """
 
 import argparse
+import contextlib
+import io
 import statistics
 import tempfile
 import time
@@ -17,6 +19,7 @@ import xxhash
 
 from megatron_lpr import Hook, cli, load_recipe
 from megatron_lpr.api import plan, session
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.files.checksum import ChecksummedFile, file_checksum
 from megatron_lpr.testing.toy_models import write_toy_project
 
@@ -58,9 +61,10 @@ def lost_to_saves(root: Path, hidden: int, layers: int, saves: int) -> None:
     with session(run):
         from megatron_lpr.training.train import Trainer
 
-        trainer = Trainer(run, [hook])
-        trainer.run()
-        folder = trainer.save()
+        print(f"trains {steps} steps ...", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            Trainer(run, [hook]).run()
+    folder = checkpoint_folder(run.recipe.output)
     size = sum(path.stat().st_size for path in folder.iterdir())
     without = statistics.median(hook.seconds["none"])
     print(f"\na checkpoint has {size / 1e6:.0f} MB, a step takes {without / PERIOD:.3f} s; medians of {saves}")

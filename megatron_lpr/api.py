@@ -21,6 +21,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, single_process, together
+from megatron_lpr.platform.distributed import group_store
+from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.signals import stoppable
@@ -48,8 +50,9 @@ def session(run: Plan) -> Iterator[None]:
 
     In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
     """
-    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged), megatron():
-        yield
+    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged):
+        with megatron(run.recipe.cluster.collective_timeout_minutes) as ranks, connected(ranks, group_store):
+            yield
 
 
 def train(run: Plan, hooks: Iterable[Hook] = ()) -> None:

@@ -12,3 +12,6 @@ class ClusterConfig:
     margin_minutes: float = opt(
         5.0, "minutes before the time limit of its Slurm job at which a run saves and stops", at_least=0
     )
+    collective_timeout_minutes: float = opt(
+        30.0, "minutes that a collective waits for a rank that is alive but does not come", above=0
+    )

@@ -50,6 +50,34 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
+def test_wandb_off_is_a_word_here_not_a_bool(arch):
+    assert recipe(logging={"wandb": False}).logging.wandb == "off"  # as YAML reads it
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_needs_its_package(arch, monkeypatch, mode):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"logging.wandb: {mode} needs the package wandb: pip install"):
+        check_recipe(recipe(logging={"wandb": mode}, model={"spec": "local"}), arch, 1)
+
+
+def test_wandb_online_needs_a_login(arch, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine elsewhere login user password x\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    check_recipe(recipe(logging={"wandb": "offline"}, model={"spec": "local"}), arch, 1)
+    online = recipe(logging={"wandb": "online"}, model={"spec": "local"})
+    with pytest.raises(UserError, match="logging.wandb: online without a login; call wandb login"):
+        check_recipe(online, arch, 1)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere/path")
+    check_recipe(online, arch, 1)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    check_recipe(online, arch, 1)
+
+
 def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     resetting = {"data": {"reset_attention": True}}
@@ -103,6 +131,18 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
     "world_size, sections, expected",
     [
         (1, {"data": {"read_ahead": -1}}, "data.read_ahead: -1; at least 0"),
+        (
+            1,
+            {"logging": {"profile_from": 3, "profile_to": 5}},
+            "3 to 5; choose steps from 1 to train.steps (4), the first",
+        ),
+        (1, {"logging": {"profile_to": 2}}, "logging.profile_from, profile_to: 0 to 2"),
+        (1, {"logging": {"profile_ranks": [1]}}, "logging.profile_ranks: has no effect without logging.profile_from"),
+        (
+            2,
+            {"logging": {"profile_from": 1, "profile_to": 1, "profile_ranks": [0, 2]}},
+            "logging.profile_ranks: 2, but the last rank of the run is 1",
+        ),
         (1, {"train": {"max_skipped_steps": 3}}, "3 has no effect with train.on_not_finite: stop"),
         (1, {"data": {"reset_attention": True, "windows": "document"}}, "no effect on samples of one document"),
         (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: 0; at least 1"),
