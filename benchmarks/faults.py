@@ -49,6 +49,11 @@ class Row:
     ends: Counter[str] = field(default_factory=Counter)
     most_lost: int = 0
 
+    def add(self, outcome: "Outcome") -> None:
+        self.injected += 1
+        self.ends[outcome.end] += 1
+        self.most_lost = max(self.most_lost, outcome.lost)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -231,23 +236,25 @@ FAULTS: dict[str, tuple[int, Fault]] = {  # how many of each, of a thousand
 }
 
 
-def inject(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
+def inject(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     for kind, (share, fault) in FAULTS.items():
-        if options.only in kind:
-            for number in range(max(1, share * options.faults // 1000)):
-                output = bench.root / "faulty"
-                yield kind, fault(bench, output, random.Random(f"{options.seed} {kind} {number}"), number)
-                shutil.rmtree(output, ignore_errors=True)
-                output.with_suffix(".log").unlink(missing_ok=True)
+        if options.only not in kind:
+            continue
+        row = Row()
+        for number in range(max(1, share * options.faults // 1000)):
+            output = bench.root / "faulty"
+            outcome = fault(bench, output, random.Random(f"{options.seed} {kind} {number}"), number)
+            row.add(outcome)
+            if outcome.end != "right bytes" and options.keep:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / f"{kind} {number}: {outcome.end}.log").write_text(outcome.printed)
+            shutil.rmtree(output, ignore_errors=True)
+            output.with_suffix(".log").unlink(missing_ok=True)
+        yield kind, row
 
 
-def table(rows: dict[str, Row]) -> str:
-    head = ("fault", "injected", *ENDS, f"most steps lost (save interval {EVERY})")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for kind, row in rows.items():
-        cells = [kind, row.injected, *(row.ends[end] or "" for end in ENDS), row.most_lost]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def print_line(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> int:
@@ -261,22 +268,18 @@ def main() -> int:
         "--keep", type=Path, help="folder for what was printed in runs that ended otherwise than they should"
     )
     options = parser.parse_args()
-    root, rows, begun = Path(tempfile.mkdtemp(prefix="faults-")), dict[str, Row](), time.monotonic()
+    root, rows, begun = Path(tempfile.mkdtemp(prefix="faults-")), list[Row](), time.monotonic()
+    print_line("fault", "injected", *ENDS, f"most steps lost (save interval {EVERY})")
+    print_line("---", *["---:"] * (len(ENDS) + 2))
     try:
-        for kind, outcome in inject(Bench(root, options.seconds), options):
-            row = rows.setdefault(kind, Row())
-            row.injected += 1
-            row.ends[outcome.end] += 1
-            row.most_lost = max(row.most_lost, outcome.lost)
-            if outcome.end != "right bytes" and options.keep:
-                options.keep.mkdir(parents=True, exist_ok=True)
-                (options.keep / f"{kind} {row.injected - 1}: {outcome.end}.log").write_text(outcome.printed)
+        for kind, row in inject(Bench(root, options.seconds), options):
+            rows.append(row)
+            print_line(kind, row.injected, *(row.ends[end] or "" for end in ENDS), row.most_lost)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    print(table(rows))
-    count = sum(row.injected for row in rows.values())
-    print(f"{count} faults, seed {options.seed}, in {(time.monotonic() - begun) / 60:.1f} minutes")
-    return int(any(row.ends["right bytes"] < row.injected for row in rows.values()))
+    count = sum(row.injected for row in rows)
+    print(f"\n{count} faults, seed {options.seed}, in {(time.monotonic() - begun) / 60:.1f} minutes")
+    return int(any(row.ends["right bytes"] < row.injected for row in rows))
 
 
 if __name__ == "__main__":
