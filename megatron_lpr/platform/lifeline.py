@@ -63,8 +63,10 @@ class Lifeline:
                 return
         else:
             status = 1
-            why = f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}; its own "
-            why += "output has the traceback"
+            why = (
+                f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}; its own "
+                "output has the traceback"
+            )
         self.say("end", status=status, why=why, grace=grace, second_hand=_of_others(error))
         self._decided.wait(_VERDICT_SECONDS)
         if isinstance(error, KeyboardInterrupt) and self._verdict and self.rank:
