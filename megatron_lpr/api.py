@@ -21,6 +21,9 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, single_process, together
+from megatron_lpr.platform.distributed import group_store
+from megatron_lpr.platform.lifeline import connected
+from megatron_lpr.platform.watchdog import watched
 from megatron_lpr.recipe.checks import expansion_of
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.signals import stoppable
@@ -48,7 +51,13 @@ def session(run: Plan) -> Iterator[None]:
 
     In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
     """
-    with stoppable("training"), run_folder(run.recipe.output, run.resume, run.damaged), megatron():
+    recipe, limits = run.recipe, run.recipe.cluster
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(stoppable("training"))
+        inside.enter_context(run_folder(recipe.output, run.resume, run.damaged))
+        inside.enter_context(watched(recipe.output, Ranks.from_environment().rank, 60 * limits.startup_minutes))
+        ranks = inside.enter_context(megatron(limits.collective_timeout_minutes))
+        inside.enter_context(connected(ranks, group_store))
         yield
 
 

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_lpr import __version__
@@ -96,12 +96,16 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
     return options
 
 
-def _all_ranks(report: Callable[[UserError], None]) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def _all_ranks(report: Callable[[UserError], None]) -> Iterator[None]:
     """For a command that runs on several ranks: all of them stop when one does, and one reports why."""
     from megatron_lpr.platform import Ranks, meeting
+    from megatron_lpr.platform.lifeline import connected
+    from megatron_lpr.platform.meeting import meeting_store
 
     ranks = Ranks.from_environment()
-    return meeting(ranks.rank, ranks.world_size, report)
+    with meeting(ranks.rank, ranks.world_size, report), connected(ranks, meeting_store):
+        yield
 
 
 def _report(name: str, error: UserError) -> None:

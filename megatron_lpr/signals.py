@@ -42,6 +42,7 @@ class Listener:
         self.since = time.monotonic()
         self.asked: signal.Signals | None = None  # the first that came
         self.on_asked: Callable[[str], None] = lambda what: None  # called in a thread of its own, with what asked
+        self.on_ending: Callable[[int, str], None] = lambda status, why: None  # the same, before the process ends
         self._name, self._resumes = name, resumes
         self._say: Callable[[], None] | None = None
         self._pid, self._parent = os.getpid(), os.getppid()
@@ -86,9 +87,11 @@ class Listener:
 
     def what_asked(self) -> str:
         """For people."""
-        if os.getppid() != self._parent and _TORCHRUN in os.environ:
-            return "the end of torchrun"
-        return self.asked.name if self.asked else ""
+        return self._described(self.asked) if self.asked else ""
+
+    def _described(self, signum: int) -> str:
+        orphaned = _TORCHRUN in os.environ and os.getppid() != self._parent
+        return "the end of torchrun" if orphaned else signal.Signals(signum).name
 
     def _take(self, signum: int, frame: object) -> None:
         if os.getpid() != self._pid or self.asked:
@@ -107,18 +110,22 @@ class Listener:
                 if not select.select([reader], [], [], wait)[0]:
                     deadline = None
                     if self._say is None:
-                        end_process(*self.ending())
+                        self._end(*self.ending())
                     continue
                 received = reader.recv(64)
                 if not received:
                     return
                 for signum in (byte for byte in received if byte in SIGNALS):
-                    now, name = time.monotonic(), signal.Signals(signum).name
+                    now, name = time.monotonic(), self._described(signum)
                     if first is None:
                         first, deadline = now, now + _GRACE_SECONDS if among_ranks() else None
                         self.on_asked(name)
                     elif now - first > echo:
-                        end_process(128 + signum, f"{self._name}: ended at once by a second signal, {name}")
+                        self._end(128 + signum, f"{self._name}: ended at once by a second signal, {name}")
+
+    def _end(self, status: int, why: str) -> None:
+        self.on_ending(status, why)
+        end_process(status, why)
 
     def _end_with_parent(self) -> None:
         """Under torchrun: SIGTERM when it ends without a word to its ranks, as SIGUSR1 ends it. Linux only."""

@@ -20,8 +20,11 @@ from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 
-def init_model_parallel(sizes: ParallelConfig) -> None:
+def init_model_parallel(sizes: ParallelConfig, timeout_minutes: float = 30.0) -> None:
     """Megatron's process groups (needs the default group) and its CUDA generator states.
+
+    Args:
+        timeout_minutes: of the collectives in these groups.
 
     Raises:
         UserError: there is no default group.
@@ -35,6 +38,7 @@ def init_model_parallel(sizes: ParallelConfig) -> None:
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
+        distributed_timeout_minutes=timeout_minutes,
     )
     model_parallel_cuda_manual_seed(0)  # nothing here draws numbers: no dropout, no random initialisation
 

@@ -92,6 +92,11 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
     return ranks
 
 
+def group_store() -> dist.Store:
+    """The store that this process's group was made at."""
+    return distributed_c10d._get_default_store()
+
+
 _on_leave: list[Callable[[], None]] = []
 
 

@@ -45,6 +45,8 @@ class Meeting:
         topic, self._topics = f"topic{self._topics}", self._topics + 1
         try:
             result = step()
+        except (KeyboardInterrupt, SystemExit):
+            raise  # lifelines tell it
         except BaseException as error:
             with contextlib.suppress(dist.DistError):  # the rank with the store has ended
                 self._notes.set(f"{topic}/error", f"rank {self.rank}: {error}")

@@ -58,7 +58,7 @@ class Trainer:
             hooks: what is called around the loop, after what every run does.
         """
         self.plan, self.recipe, recipe = plan, plan.recipe, plan.recipe
-        init_model_parallel(recipe.parallel)
+        init_model_parallel(recipe.parallel, recipe.cluster.collective_timeout_minutes)
         self.base = NamedBase(plan)
         chunks = build_model(recipe, plan.arch)
         if plan.resume is None:

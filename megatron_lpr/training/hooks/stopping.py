@@ -1,16 +1,19 @@
 """A run that is asked to stop, by a signal or because its time is over."""
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lpr.errors import warn
+from megatron_lpr.platform.lifeline import lifeline
 from megatron_lpr.platform.time_limit import job_end
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.signals import listener
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 
+_NAMED_RANKS = 8
 MARK = "stopped"  # in the output folder, while the newest start has stopped so and not ended otherwise
 
 
@@ -42,8 +45,10 @@ class Stopping(Hook):
         self._slowest = max(self._slowest, metrics["seconds"])
 
     def stop(self, trainer: RunningTrainer) -> None:
-        asked = self._signals.what_asked() or self._over or "a hook"
         if dist.get_rank() == 0:
+            line = lifeline()
+            of_ranks = line.asked if line else {}
+            asked = told(of_ranks, trainer.plan.world_size) or self._signals.what_asked() or self._over or "a hook"
             sentence = (
                 f"stopped by {asked} after step {trainer.step:,} of {trainer.plan.train.steps:,}, which is saved; the "
                 "same command goes on from there"
@@ -54,6 +59,22 @@ class Stopping(Hook):
     @staticmethod
     def _mark(trainer: RunningTrainer) -> Path:
         return Path(trainer.recipe.output) / MARK
+
+
+def told(asked: Mapping[int, str], world_size: int) -> str:
+    """Which signal on which ranks; nothing where there was none."""
+    ranks: dict[str, list[int]] = {}
+    for rank, what in sorted(asked.items()):
+        ranks.setdefault(what, []).append(rank)
+    return " and ".join(f"{what} on {_named(those, world_size)}" for what, those in ranks.items())
+
+
+def _named(ranks: Sequence[int], world_size: int) -> str:
+    if len(ranks) == world_size:
+        return "all ranks"
+    first = ", ".join(map(str, ranks[:_NAMED_RANKS]))
+    more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {first}{more}"
 
 
 def _limits(trainer: RunningTrainer, since: float) -> dict[str, float]:
