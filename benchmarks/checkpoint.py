@@ -1,4 +1,5 @@
-"""What a checkpoint costs a run: the time that a step loses to a save, synchronous and asynchronous, and checksums.
+"""What a checkpoint costs a run: bytes and seconds, whole or of what was learnt; the time that a step loses to a save,
+synchronous and asynchronous; and checksums.
 
     python benchmarks/checkpoint.py [--hidden 384] [--layers 8] [--saves 5] [--disk FOLDER]
 
@@ -7,6 +8,9 @@ what the eight steps with it take longer than eight steps without one.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import statistics
 import tempfile
 import time
@@ -17,6 +21,7 @@ import xxhash
 
 from megatron_lpr import Hook, cli, load_recipe
 from megatron_lpr.api import plan, session
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.files.checksum import ChecksummedFile, file_checksum
 from megatron_lpr.testing.toy_models import write_toy_project
 
@@ -58,9 +63,10 @@ def lost_to_saves(root: Path, hidden: int, layers: int, saves: int) -> None:
     with session(run):
         from megatron_lpr.training.train import Trainer
 
-        trainer = Trainer(run, [hook])
-        trainer.run()
-        folder = trainer.save()
+        print(f"trains {steps} steps ...", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            Trainer(run, [hook]).run()
+    folder = checkpoint_folder(run.recipe.output)
     size = sum(path.stat().st_size for path in folder.iterdir())
     without = statistics.median(hook.seconds["none"])
     print(f"\na checkpoint has {size / 1e6:.0f} MB, a step takes {without / PERIOD:.3f} s; medians of {saves}")
@@ -69,6 +75,33 @@ def lost_to_saves(root: Path, hidden: int, layers: int, saves: int) -> None:
     for way in WAYS[1:]:
         still, lost = statistics.median(hook.blocked[way]), statistics.median(hook.seconds[way]) - without
         print(f"| {way:12} | {still:24.3f} | {lost:14.3f} |")
+
+
+def what_is_held(root: Path, hidden: int, layers: int, saves: int) -> None:
+    """Print bytes and seconds of a save of both stages, whole and of what was learnt; not of a run's last step."""
+    recipes = write_toy_project(
+        root, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, head_dim=hidden // 4
+    )
+    assert cli.main(["preprocess", str(recipes["stage1"])]) == 0
+    print("\n| checkpoint    |        bytes | seconds, median |\n| ------------- | -----------: | --------------: |")
+    for stage in ("stage1", "stage2"):
+        for whole in (True, False):
+            name = f"{stage} {'whole' if whole else 'learnt'}"
+            load = "null" if stage == "stage1" else json.dumps(str(root / "stage1 learnt"))
+            settings = [f"output={json.dumps(str(root / name))}", f"model.load={load}", f"checkpoint.whole={whole}"]
+            settings += ["train.steps=100", "checkpoint.keep=1", "data.replay.stage1_tokens=1000000000"]
+            run, seconds = plan(load_recipe(recipes[stage], settings)), []
+            with session(run):
+                from megatron_lpr.training.train import Trainer
+
+                trainer = Trainer(run)
+                for _ in range(saves):
+                    trainer.train_step()
+                    start = time.perf_counter()
+                    folder = trainer.save()
+                    seconds.append(time.perf_counter() - start)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            print(f"| {name:13} | {size:12,} | {statistics.median(seconds):15.2f} |", flush=True)
 
 
 def checksums(root: Path) -> None:
@@ -108,7 +141,8 @@ def main() -> None:
     parser.add_argument("--disk", help="an existing folder on the disk to be measured (default: the temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.disk) as folder:
-        lost_to_saves(Path(folder), options.hidden, options.layers, options.saves)
+        what_is_held(Path(folder) / "held", options.hidden, options.layers, options.saves)
+        lost_to_saves(Path(folder) / "lost", options.hidden, options.layers, options.saves)
         checksums(Path(folder))
 
 

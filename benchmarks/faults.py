@@ -5,8 +5,8 @@
     python benchmarks/faults.py --only flipped   # kinds with this in their name
 
 Prints a table, and ends with status 1 where a fault had one of these ends: other bytes or losses than the quiet run's,
-a traceback, a process that outlives its run, a run that does not end, one that cannot go on, more steps lost than those
-of a save interval and of the save that was being written. Faults are drawn from --seed; --keep keeps what failed.
+a traceback, a process that outlives its run, a run that does not end, one that cannot go on, steps lost beyond the save
+interval: that and the save that was being written, or the one that was damaged. Faults are drawn from --seed.
 """
 
 import argparse
@@ -48,6 +48,11 @@ class Row:
     injected: int = 0
     ends: Counter[str] = field(default_factory=Counter)
     most_lost: int = 0
+
+    def add(self, outcome: "Outcome") -> None:
+        self.injected += 1
+        self.ends[outcome.end] += 1
+        self.most_lost = max(self.most_lost, outcome.lost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,10 @@ class Bench:
                 break
             ended, more = self._again(output, ranks)
             lost = max(lost, more)
-        return Outcome(end=_wrong_end(ended) or self._end(output, ranks, lost, ended), lost=lost, printed=ended.printed)
+        end = _wrong_end(ended) or self._end(output, ranks, ended)
+        if end == "right bytes" and lost >= EVERY * (2 if first else 3):
+            end = "steps lost"
+        return Outcome(end=end, lost=lost, printed=ended.printed)
 
     def _again(self, output: Path, ranks: int) -> tuple[Ended, int]:
         """Start it again; how it ended, and how many steps it had lost."""
@@ -117,12 +125,10 @@ class Bench:
         ended = self.start(output, ranks).wait(self.seconds)
         return ended, reached - _starts(output)[-1] if len(_starts(output)) > len(starts) else 0
 
-    def _end(self, output: Path, ranks: int, lost: int, ended: Ended) -> str:
+    def _end(self, output: Path, ranks: int, ended: Ended) -> str:
         if set(ended.statuses) != {0}:
             return "refused"
-        if differences(output, self.quiet(ranks)):
-            return "other bytes"
-        return "steps lost" if lost >= 2 * EVERY else "right bytes"
+        return "other bytes" if differences(output, self.quiet(ranks)) else "right bytes"
 
 
 def _wrong_end(ended: Ended) -> str | None:
@@ -230,23 +236,25 @@ FAULTS: dict[str, tuple[int, Fault]] = {  # how many of each, of a thousand
 }
 
 
-def inject(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[str, Outcome]]:
+def inject(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[str, Row]]:
     for kind, (share, fault) in FAULTS.items():
-        if options.only in kind:
-            for number in range(max(1, share * options.faults // 1000)):
-                output = bench.root / "faulty"
-                yield kind, fault(bench, output, random.Random(f"{options.seed} {kind} {number}"), number)
-                shutil.rmtree(output, ignore_errors=True)
-                output.with_suffix(".log").unlink(missing_ok=True)
+        if options.only not in kind:
+            continue
+        row = Row()
+        for number in range(max(1, share * options.faults // 1000)):
+            output = bench.root / "faulty"
+            outcome = fault(bench, output, random.Random(f"{options.seed} {kind} {number}"), number)
+            row.add(outcome)
+            if outcome.end != "right bytes" and options.keep:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / f"{kind} {number}: {outcome.end}.log").write_text(outcome.printed)
+            shutil.rmtree(output, ignore_errors=True)
+            output.with_suffix(".log").unlink(missing_ok=True)
+        yield kind, row
 
 
-def table(rows: dict[str, Row]) -> str:
-    head = ("fault", "injected", *ENDS, f"most steps lost (save interval {EVERY})")
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for kind, row in rows.items():
-        cells = [kind, row.injected, *(row.ends[end] or "" for end in ENDS), row.most_lost]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def print_line(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def main() -> int:
@@ -260,22 +268,18 @@ def main() -> int:
         "--keep", type=Path, help="folder for what was printed in runs that ended otherwise than they should"
     )
     options = parser.parse_args()
-    root, rows, begun = Path(tempfile.mkdtemp(prefix="faults-")), dict[str, Row](), time.monotonic()
+    root, rows, begun = Path(tempfile.mkdtemp(prefix="faults-")), list[Row](), time.monotonic()
+    print_line("fault", "injected", *ENDS, f"most steps lost (save interval {EVERY})")
+    print_line("---", *["---:"] * (len(ENDS) + 2))
     try:
-        for kind, outcome in inject(Bench(root, options.seconds), options):
-            row = rows.setdefault(kind, Row())
-            row.injected += 1
-            row.ends[outcome.end] += 1
-            row.most_lost = max(row.most_lost, outcome.lost)
-            if outcome.end != "right bytes" and options.keep:
-                options.keep.mkdir(parents=True, exist_ok=True)
-                (options.keep / f"{kind} {row.injected - 1}: {outcome.end}.log").write_text(outcome.printed)
+        for kind, row in inject(Bench(root, options.seconds), options):
+            rows.append(row)
+            print_line(kind, row.injected, *(row.ends[end] or "" for end in ENDS), row.most_lost)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    print(table(rows))
-    count = sum(row.injected for row in rows.values())
-    print(f"{count} faults, seed {options.seed}, in {(time.monotonic() - begun) / 60:.1f} minutes")
-    return int(any(row.ends["right bytes"] < row.injected for row in rows.values()))
+    count = sum(row.injected for row in rows)
+    print(f"\n{count} faults, seed {options.seed}, in {(time.monotonic() - begun) / 60:.1f} minutes")
+    return int(any(row.ends["right bytes"] < row.injected for row in rows))
 
 
 if __name__ == "__main__":

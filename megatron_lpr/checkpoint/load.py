@@ -48,7 +48,8 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     except (CheckpointingException, CheckpointException, UnpicklingError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
-        differing = unwrap_model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        own = loaded.get(f"model{index}", {})  # Megatron drops what is empty: a chunk without experts may hold nothing
+        differing = unwrap_model(chunk).load_state_dict(own, strict=False)
         weights = [key for keys in differing for key in keys if holds(held, key) and not key.endswith(EXTRA_STATE)]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megatron_lpr.checkpoint.holding import Content, content_of
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
@@ -33,7 +34,6 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         return Path(recipe.output)
     with run_folder(recipe.output, resume=None), megatron() as ranks:
         from megatron_lpr.checkpoint.base_files import BaseFiles
-        from megatron_lpr.checkpoint.holding import content_of
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.checkpoint.save import save_checkpoint
         from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -42,7 +42,7 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
 
         init_model_parallel(recipe.parallel)
         chunks = build_model(recipe, arch)
-        content = content_of(recipe, frozen_is_base=bool(recipe.model.num_experts), on_checkpoint=False, finished=True)
+        content = _content(recipe)
         files = None if content == "whole" else BaseFiles(recipe.model.base, Path(recipe.output))
         total = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
         with byte_progress("convert", total, show=progress and ranks.rank == 0) as bar:
@@ -58,11 +58,15 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
         return folder
 
 
+def _content(recipe: Recipe) -> Content:
+    return content_of(recipe, frozen_is_base=bool(recipe.model.num_experts), on_checkpoint=False, finished=True)
+
+
 def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     """What can be known before the work: UserError, and warnings; the architecture to build, the base's identity."""
     from megatron_lpr.checkpoint.run_state import find_checkpoint
     from megatron_lpr.checkpoint.same_run import base_identity
-    from megatron_lpr.families.remarks import base_remarks, model_bytes
+    from megatron_lpr.families.remarks import base_remarks, model_bytes, new_bytes
     from megatron_lpr.files.output_place import check_place
     from megatron_lpr.recipe.checks import check_recipe
 
@@ -70,7 +74,10 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
     check_recipe(recipe, arch, ranks.world_size)
     check_checkpoint(SafetensorsReader(model.base), arch)
-    check_place(recipe.output, model.base, needed=model_bytes(arch, model.num_experts, model.dtype))
+    needed = model_bytes(arch, model.num_experts, model.dtype)
+    if _content(recipe) == "over base":
+        needed = new_bytes(arch, model.num_experts, model.num_frozen_experts, model.dtype)
+    check_place(recipe.output, model.base, needed=needed)
     if find_checkpoint(recipe.output):
         raise UserError(f"output: {recipe.output} already holds a checkpoint; choose another folder")
     for sentence in base_remarks(arch, model.base, dtype=model.dtype) if ranks.rank == 0 else ():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lpr.families import Architecture, family_of
+from megatron_lpr.families.expansion import origins
 from megatron_lpr.files.safetensors_io import torch_dtype
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -17,6 +18,13 @@ def model_bytes(arch: Architecture, num_experts: int, dtype: str) -> int:
     """Bytes of all tensors on disk of a model with `num_experts` experts (0: dense)."""
     shapes = family_of(arch).shapes(arch, num_experts)
     return sum(map(math.prod, shapes.values())) * torch_dtype(dtype).itemsize
+
+
+def new_bytes(arch: Architecture, num_experts: int, num_frozen: int, dtype: str) -> int:
+    """Bytes of what the base of a model with experts does not hold: routers and new experts."""
+    shapes = family_of(arch).shapes(arch, num_experts)
+    new = [name for name, origin in origins(arch, num_experts).items() if not origin.is_frozen(num_frozen)]
+    return sum(math.prod(shapes[name]) for name in new) * torch_dtype(dtype).itemsize
 
 
 def remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str, num_experts: int) -> Iterator[str]:

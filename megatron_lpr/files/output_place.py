@@ -49,7 +49,7 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
     if needed > free:
         raise UserError(
             f"output folder '{out_dir}': '{place}' has {free / 1e9:.1f} GB free, the checkpoint needs "
-            f"{needed / 1e9:.1f} GB"
+            f"{needed / 1e9:.1f} GB: make room, or choose another folder"
         )
 
 

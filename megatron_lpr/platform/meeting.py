@@ -70,7 +70,8 @@ class Meeting:
                 self._notes.set(f"{topic}/{self._notes.add(topic, 1)}", line)
 
         self.agree(tell)
-        return sorted(self._notes.get(f"{topic}/{n + 1}").decode() for n in range(self._notes.add(topic, 0)))
+        told = (f"{topic}/{n + 1}" for n in range(self._notes.add(topic, 0)))
+        return self.agree(lambda: sorted(self._notes.get(name).decode() for name in told))
 
     def check_same(self, what: str, value: str) -> None:
         """Raises UserError where another rank has said another value of `what`."""

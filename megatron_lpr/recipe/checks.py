@@ -1,6 +1,9 @@
 """Everything about a recipe that can be wrong before any process group, GPU or file is taken."""
 
 import importlib.util
+import netrc
+import os
+import urllib.parse
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
@@ -8,7 +11,7 @@ from megatron_lpr.families import Architecture
 from megatron_lpr.families.expansion import Expansion, check_upcycling
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.sections import check_section
-from megatron_lpr.recipe.settings import DataConfig, ModelConfig, Recipe, TrainConfig
+from megatron_lpr.recipe.settings import DataConfig, LoggingConfig, ModelConfig, Recipe, TrainConfig
 
 
 def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
@@ -30,6 +33,7 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         _check_training(recipe, recipe.train, recipe.data)
         check_seq_length(recipe.data.seq_length, recipe.parallel, arch)
         check_batch(recipe.train, recipe.parallel, world_size)
+        check_logging(recipe.logging, steps=recipe.train.steps, world_size=world_size)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
@@ -107,6 +111,43 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
             "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
         )
+
+
+def check_logging(logging: LoggingConfig, *, steps: int, world_size: int) -> None:
+    """What a run of so many steps and ranks can log. UserError names the setting."""
+    first, last = logging.profile_from, logging.profile_to
+    if (first or last) and not 1 <= first <= last <= steps:
+        raise UserError(
+            f"logging.profile_from, profile_to: {first} to {last}; choose steps from 1 to train.steps ({steps}), the "
+            "first before the last, or 0 for both"
+        )
+    if logging.profile_ranks != LoggingConfig.profile_ranks and not first:
+        raise UserError(
+            "logging.profile_ranks: has no effect without logging.profile_from; set the first and last step to trace"
+        )
+    if beyond := [rank for rank in logging.profile_ranks if rank >= world_size and first]:
+        raise UserError(f"logging.profile_ranks: {beyond[0]}, but the last rank of the run is {world_size - 1}")
+    if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"logging.wandb: {logging.wandb} needs the package wandb: pip install 'megatron-lpr[wandb]', or set off"
+        )
+    if logging.wandb == "online" and not _has_wandb_login():
+        raise UserError(
+            "logging.wandb: online without a login; call wandb login, set WANDB_API_KEY, or choose offline, which "
+            "wandb sync uploads later"
+        )
+
+
+def _has_wandb_login() -> bool:
+    """As W&B itself looks for one: in the environment, or in .netrc."""
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(urllib.parse.urlsplit(url).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return found is not None
 
 
 def _check_attention(recipe: Recipe, data: DataConfig) -> None:

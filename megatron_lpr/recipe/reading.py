@@ -143,7 +143,8 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return _convert(next(a for a in arguments if a is not type(None)), value, where, name)
     if origin is typing.Literal:
         if isinstance(value, bool):
-            value = str(value).lower()  # YAML reads the word true as a bool
+            # YAML reads the words true and off as bools
+            value = "off" if value is False and "off" in arguments else str(value).lower()
         if value not in arguments:
             raise UserError(f"{where}: {name}: unknown value '{value}'{nearest(str(value), arguments)}")
         return value

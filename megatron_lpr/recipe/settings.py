@@ -119,7 +119,9 @@ class TrainConfig:
     )
     max_skipped_steps: int = opt(10, "steps that a run may skip over all its starts; one more stops it", at_least=1)
     check_replicas_every: int = opt(
-        1000, "steps between comparisons of the weights that data-parallel ranks have copies of; 0: none", at_least=0
+        1000,
+        "steps between comparisons of data-parallel ranks' weights, made before each save too; 0: none",
+        at_least=0,
     )
     max_minutes: float = opt(0.0, "minutes after which each start of the run saves and stops; 0: no limit", at_least=0)
 
@@ -186,6 +188,10 @@ class LoggingConfig:
     router_layers_every: int = opt(
         100, "steps between full records of every layer and expert; the first and last step have one too", at_least=1
     )
+    wandb: Literal["off", "offline", "online"] = opt("off", "Weights & Biases too, in a project of the run's name")
+    profile_from: int = opt(0, "first step that torch.profiler traces into `output`/profile; 0: none", at_least=0)
+    profile_to: int = opt(0, "last step of it", at_least=0)
+    profile_ranks: tuple[int, ...] = opt((0,), "ranks that are traced", at_least=0)
     stragglers_every: int = opt(100, "steps between records of the slowest rank and of memory; 0: none", at_least=0)
 
 

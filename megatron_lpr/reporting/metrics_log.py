@@ -113,8 +113,7 @@ class MetricsLog:
         """Log one step; its line is with the operating system when this returns."""
         self._lines.append({"step": metrics["step"], "time": utc_now()} | metrics)
         for tag, value in scalars(metrics):
-            if math.isfinite(value):  # a skipped step's may be none
-                self._board.add_scalar(tag, value, metrics["step"])
+            self._board.add_scalar(tag, value, metrics["step"])
 
     def close(self) -> None:
         self._lines.close()
@@ -199,7 +198,14 @@ def _kept_bytes(path: Path, step: int) -> tuple[int, list[int | None]]:
 
 
 def scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
-    """TensorBoard tags and values; layers and experts count from 0, as in the names of the parameters."""
+    """Tags and values, as TensorBoard and others take them; what is not finite, as in a skipped step, is left out.
+
+    Layers and experts count from 0, as in the names of the parameters.
+    """
+    return ((tag, value) for tag, value in _scalars(metrics) if math.isfinite(value))
+
+
+def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
         "loss_per_language": metrics.get("ntp_loss_per_language", {}),

@@ -1,12 +1,16 @@
-"""A plan whose checkpoint has been compared with its checksums, before anything is built on it."""
+"""A plan whose checkpoint has been compared with its checksums, and that has room for the next, before anything is
+built on it."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
+from megatron_lpr.files.output_place import check_place
 from megatron_lpr.platform import same_on_all_ranks, together
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.training.cost import model_size
 from megatron_lpr.training.plan import Plan, plan_training
 
 
@@ -19,7 +23,7 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
     """
     contents, damaged = recipe.checkpoint.verify, dict[str, str]()
     while True:
-        plan = together(functools.partial(plan_training, recipe, world_size, dict(damaged)))
+        plan = together(functools.partial(_planned, recipe, world_size, dict(damaged)))
         same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
         folder = plan.resume or plan.source
         if folder is None:
@@ -34,6 +38,20 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
                     refuse_damaged(below, contents=contents)
             return _with_note(plan)
         damaged[folder.name] = fault
+
+
+def _planned(recipe: Recipe, world_size: int, damaged: dict[str, str]) -> Plan:
+    plan = plan_training(recipe, world_size, damaged)
+    if not plan.finished:
+        check_place(Path(recipe.output) / "checkpoints", needed=largest_checkpoint(plan))
+    return plan
+
+
+def largest_checkpoint(plan: Plan) -> int:
+    """The bytes of the larger one of a checkpoint on the way and the last."""
+    size, settings = model_size(plan.recipe, plan.arch), plan.recipe.checkpoint
+    last = size.weight_bytes[plan.content(finished=True)] + size.optimizer_bytes * settings.final_optimizer
+    return max(last, size.checkpoint_bytes(plan.content(finished=False)))
 
 
 def _with_note(plan: Plan) -> Plan:

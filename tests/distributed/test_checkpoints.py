@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from harness import make_plan, make_recipe, mixed_batch
 
+from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.platform import leave_layout
 
 STAGE1 = {
@@ -14,6 +15,12 @@ STAGE1 = {
     "balance": {"coeff": 0.1},
     "optimizer": {"lr": 1e-2, "clip_grad": 1.0},
 }
+STAGE2 = STAGE1 | {
+    "train": {"trainable": "routers", "micro_batch_size": 1},
+    "balance": {},
+    "lpr": {"coeff": 0.1},
+}
+STAGES = {"stage1": STAGE1, "stage2": STAGE2}
 LAYOUTS = {
     "data": {},
     "tensor": {"tensor": 2},
@@ -23,11 +30,14 @@ LAYOUTS = {
 SAVED_STEP = 2
 
 
-def plan_at(layout: dict, base: Path, folder: Path, resume: Path | None = None):
-    from megatron_lpr.checkpoint.run_state import read_run_state
+def plan_at(stage: str, layout: dict, base: Path, folder: Path, *, source: Path | None, resume: Path | None = None):
+    """Stage 2 starts from a checkpoint of stage 1, on which its own ones lie."""
+    from megatron_lpr.checkpoint.source import source_identity
 
-    recipe = make_recipe(base, mixed_batch(), folder, STAGE1 | {"parallel": layout})
-    plan = make_plan(recipe, mixed_batch())
+    recipe = make_recipe(base, mixed_batch(), folder, STAGES[stage] | {"parallel": layout})
+    plan = make_plan(recipe, mixed_batch(), source=source)
+    if source:
+        plan = dataclasses.replace(plan, origin=source_identity(source))
     return dataclasses.replace(plan, resume=resume, state=read_run_state(resume)) if resume else plan
 
 
@@ -40,10 +50,11 @@ def write_and_read(base: Path, root: Path) -> dict:
     """On each rank: train, save and go on at every layout; then resume each of those checkpoints at two layouts."""
     from megatron_lpr.platform import megatron
 
-    def train(name: str, steps: int, *, resume: Path | None = None, save: bool = False):
+    def train(stage: str, name: str, steps: int, *, resume: Path | None = None, save: bool = False):
         from megatron_lpr.training.train import Trainer
 
-        trainer = Trainer(plan_at(LAYOUTS[name], base, root / name, resume))
+        source = checkpoint(root, "stage1", "pipeline") if stage == "stage2" else None
+        trainer = Trainer(plan_at(stage, LAYOUTS[name], base, root / stage / name, source=source, resume=resume))
         for chunk in trainer.chunks:
             chunk.train()
         for _ in range(steps):
@@ -56,16 +67,22 @@ def write_and_read(base: Path, root: Path) -> dict:
         return result
 
     with megatron():
-        uninterrupted = {name: train(name, SAVED_STEP, save=True) for name in LAYOUTS}
+        uninterrupted = {
+            (stage, name): train(stage, name, SAVED_STEP, save=True) for stage in STAGES for name in LAYOUTS
+        }
         names = list(LAYOUTS)
         # each at its own layout and at the next; tests/distributed/test_layouts.py resumes others on four ranks
         pairs = [(saved, names[(i + j) % len(names)]) for i, saved in enumerate(names) for j in (0, 1)]
-        resumed = {(saved, loaded): train(loaded, 0, resume=checkpoint(root, saved)) for saved, loaded in pairs}
+        resumed = {
+            (stage, saved, loaded): train(stage, loaded, 0, resume=checkpoint(root, stage, saved))
+            for stage in STAGES
+            for saved, loaded in pairs
+        }
     return {"uninterrupted": uninterrupted, "resumed": resumed}
 
 
-def checkpoint(root: Path, name: str) -> Path:
-    return root / name / f"checkpoints/step_{SAVED_STEP:08d}"
+def checkpoint(root: Path, stage: str, name: str) -> Path:
+    return root / stage / name / f"checkpoints/step_{SAVED_STEP:08d}"
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +93,32 @@ def outcome(on_ranks, toy_base, tmp_path_factory):
     return root, results[0]
 
 
-def test_checkpoints_go_on_at_other_layouts(outcome):
-    _, results = outcome
-    expected = results["uninterrupted"]["data"]
-    for name, step in results["uninterrupted"].items():
-        assert step == pytest.approx(expected, rel=1e-5), name
-    for pair, step in results["resumed"].items():
-        assert step == pytest.approx(expected, rel=1e-5), pair
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_go_on_at_other_layouts(outcome, stage):
+    root, results = outcome
+    expected = results["uninterrupted"][stage, "data"]
+    for name in LAYOUTS:
+        assert results["uninterrupted"][stage, name] == pytest.approx(expected, rel=1e-5), name
+        content = read_run_state(checkpoint(root, stage, name)).content
+        assert content == {"stage1": "over base", "stage2": "over checkpoint"}[stage]
+    resumed = {names: step for names, step in results["resumed"].items() if names[0] == stage}
+    assert len(resumed) == 2 * len(LAYOUTS)
+    for names, step in resumed.items():
+        assert step == pytest.approx(expected, rel=1e-5), names
 
 
-def test_every_checkpoint_goes_on_in_one_process(outcome, megatron, toy_base, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_checkpoint_goes_on_in_one_process(outcome, megatron, toy_base, tmp_path, stage):
     from megatron.core import parallel_state
 
     from megatron_lpr.training.train import Trainer
 
     root, results = outcome
+    source = checkpoint(root, "stage1", "pipeline") if stage == "stage2" else None
     for name in LAYOUTS:
         parallel_state.destroy_model_parallel()
-        trainer = Trainer(plan_at({}, toy_base, tmp_path, resume=checkpoint(root, name)))
+        resume = checkpoint(root, stage, name)
+        trainer = Trainer(plan_at(stage, {}, toy_base, tmp_path, source=source, resume=resume))
         for chunk in trainer.chunks:
             chunk.train()
-        assert one_more_step(trainer) == pytest.approx(results["uninterrupted"]["data"], rel=1e-5), name
+        assert one_more_step(trainer) == pytest.approx(results["uninterrupted"][stage, "data"], rel=1e-5), name

@@ -1,8 +1,10 @@
 """Every family at every layout: each rank fills its own part, and together they are the model, byte for byte.
 
 HF -> Megatron at a layout -> distributed checkpoint -> one process -> HF. Every parameter is NaN before the import.
+The checkpoints of one family are whole, the others hold what their base does not.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
+WHOLE = "qwen2"
 FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3")
 LAYOUTS = {
     2: {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "ep2": {"expert": 2}},
@@ -78,6 +81,7 @@ def assert_all_written(chunks) -> None:
 def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     """On each rank: HF -> Megatron at the layout of each case -> checkpoint."""
     with megatron():
+        from megatron_lpr.checkpoint.base_files import BaseFiles
         from megatron_lpr.checkpoint.run_state import RunState
         from megatron_lpr.checkpoint.save import save_checkpoint
         from megatron_lpr.model.builder import build_model, init_model_parallel
@@ -92,7 +96,13 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             fill_weights(recipe, arch, chunks, None)
             assert_all_written(chunks)
             state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
-            save_checkpoint(recipe.output, state, chunks)
+            if case[0] != WHOLE:
+                files = BaseFiles(recipe.model.base).digests()
+                state = dataclasses.replace(state, content="over base", base={"files": files})
+            folder = save_checkpoint(recipe.output, state, chunks)
+            poison(chunks)
+            fill_weights(recipe, arch, chunks, folder)
+            assert_all_written(chunks)
             del chunks
             leave_layout()
 

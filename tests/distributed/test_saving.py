@@ -49,7 +49,7 @@ def save_and_fail(base: Path, root: Path) -> dict:
 def read_shared(folder: Path) -> dict:
     """On each rank of a meeting: what it was told, and how many files it has read itself."""
     from megatron_lpr.checkpoint import verification
-    from megatron_lpr.platform import Ranks, meeting
+    from megatron_lpr.platform import Ranks, meeting, megatron
 
     ranks, read, look = Ranks.from_environment(), [], verification.fault_of_file
 
@@ -60,7 +60,10 @@ def read_shared(folder: Path) -> dict:
     verification.fault_of_file = note
     try:
         with meeting(ranks.rank, ranks.world_size, print):
-            return {"fault": verification.verify_files(folder), "read": sorted(read)}
+            result = {"fault": verification.verify_files(folder), "read": sorted(read)}
+            # as in a command, rank 0 does not end before the others have been told: it has the store
+            with megatron():
+                return result
     finally:
         verification.fault_of_file = look
 

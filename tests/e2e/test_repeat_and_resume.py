@@ -23,20 +23,16 @@ def settings(output, steps, every=0):
 
 
 def kill_after_first_checkpoint(command, latest, seconds=300):
-    # a group of its own, to kill Megatron's checkpoint writers with it
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + seconds
     try:
         while not latest.is_file():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        process.kill()
+        process.communicate(timeout=60)  # no helper is left that holds its output open
     assert process.returncode == -signal.SIGKILL
 
 
@@ -55,6 +51,23 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     printed = project.run("train", "stage1", *settings(killed, 18, every=6))
     assert f"resumes at step {step}" in printed
     assert numbers(killed) == numbers(whole)
+
+
+def test_saving_beside_the_steps_changes_nothing(project, trained, tmp_path):
+    """Every step has a checkpoint; the same numbers, and the same files, as where training waits for each."""
+    folders = {}
+    for way in ("true", "false"):
+        folders[way] = tmp_path / way
+        assignments = ("--set", f"checkpoint.asynchronous={way}", "--set", "checkpoint.keep=0")
+        project.run("train", "stage1", *settings(folders[way], 6, every=1), *assignments)
+    assert numbers(folders["true"]) == numbers(folders["false"])
+    for step in range(1, 7):
+        shares = [
+            {path.name: path.read_bytes() for path in (folder / f"checkpoints/step_{step:08d}").glob("*.distcp")}
+            for folder in folders.values()
+        ]
+        assert shares[0] == shares[1] and len(shares[0]) == 2, step
+    project.run("verify", tmp_path / "true")
 
 
 class Interrupted(Exception):

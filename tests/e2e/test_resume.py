@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.manifest import sealed
 from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.files import output_place
 from megatron_lpr.platform import distributed
 from megatron_lpr.reporting.metrics_log import read_metrics
 
@@ -116,6 +118,16 @@ def test_damage_to_every_checkpoint_is_no_fresh_start(run, monkeypatch, tmp_path
     assert status == 2 and "step_00000006: __0_0.distcp is damaged: " in error and not (tmp_path / "fresh").exists()
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(distributed, "join", no_work)
+    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
+    before = sorted(run.folder.rglob("*"))
+    status, _, error = run("train.steps=8")
+    assert status == 2 and f"output folder '{run.checkpoints}': " in error and "make room, or choose another" in error
+    assert sorted(run.folder.rglob("*")) == before
+    assert run()[0] == 0  # it has nothing to write
+
+
 def test_no_complete_checkpoint_is_no_fresh_start(run, monkeypatch):
     monkeypatch.setattr(distributed, "join", no_work)
     for folder in run.checkpoints.glob("step_*"):
@@ -139,6 +151,15 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     status, printed, _ = run()
     assert status == 0 and printed.startswith("nothing to do: the run in ")
     assert "latest names step_00000008, which is not there: takes step_00000006, the newest complete" in printed
+
+
+def test_a_checkpoint_from_before_there_were_checksums_goes_on_with_a_note(run):
+    folder = run.checkpoints / "step_00000006"
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in state.items() if k not in ("digest", "manifest")}))
+    (folder / "manifest.json").unlink()
+    status, printed, _ = run("train.steps=7", "optimizer.schedule=constant")
+    assert status == 0 and f"checkpoint {folder} is from before there were checksums" in printed
 
 
 def test_a_finished_run_that_read_in_another_order_has_nothing_to_do(run):

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,15 @@ class Jobs:
     def wait_for(self, number: str, pattern: str, seconds: float = 300) -> None:
         """Until the job has printed something."""
         self.cluster.wait_until(lambda: re.search(pattern, self.log(number)), seconds)
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory) -> Path:
+    """A folder of programs with stand_in.sh as `megatron-lpr`."""
+    folder = tmp_path_factory.mktemp("bin")
+    shutil.copy(HERE / "stand_in.sh", folder / "megatron-lpr")
+    (folder / "megatron-lpr").chmod(0o755)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """What the scripts do when a job is asked to stop, cancelled or preempted: stand_in.sh is in the place of training."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -10,13 +8,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def jobs(jobs_of, tmp_path):
-    stand_in = tmp_path / "bin/megatron-lpr"
-    stand_in.parent.mkdir()
-    shutil.copy(Path(__file__).with_name("stand_in.sh"), stand_in)
-    stand_in.chmod(0o755)
-    (tmp_path / "work").mkdir()
-    return jobs_of(stand_in.parent, tmp_path / "work")
+def jobs(jobs_of, stand_in, tmp_path):
+    return jobs_of(stand_in, tmp_path)
 
 
 def counts(jobs):

@@ -1,6 +1,7 @@
 """Training under Slurm on two nodes with two ranks each: whatever happens to a run, it ends in a quiet one's bytes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,15 @@ def runs(jobs_of, project):
 
 
 @pytest.fixture(scope="module")
-def chain(runs):
+def limited(jobs_of, stand_in, tmp_path_factory):
+    """Beside the others, a job that counts for longer than its time limit: a minute, at which Slurm looks twice."""
+    jobs = jobs_of(stand_in, tmp_path_factory.mktemp("limited"))
+    small = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=1", "--signal=B:USR1@20")
+    return jobs, jobs.submit("train.sbatch", "recipe.yaml", options=small, COUNT="100000")
+
+
+@pytest.fixture(scope="module")
+def chain(runs, limited):
     """Stage 1, stage 2, export and evaluation, as submit.sh chains them: the folder of the chain, and its jobs."""
     site = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "2", "CPUS_PER_TASK": "1", "TIME": "60"}
     folder = runs.folder / "chain"
@@ -66,6 +75,13 @@ def test_the_chain(chain):
     log = (folder / f"logs/stage1-{jobs['stage1']}.log").read_text()
     assert "4 ranks on n[1-2]" in log and f"\n0: saved {folder}/stage1/checkpoints/step_{STEPS:08d}" in log
     assert len(read_metrics(folder / "stage2/metrics.jsonl")) == STEPS
+
+
+def test_the_time_limit(limited):
+    jobs, number = limited
+    jobs.wait_for(number, "start 2, .*\n0: train recipe.yaml from [1-9]")
+    jobs.cluster.run("scancel", number)
+    assert re.search("start 1, .*\n0: train recipe.yaml from 0\n.*exit code 75\n.*goes on", jobs.log(number))
 
 
 def starts(run: Path) -> list[int]:

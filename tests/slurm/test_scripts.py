@@ -37,3 +37,17 @@ def test_slurm_would_take_the_chain(cluster, tmp_path):
     assert not re.search(str(tmp_path), cluster.run("squeue", "--format=%o"))
     with pytest.raises(subprocess.CalledProcessError):
         cluster.run(*words, **site | {"GPUS_PER_NODE": "8"})
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        ("lpr.sqsh", "--container-image=lpr.sqsh --container-mounts={0}:{0},/data:/data --container-workdir={0}"),
+        ("lpr.sif", "apptainer exec --nv --pwd {0} --bind {0} --bind /data lpr.sif"),
+    ],
+)
+def test_words_of_a_container(tmp_path, image, words):
+    script = f'set -euo pipefail; source {ROOT}/examples/slurm/container.sh; echo "${{container[@]}}"'
+    variables = {"CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": "/data", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=variables, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == words.format(tmp_path)

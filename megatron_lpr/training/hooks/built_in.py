@@ -8,9 +8,11 @@ from megatron_lpr.training.hooks.ends import Ends
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
+from megatron_lpr.training.hooks.profile import Profile
 from megatron_lpr.training.hooks.stopping import Stopping
 from megatron_lpr.training.hooks.stragglers import Stragglers
 from megatron_lpr.training.hooks.watching import Watching
+from megatron_lpr.training.hooks.weights_and_biases import WeightsAndBiases
 
 
 def built_in(trainer: RunningTrainer) -> list[Hook]:
@@ -19,15 +21,20 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
     from megatron_lpr.training.hooks.replicas import Replicas
 
-    stragglers = [Stragglers()] if trainer.recipe.logging.stragglers_every else []
-    plots = [Plots()] if dist.get_rank() == 0 else []
+    logging, rank = trainer.recipe.logging, dist.get_rank()
+    profile = [Profile()] if logging.profile_from and rank in logging.profile_ranks else []
+    wandb = [WeightsAndBiases()] if logging.wandb != "off" and rank == 0 else []
+    stragglers = [Stragglers()] if logging.stragglers_every else []
+    plots = [Plots()] if rank == 0 else []
     return [
         Watching(),  # what the others do after a step is no part of it
         FrozenWeights(trainer.chunks),
         Announcement(),
         Starts(),
+        *profile,
         *stragglers,
         Metrics(),
+        *wandb,
         Replicas(),
         Checkpoints(),
         *plots,

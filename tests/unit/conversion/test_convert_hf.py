@@ -199,7 +199,7 @@ def test_an_output_that_cannot_be(convert_hf, tmp_path, monkeypatch, capsys, out
 
 def test_import_without_space(convert_hf, toy_base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "join", None)
-    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**4))
     for door in ("hf-to-megatron", "hf-to-hf"):
         assert convert_hf([door, str(toy_base), str(tmp_path / "out"), "--num-experts", "3"]) == 2
         assert "has 0.0 GB free, the checkpoint needs 0.0 GB" in capsys.readouterr().err
