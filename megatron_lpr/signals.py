@@ -23,6 +23,7 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _GRACE_SECONDS = 5.0  # for a rank that may be in a collective which nobody finishes, to end by itself
 _ECHO_SECONDS = 0.3  # `timeout` sends its signal to the process and then to its group
 _TORCHRUN_ECHO_SECONDS = 5.0  # Slurm reaches ranks and torchrun, which passes on what it gets; its death is one more
+_DYING_SECONDS = 0.3  # its threads die one by one, and the first one's death is told
 _PR_SET_PDEATHSIG = 1
 
 
@@ -90,6 +91,8 @@ class Listener:
         return self._described(self.asked) if self.asked else ""
 
     def _described(self, signum: int) -> str:
+        if _TORCHRUN in os.environ:
+            time.sleep(_DYING_SECONDS)
         orphaned = _TORCHRUN in os.environ and os.getppid() != self._parent
         return "the end of torchrun" if orphaned else signal.Signals(signum).name
 

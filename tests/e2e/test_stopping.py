@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,7 @@ def outcomes(project, tmp_path_factory):
         "killed": (2, r"step +2/", (), ((1, signal.SIGKILL),)),
         "stopped process": (2, r"step +6/", LIMITS, ((1, signal.SIGSTOP),)),
         "second signal": (1, r"step +2/", (), ((0, signal.SIGINT), (0, signal.SIGINT))),
+        "killed after a save": (1, "saved", ("checkpoint.every=1",), ((0, signal.SIGKILL),)),
         "time": (1, None, ("train.max_minutes=0.001",), ()),
     }
     with ExitStack() as stack:
@@ -107,6 +109,21 @@ def test_a_killed_rank(outcomes):
     assert status == [1, -9]
     assert printed[0].rstrip().endswith("has died without a word, as by SIGKILL or for want of memory")
     assert "Traceback" not in printed[0]
+
+
+def test_nothing_is_left_of_a_killed_run(outcomes):
+    """Nothing holds what it printed to, or `train | tee log` would not end; nothing goes on."""
+    status, _, output = outcomes["killed after a save"]
+    assert status == [-9]
+    mine = str(output).encode()
+    assert not [process for process in Path("/proc").glob("[0-9]*") if mine in command_line(process)]
+
+
+def command_line(process):
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
 
 
 def test_a_rank_that_does_nothing_more(outcomes):
