@@ -137,6 +137,17 @@ def test_a_step_is_skipped_and_leaves_what_learns_untouched(make_trainer, poison
     assert read_run_state(trainer.save()).skipped_steps == 1
 
 
+def test_a_loss_that_is_not_finite_though_its_gradient_is(make_trainer, documents, monkeypatch):
+    from megatron_lpr.training import step as module
+
+    real = module.next_token_loss
+    monkeypatch.setattr(module, "next_token_loss", lambda *arguments: real(*arguments) + math.inf)
+    trainer = make_trainer(train={"on_not_finite": "skip"})
+    before = {name: p.detach().clone() for name, p in unwrapped(trainer).named_parameters()}
+    assert trainer.finite_step()["skipped"].endswith("is inf")
+    assert_same(dict(unwrapped(trainer).named_parameters()), before)
+
+
 def test_so_many_steps_may_be_skipped_and_a_resumed_run_counts_on(make_trainer, poison, documents):
     train = {"on_not_finite": "skip", "max_skipped_steps": 1}
     trainer = make_trainer(train=train)
