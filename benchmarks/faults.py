@@ -134,7 +134,7 @@ class Bench:
             ended, more = self._again(output, ranks)
             lost = max(lost, more)
         end = _wrong_end(ended) or self._end(output, ranks, ended)
-        if end == "right bytes" and lost >= EVERY * (2 if first else 3):
+        if end == "right bytes" and lost > EVERY * (2 if first else 3):
             end = "steps lost"
         return Outcome(end=end, lost=lost, printed=ended.printed)
 
