@@ -49,6 +49,7 @@ class ForkedCommand:
         before: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self.log, port = log, free_port()
+        log.touch()  # a process may be killed before it has done anything
         sys.stdout.flush()
         sys.stderr.flush()
         self.pids = [self._fork(command, rank, ranks, port, before) for rank in range(ranks)]
