@@ -1,4 +1,5 @@
-"""What a checkpoint costs a run: the time that a step loses to a save, synchronous and asynchronous, and checksums.
+"""What a checkpoint costs a run: bytes and seconds, whole or of what was learnt; the time that a step loses to a save,
+synchronous and asynchronous; and checksums.
 
     python benchmarks/checkpoint.py [--hidden 384] [--layers 8] [--saves 5] [--disk FOLDER]
 
@@ -9,6 +10,7 @@ what the eight steps with it take longer than eight steps without one.
 import argparse
 import contextlib
 import io
+import json
 import statistics
 import tempfile
 import time
@@ -75,6 +77,33 @@ def lost_to_saves(root: Path, hidden: int, layers: int, saves: int) -> None:
         print(f"| {way:12} | {still:24.3f} | {lost:14.3f} |")
 
 
+def what_is_held(root: Path, hidden: int, layers: int, saves: int) -> None:
+    """Print bytes and seconds of a save of both stages, whole and of what was learnt; not of a run's last step."""
+    recipes = write_toy_project(
+        root, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, head_dim=hidden // 4
+    )
+    assert cli.main(["preprocess", str(recipes["stage1"])]) == 0
+    print("\n| checkpoint    |        bytes | seconds, median |\n| ------------- | -----------: | --------------: |")
+    for stage in ("stage1", "stage2"):
+        for whole in (True, False):
+            name = f"{stage} {'whole' if whole else 'learnt'}"
+            load = "null" if stage == "stage1" else json.dumps(str(root / "stage1 learnt"))
+            settings = [f"output={json.dumps(str(root / name))}", f"model.load={load}", f"checkpoint.whole={whole}"]
+            settings += ["train.steps=100", "checkpoint.keep=1", "data.replay.stage1_tokens=1000000000"]
+            run, seconds = plan(load_recipe(recipes[stage], settings)), []
+            with session(run):
+                from megatron_lpr.training.train import Trainer
+
+                trainer = Trainer(run)
+                for _ in range(saves):
+                    trainer.train_step()
+                    start = time.perf_counter()
+                    folder = trainer.save()
+                    seconds.append(time.perf_counter() - start)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            print(f"| {name:13} | {size:12,} | {statistics.median(seconds):15.2f} |", flush=True)
+
+
 def checksums(root: Path) -> None:
     """Print what checksums cost."""
     data, times = torch.randint(256, (1 << 28,), dtype=torch.uint8).numpy(), {}
@@ -112,7 +141,8 @@ def main() -> None:
     parser.add_argument("--disk", help="an existing folder on the disk to be measured (default: the temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.disk) as folder:
-        lost_to_saves(Path(folder), options.hidden, options.layers, options.saves)
+        what_is_held(Path(folder) / "held", options.hidden, options.layers, options.saves)
+        lost_to_saves(Path(folder) / "lost", options.hidden, options.layers, options.saves)
         checksums(Path(folder))
 
 

@@ -62,8 +62,11 @@ class Lifeline:
             if not status:
                 return
         else:
-            status, host, what = 1, socket.gethostname(), f"{type(error).__name__}: {error}"
-            why = f"rank {self.rank} on {host} has failed: {what}; its own output has the traceback"
+            status = 1
+            why = (
+                f"rank {self.rank} on {socket.gethostname()} has failed: {type(error).__name__}: {error}; its own "
+                "output has the traceback"
+            )
         self.say("end", status=status, why=why, grace=grace, second_hand=_of_others(error))
         self._decided.wait(_VERDICT_SECONDS)
         if isinstance(error, KeyboardInterrupt) and self._verdict and self.rank:

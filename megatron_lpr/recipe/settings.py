@@ -119,7 +119,9 @@ class TrainConfig:
     )
     max_skipped_steps: int = opt(10, "steps that a run may skip over all its starts; one more stops it", at_least=1)
     check_replicas_every: int = opt(
-        1000, "steps between comparisons of the weights that data-parallel ranks have copies of; 0: none", at_least=0
+        1000,
+        "steps between comparisons of data-parallel ranks' weights, made before each save too; 0: none",
+        at_least=0,
     )
     max_minutes: float = opt(0.0, "minutes after which each start of the run saves and stops; 0: no limit", at_least=0)
 

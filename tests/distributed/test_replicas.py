@@ -14,6 +14,7 @@ CASES = [
     (FROZEN, {"expert": 2}),  # each has experts of its own
     (FROZEN, {"context": 2}),
     (DENSE, {"overlap_param_gather": True, "overlap_grad_reduce": True}),
+    (EXPERT, {"expert_tensor": 1}),  # found before the save: 1000 steps between others
     (None, {}),
     (None, {"pipeline": 2}),
     (None, {"expert": 2}),

@@ -19,23 +19,37 @@ from megatron_lpr.training.optimizer import gather_parameters
 
 
 class Replicas(Hook):
-    """Compares the weights of data-parallel ranks every `train.check_replicas_every` steps, by a checksum of each.
+    """Compares the weights of data-parallel ranks, by a checksum of each, every `train.check_replicas_every` steps and
+    before each checkpoint.
 
     A difference is a memory or a network at fault: the run ends, and nothing is saved of it.
     """
 
+    def __init__(self) -> None:
+        self._compared = 0  # the step after which they were the same
+
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
-        """Raises UserError, the same on all ranks, where a weight differs between ranks that have copies of it."""
         every = trainer.plan.train.check_replicas_every
-        if not every or trainer.step % every:
-            return
+        if every and trainer.step % every == 0:
+            self._compare(trainer)
+
+    def before_save(self, trainer: RunningTrainer) -> None:
+        if trainer.plan.train.check_replicas_every and self._compared != trainer.step:
+            self._compare(trainer)
+
+    def _compare(self, trainer: RunningTrainer) -> None:
+        """Raises UserError, the same on all ranks, where a weight differs between ranks that have copies of it."""
         gather_parameters(trainer.chunks)
-        if difference := find_difference(trainer.chunks):
-            again = "from its first step" if trainer.saved_step is None else f"at step {trainer.saved_step}"
-            raise UserError(
-                f"step {trainer.step}: {difference}; nothing is saved of it: look at the memory of the machines, leave "
-                f"out the one at fault, and start the run again, which then goes on {again}"
-            )
+        difference = find_difference(trainer.chunks)
+        if difference is None:
+            self._compared = trainer.step
+            return
+        trainer.finish_save()  # of an earlier step, when they were the same
+        again = "from its first step" if trainer.saved_step is None else f"at step {trainer.saved_step}"
+        raise UserError(
+            f"step {trainer.step}: {difference}; nothing is saved of it: look at the memory of the machines, leave out "
+            f"the one at fault, and start the run again, which then goes on {again}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

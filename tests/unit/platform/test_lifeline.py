@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatron_lpr.testing.run_distributed import _free_port
+from megatron_lpr.testing.run_distributed import free_port
 
 RANK = """
 import ctypes, os, sys, time
 from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.errors import AlreadyTold, UserError
-from megatron_lpr.platform import Ranks, meeting, together
+from megatron_lpr.platform import Ranks, meeting
 from megatron_lpr.platform.lifeline import connected, lifeline
 from megatron_lpr.platform.meeting import meeting_store
 from megatron_lpr.signals import listener
@@ -58,13 +58,10 @@ class Case:
 
 STEPS = "listener().stop_at_a_step(lambda: None); hang()"
 LATER = "print('ready', flush=True); time.sleep(1); "
-NOW = "print('ready', flush=True); together(lambda: None)"
 BEFORE_STEP = (
     "x: stopped by SIGTERM before its first step, so that there is nothing to save; the same command starts it"
 )
-CASES = {
-    "all is well": Case(code=(NOW, NOW), status=(0, 0)),
-    "killed": Case(to=1, signals=(signal.SIGKILL,), status=(1, -9), says=("has died without a word", "")),
+CASES = {  # tests/e2e/test_stopping.py has more, of whole runs
     "rank 0 killed": Case(to=0, signals=(signal.SIGKILL,), status=(-9, 1), says=("", "rank 0 has died without a word")),
     "a bug": Case(
         code=("hang()", f"{LATER}1 / 0"),
@@ -74,7 +71,6 @@ CASES = {
         code=(f"{LATER}raise RuntimeError('[gloo] Connection closed by peer')", f"{LATER}time.sleep(1); 1 / 0"),
         says=("has failed: ZeroDivisionError", "ZeroDivisionError"),
     ),
-    "start-up": Case(to=1, signals=(signal.SIGTERM,), status=(75, 75), says=(f"rank 1: {BEFORE_STEP}", "")),
     "start-up of rank 0": Case(to=0, signals=(signal.SIGTERM,), status=(75, 75), says=(BEFORE_STEP, "")),
     "second": Case(
         code=("hang()", STEPS),
@@ -109,7 +105,7 @@ def outcomes():
 
 
 def start(case):
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [sys.executable, "-c", RANK.format(code=case.code[rank])],
