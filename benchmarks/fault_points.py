@@ -1,7 +1,8 @@
-"""Where faults.py lets something go wrong: at what a run does to its checkpoints, on its disk, in its files."""
+"""Where faults.py lets something go wrong: what a run does to its checkpoints, its disk, its files; how far it came."""
 
 import atexit
 import contextlib
+import json
 import os
 import random
 import resource
@@ -81,3 +82,16 @@ class Damage:
         file.write_bytes(content)
         if what == "remove":
             file.unlink()
+
+
+def steps_made(output: Path) -> int:
+    """The last step of a run whose metrics were written whole."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def steps_of_starts(output: Path) -> list[int]:
+    """The step at which each start of a run began that came so far."""
+    file = output / "starts.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []

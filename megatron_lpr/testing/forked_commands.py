@@ -19,7 +19,7 @@ import psutil
 
 from megatron_lpr.testing.run_distributed import free_port
 
-_GRACE_SECONDS = 5.0  # for what a process has started, to end after it
+_GRACE_SECONDS = 30.0  # for what a process has started, to end after it; a busy machine takes its time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class ForkedCommand:
         before: Callable[[int], None] = lambda rank: None,
     ) -> None:
         self.log, port = log, free_port()
+        log.touch()  # a process may be killed before it has done anything
         sys.stdout.flush()
         sys.stderr.flush()
         self.pids = [self._fork(command, rank, ranks, port, before) for rank in range(ranks)]
