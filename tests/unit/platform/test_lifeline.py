@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-
-from megatron_lpr.testing.run_distributed import free_port
+from ports import port_for_ranks
 
 RANK = """
 import ctypes, os, sys, time
@@ -105,7 +104,7 @@ def outcomes():
 
 
 def start(case):
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_for_ranks())}
     return [
         subprocess.Popen(
             [sys.executable, "-c", RANK.format(code=case.code[rank])],
