@@ -20,7 +20,8 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # only looked at, never opened: Slurm wants character devices
 PRETENDED_GPUS = ("/dev/null", "/dev/zero")
-WAITING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED"}
+# not PREEMPTED and NODE_FAIL, which a job is for a moment before it is requeued
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 # cred_expire: a requeued job would wait for two minutes. config_overrides: nodes of more cores than the host has.
 CONF = """
 ClusterName=test
@@ -144,12 +145,42 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """The fields of `scontrol show job`: JobState, Restarts, ExitCode, ..."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
+        return dict(re.findall(r"(\S+?)=(\S*)", self.ask("scontrol", "show", "job", "-o", number)))
+
+    def ask(self, *words: str) -> str:
+        """`run` what only asks, once more where a busy slurmctld has closed the connection on it."""
+        for _ in range(5):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return self.run(*words)
+            time.sleep(1)
+        return self.run(*words)
 
     def wait(self, number: str, seconds: float) -> str:
         """The state in which a job ends, as COMPLETED."""
-        self.wait_until(lambda: self.job(number)["JobState"] not in WAITING, seconds)
-        return self.job(number)["JobState"]
+        states: list[str] = []
+
+        def has_ended() -> bool:
+            states.append(self.job(number)["JobState"])
+            return states[-1] in ENDED
+
+        self.wait_until(has_ended, seconds)
+        return states[-1]
+
+    def lose(self, node: str) -> None:
+        """A node goes down, with whatever runs on it."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def bring_back(self, node: str) -> None:
+        """Take a node into service again; while its jobs are being cleaned up, Slurm refuses that."""
+
+        def is_back() -> bool:
+            if not self.ask("sinfo", "-h", "-n", node, "-o", "%T").startswith(("down", "drain")):
+                return True
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.run("scontrol", "update", f"nodename={node}", "state=resume")
+            return False
+
+        self.wait_until(is_back, 60)
 
     def wait_until(self, is_so, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -111,9 +111,9 @@ def test_whatever_happens_to_a_run(chain, runs):
     started(4)
     before = step(run)
     cluster.wait_until(lambda: step(run) > before, 300)
-    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.lose("n2")
     cluster.wait_until(lambda: cluster.job(number)["Restarts"] == "3", 300)
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    cluster.bring_back("n2")
     log = runs.wait(number, restarts=3)
 
     first, second, third, fourth, fifth = starts(run)
