@@ -49,9 +49,11 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$PWD/nccl_trace_${SLURM_JOB_ID}_rank}
 
 # --- caches ---
-# Compiled kernels: on the node's own disk, for hundreds of ranks in one folder of a shared home wait for each other.
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/megatron-lpr-$UID/triton}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/megatron-lpr-$UID/inductor}
+# Compiled kernels: on the node's own disk (TMPDIR, or the system's place for temporary files), for hundreds of ranks in
+# one folder of a shared home wait for each other.
+local_disk=$(dirname "$(mktemp -u)")
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/megatron-lpr-$UID/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_disk/megatron-lpr-$UID/inductor}
 # The base model and its tokenizer are a folder; nothing is looked for on the hub, which nodes often cannot reach.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 # Where libraries of Hugging Face put what they make: not into a home with a quota.

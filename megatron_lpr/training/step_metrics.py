@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts
-from megatron_lpr.files.json_lines import utc_now
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
@@ -53,7 +52,6 @@ def step_metrics(
     seconds = time.perf_counter() - start
     metrics = StepMetrics(
         step=step,
-        time=utc_now(),
         steps=plan.train.steps,
         stage=recipe.name,
         ntp_loss=stats.ntp_loss,

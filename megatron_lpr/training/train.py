@@ -180,9 +180,9 @@ class Trainer:
         begun, folder = self.writer.step, self.finish_save()
         if folder and begun == self.step:
             return folder
+        gather_parameters(self.chunks)
         for hook in self.hooks:
             hook.before_save(self)
-        gather_parameters(self.chunks)
         state = RunState(
             step=self.step,
             consumed_samples=self.consumed_samples,

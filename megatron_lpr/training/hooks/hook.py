@@ -77,7 +77,7 @@ class Hook:
         """After every optimizer step; `trainer.step` counts it already."""
 
     def before_save(self, trainer: RunningTrainer) -> None:
-        """Before a checkpoint is written; what is raised here leaves it unwritten."""
+        """Before a checkpoint is written, with the newest weights in place; what is raised here leaves it unwritten."""
 
     def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
         """When the checkpoint is whole and on the disk; `trainer` may have made steps since its step, saved_step."""

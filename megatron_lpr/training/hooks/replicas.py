@@ -31,6 +31,7 @@ class Replicas(Hook):
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         every = trainer.plan.train.check_replicas_every
         if every and trainer.step % every == 0:
+            gather_parameters(trainer.chunks)
             self._compare(trainer)
 
     def before_save(self, trainer: RunningTrainer) -> None:
@@ -39,7 +40,6 @@ class Replicas(Hook):
 
     def _compare(self, trainer: RunningTrainer) -> None:
         """Raises UserError, the same on all ranks, where a weight differs between ranks that have copies of it."""
-        gather_parameters(trainer.chunks)
         difference = find_difference(trainer.chunks)
         if difference is None:
             self._compared = trainer.step
