@@ -22,5 +22,5 @@ class ClusterConfig:
     )
     watchdog_floor_seconds: float = opt(300.0, "seconds that a step may take in any case", above=0)
     collective_timeout_minutes: float = opt(
-        30.0, "minutes that a collective waits for a rank that is alive but does not come", above=0
+        30.0, "minutes that a collective waits for a rank that is alive but does not come", above=0, at_most=10**6
     )
