@@ -127,7 +127,8 @@ def test_a_rank_that_does_nothing_more(outcomes):
     assert status == [1]
     assert "no answer from rank 1 (process " in printed[0] and printed[0].rstrip().endswith("or its machine is gone")
     [folder] = (output / "stacks").iterdir()
-    assert "forward_backward" in (folder / "rank_00000.txt").read_text()
+    # where in the step it waits for rank 1 differs
+    assert "megatron_lpr/training/train.py" in (folder / "rank_00000.txt").read_text()
     assert (folder / "batch.txt").read_text().startswith(f"step {int(folder.name[5:])}: samples ")
 
 
