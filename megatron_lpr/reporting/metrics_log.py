@@ -78,6 +78,7 @@ class StepMetrics(TypedDict):
     lpr_loss: float | None  # the same
     grad_norm: float  # before clipping
     lr: float
+    router_lr: NotRequired[float]  # of the routers, where it is another one (optimizer.router_lr)
     tokens: int  # scored tokens of this step
     tokens_per_second: float
     tokens_per_language: dict[str, int]  # scored tokens since the start of the run
@@ -209,7 +210,7 @@ def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
         "loss_per_language": metrics.get("ntp_loss_per_language", {}),
-        "optimizer": {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"]},
+        "optimizer": {name: metrics[name] for name in ("grad_norm", "lr", "router_lr") if name in metrics},
         "throughput": {key: metrics[key] for key in _THROUGHPUT if key in metrics},
         "data": {"tokens_per_step": metrics["tokens"], "consumed_samples": metrics["consumed_samples"]},
         "tokens": metrics["tokens_per_language"],

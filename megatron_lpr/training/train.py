@@ -139,7 +139,8 @@ class Trainer:
         Raises:
             UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed.
         """
-        start, lr, sizes = time.perf_counter(), self.lr, self.plan.train
+        start, sizes = time.perf_counter(), self.plan.train
+        lr, router_lr = self.lr, self.scheduler.router_lr
         seen = self.plan.sampler.count(self.consumed_samples, sizes.global_batch_size)
         self.counts.tokens = max(seen.tokens, 1)
         self.counts.original_tokens = max(seen.original_tokens, 1)
@@ -162,12 +163,13 @@ class Trainer:
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        metrics = step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        return metrics if router_lr is None else metrics | {"router_lr": router_lr}
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self.scheduler.lr
 
     def save(self, *, with_optimizer: bool = True, wait: bool = True) -> Path:
         """Write a checkpoint of this moment, from which the run can go on; returns its folder. All ranks call it.

@@ -102,6 +102,14 @@ def test_may_not_change(recipe, base, key, step):
     assert str(old[section][field]) in sentence and "\n" not in sentence
 
 
+@pytest.mark.parametrize("before, after, way_out", [(None, 1e-3, "leave it out"), (1e-3, None, "set it")])
+def test_routers_keep_a_rate_of_their_own_or_none(recipe, base, before, after, way_out):
+    state = state_of(changed(recipe, optimizer__router_lr=before), base=base)
+    with pytest.raises(UserError, match=f"optimizer.router_lr: .* another form; {way_out}"):
+        check_resumed(changed(recipe, optimizer__router_lr=after), state, base)
+    check_resumed(changed(recipe, optimizer__router_lr=before and 2 * before), state, base)
+
+
 def test_every_setting_of_the_model_is_judged(recipe):
     """A new one must be put on one side or the other."""
     judged = {key.removeprefix("model__") for key in FIXED if key.startswith("model__")}

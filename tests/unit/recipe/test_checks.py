@@ -128,6 +128,8 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (1, {"model": {"num_experts": 0}}, "train.trainable: routers needs experts"),
         (1, {"model": {"num_experts": 0}, "lpr": {"coeff": 0.1}}, "lpr.coeff: 0.1 has no effect on a dense model"),
         (1, {"model": {"num_experts": 0}, "balance": {"coeff": 0.1}}, "balance.coeff: 0.1 has no effect"),
+        (1, {"model": {"num_experts": 0}, "optimizer": {"router_lr": 0.1}}, "optimizer.router_lr: 0.1 has no effect"),
+        (1, {"train": {"trainable": "routers"}, "optimizer": {"router_lr": 0.1}}, "set optimizer.lr alone"),
         (2, {"model": {"num_experts": 0}, "parallel": {"expert": 2}}, "parallel.expert: 2 has no effect"),
         (1, {"model": {"num_experts": 0, "mlp_only_layers": [1]}}, "model.mlp_only_layers: (1,) has no effect"),
         (1, {"data": None}, "data: missing"),
