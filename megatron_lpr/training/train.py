@@ -34,7 +34,7 @@ from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, 
 from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
-from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.step_metrics import StatsOfStep, step_metrics
 from megatron_lpr.training.votes import Votes
 
 
@@ -150,6 +150,7 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
+        stats = StatsOfStep(self, losses)
         skipped: str | None = None
         try:
             grad_norm = update(self.optimizer)
@@ -160,7 +161,7 @@ class Trainer:
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        return step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
 
     @property
     def lr(self) -> float:
