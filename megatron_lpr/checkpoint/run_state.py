@@ -61,8 +61,10 @@ class Found:
 
 def checkpoint_folder(path: str) -> Path:
     """The checkpoint that `path` means: one itself, or the newest of a run's output folder (`locate`, said aloud)."""
+    from megatron_lpr.platform import Ranks  # with torch, which what reads only the state of a run does without
+
     found = locate(path)
-    if found.note:
+    if found.note and Ranks.from_environment().rank == 0:
         print(f"note: {found.note}", file=sys.stderr, flush=True)
     return found.folder
 
