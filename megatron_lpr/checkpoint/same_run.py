@@ -57,13 +57,6 @@ def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> N
     _compare(fixed, old, new, f"the run in {recipe.output}")
     _check_base(recipe, state.base, base, f"the run in {recipe.output}")
     _check_load(recipe, state)
-    sharded = old["parallel.distributed_optimizer"]
-    if recipe.parallel.distributed_optimizer != sharded:
-        raise UserError(
-            f"parallel.distributed_optimizer: {recipe.parallel.distributed_optimizer}, but the run in {recipe.output} "
-            f"was saved with {sharded}, whose optimizer state has another form; every other size may change"
-        )
-    _check_router_lr(recipe, old.get("optimizer.router_lr"))
     if not finished and not state.has_optimizer:
         raise UserError(
             f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "
@@ -134,19 +127,6 @@ def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, An
                 f"{field}: {new[field]}, but {what} has {old[field]}; restore it, or start a new run in another "
                 "output folder" + (" (model.load takes the weights)" if field not in _EXPERTS else "")
             )
-
-
-def _check_router_lr(recipe: Recipe, old: float | None) -> None:
-    """Routers with a learning rate of their own are a parameter group of their own in the optimizer's state."""
-    new = recipe.optimizer.router_lr
-    if (old is None) == (new is None):
-        return
-    here, there = "not set" if new is None else f"{new:g}", "without it" if old is None else f"with {old:g}"
-    way_out = "leave it out" if old is None else "set it; it may be that of optimizer.lr"
-    raise UserError(
-        f"optimizer.router_lr: {here}, but the run in {recipe.output} was saved {there}, whose optimizer state has "
-        f"another form; {way_out}"
-    )
 
 
 def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[str, Any], what: str) -> None:

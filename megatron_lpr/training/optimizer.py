@@ -27,7 +27,7 @@ from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 
-# Megatron's mark of a parameter group with a learning rate of its own, by which it finds the group in a checkpoint
+# Megatron's mark of a parameter group with a learning rate of its own
 _IS_ROUTERS = "is_decoupled_lr"
 
 
@@ -165,18 +165,6 @@ def update(optimizer: MegatronOptimizer) -> float:
         updated, grad_norm, _ = optimizer.step()
     assert updated, "Megatron has skipped the step, as it does with a gradient scale only"
     return float(grad_norm)
-
-
-def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Moments of zero where Adam has made no step yet, as it would begin with: Megatron cannot save it without any."""
-    for one in optimizer.chained_optimizers:
-        if getattr(one, "is_stub_optimizer", False):
-            continue
-        one.init_state_fn(one.optimizer, one.config)
-        if isinstance(one.optimizer, torch.optim.Adam):
-            for group in one.optimizer.param_groups:
-                for parameter in group["params"]:
-                    one.optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
 
 
 def trainable_parameters(chunks: list[torch.nn.Module]) -> int:

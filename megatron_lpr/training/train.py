@@ -31,7 +31,7 @@ from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
 from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, not_finite_weight, skip_or_stop
-from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather_parameters, update, wrap
+from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
 from megatron_lpr.training.step_metrics import StatsOfStep, step_metrics
@@ -159,7 +159,6 @@ class Trainer:
         except NotFinite as error:
             grad_norm, skipped = error.norm, skip_or_stop(self, error, losses, lr=lr)
             self.skipped_steps += 1
-            begin_state(self.optimizer)
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)

@@ -61,6 +61,7 @@ FREE = {
     "optimizer__lr": 1e-3,
     "optimizer__schedule": "linear",
     "parallel__tensor": 2,
+    "parallel__distributed_optimizer": False,
     "checkpoint__keep": 9,
     "logging__router_every": 7,
     "data__read_ahead": 0,
@@ -81,7 +82,6 @@ FIXED = {
     "lpr__coeff": 0.5,
     "lpr__loss": "double_softmax",
     "data__reset_attention": True,
-    "parallel__distributed_optimizer": False,
 }
 
 
@@ -100,14 +100,6 @@ def test_may_not_change(recipe, base, key, step):
     sentence = str(refused.value)
     assert sentence.startswith(f"{section}.{field}: {new}, but the run in {recipe.output} ")
     assert str(old[section][field]) in sentence and "\n" not in sentence
-
-
-@pytest.mark.parametrize("before, after, way_out", [(None, 1e-3, "leave it out"), (1e-3, None, "set it")])
-def test_routers_keep_a_rate_of_their_own_or_none(recipe, base, before, after, way_out):
-    state = state_of(changed(recipe, optimizer__router_lr=before), base=base)
-    with pytest.raises(UserError, match=f"optimizer.router_lr: .* another form; {way_out}"):
-        check_resumed(changed(recipe, optimizer__router_lr=after), state, base)
-    check_resumed(changed(recipe, optimizer__router_lr=before and 2 * before), state, base)
 
 
 def test_every_setting_of_the_model_is_judged(recipe):
