@@ -13,6 +13,7 @@ class Announcement(Hook):
     """Writes the resolved recipe, and prints what a resumed run changes and how much this rank learns."""
 
     def start(self, trainer: RunningTrainer) -> None:
+        from megatron_lpr.model.grouped_experts import GroupedExperts
         from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
 
         if dist.get_rank() != 0:
@@ -31,6 +32,9 @@ class Announcement(Hook):
             f"in its optimizer {optimizer_parameters(trainer.optimizer):,}",
             flush=True,
         )
+        modules = (module for chunk in trainer.chunks for module in chunk.modules())
+        if experts := next((module for module in modules if isinstance(module, GroupedExperts)), None):
+            print(f"new experts {'in grouped products' if experts.is_grouped else 'one after the other'}", flush=True)
 
 
 class Starts(Hook):
