@@ -133,18 +133,6 @@ def update(optimizer: MegatronOptimizer) -> float:
     return float(grad_norm)
 
 
-def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Moments of zero where Adam has made no step yet, as it would begin with: Megatron cannot save it without any."""
-    for one in optimizer.chained_optimizers:
-        if getattr(one, "is_stub_optimizer", False):
-            continue
-        one.init_state_fn(one.optimizer, one.config)
-        if isinstance(one.optimizer, torch.optim.Adam):
-            for group in one.optimizer.param_groups:
-                for parameter in group["params"]:
-                    one.optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
-
-
 def trainable_parameters(chunks: list[torch.nn.Module]) -> int:
     """Elements of this rank's trainable parameters."""
     return sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad)

@@ -31,10 +31,10 @@ from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
 from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, not_finite_weight, skip_or_stop
-from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather_parameters, update, wrap
+from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
-from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.step_metrics import StatsOfStep, step_metrics
 from megatron_lpr.training.votes import Votes
 
 
@@ -150,6 +150,7 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
+        stats = StatsOfStep(self, losses)
         skipped: str | None = None
         try:
             grad_norm = update(self.optimizer)
@@ -157,11 +158,10 @@ class Trainer:
         except NotFinite as error:
             grad_norm, skipped = error.norm, skip_or_stop(self, error, losses, lr=lr)
             self.skipped_steps += 1
-            begin_state(self.optimizer)
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        return step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
 
     @property
     def lr(self) -> float:

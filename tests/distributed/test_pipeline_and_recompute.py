@@ -62,17 +62,11 @@ def test_same_numbers_as_one_process(comparison, name):
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_router_statistics_count_every_token_once(megatron, toy_base, tmp_path, monkeypatch, recompute):
     from megatron_lpr.model.router_stats import TOKENS
-    from megatron_lpr.training import step_metrics
+    from megatron_lpr.training.step_metrics import StatsOfStep
 
     trainer = trainer_of(toy_base, "stage1", tmp_path, {"train": {"recompute": recompute}})
-    reduced = []
-    reduce_stats = step_metrics.reduce_stats
-
-    def keep(*args, **kwargs):
-        reduced.append(reduce_stats(*args, **kwargs))
-        return reduced[-1]
-
-    monkeypatch.setattr(step_metrics, "reduce_stats", keep)
+    reduced, read = [], StatsOfStep.read
+    monkeypatch.setattr(StatsOfStep, "read", lambda stats: reduced.append(read(stats)) or reduced[-1])
     trainer.train_step()
     tokens = int((unfair_batch().tags_BS != 0).sum())
     assert reduced[0].sums_NLC[:, :, TOKENS].sum(1).tolist() == [tokens, tokens]
