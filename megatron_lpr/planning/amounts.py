@@ -1,6 +1,5 @@
 """What is counted of one rank, planned or rehearsed: memory by kind, and what its collectives carry."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -19,7 +18,8 @@ class RankMemory:
     optimizer: fp32 weights and moments.
     activations: what is saved for the backward passes of all micro-batches that are on their way.
     gathered: whole weights of the sharded layers that compute, or are about to.
-    logits: of the loss, which the backward pass of one micro-batch needs.
+    logits: what the loss saves, which the backward pass of one micro-batch needs.
+    working: what comes and goes: a layer that is computed again, the logits before the loss. No saved tensors.
     """
 
     frozen: int = 0
@@ -29,10 +29,14 @@ class RankMemory:
     activations: int = 0
     gathered: int = 0
     logits: int = 0
+    working: int = 0
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(vars(self).values())
+
+    def __add__(self, other: "RankMemory") -> "RankMemory":
+        return RankMemory(**{kind: held + vars(other)[kind] for kind, held in vars(self).items()})
 
 
 class Amount(NamedTuple):

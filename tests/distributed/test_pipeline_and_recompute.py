@@ -1,4 +1,5 @@
-"""Pipelines (interleaved, uneven), recomputation, overlap and their checkpoints: gradients equal one process's."""
+"""Pipelines (interleaved, uneven), recomputation, the loss in chunks, overlap and their checkpoints: gradients equal
+one process's."""
 
 import pytest
 from layouts import Case, Comparison, Part, run_parts, selected, trainer_of, unfair_batch
@@ -20,17 +21,21 @@ CASES = {
     "uneven_first_and_last": Case(
         stage="stage2",
         changes={"parallel": {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, "train": FULL},
+        chunk_bytes=5000,
     ),
     "uneven_first_tensor": Case(
         stage="stage1",
         changes={"parallel": {"pipeline": 2, "tensor": 2, "first_stage_layers": 2}, "train": SELECTIVE},
+        chunk_bytes=5000,
     ),
     "uneven_last": Case(stage="stage1", changes={"parallel": {"pipeline": 2, "last_stage_layers": 1}, "train": FULL}),
     "overlap_whole_optimizer": Case(
         stage="stage2", changes={"parallel": {"overlap_grad_reduce": True, "distributed_optimizer": False}}
     ),
     "moe_full": Case(stage="moe_full", changes={"parallel": INTERLEAVED | OVERLAP, "train": FULL}),
-    "dense": Case(stage="dense", changes={"parallel": {"pipeline": 2, "tensor": 2}, "train": SELECTIVE}),
+    "dense": Case(
+        stage="dense", changes={"parallel": {"pipeline": 2, "tensor": 2}, "train": SELECTIVE}, chunk_bytes=5000
+    ),
     "save_interleaved_resume_flat": Case(
         stage="stage1",
         changes={"parallel": INTERLEAVED | OVERLAP},
