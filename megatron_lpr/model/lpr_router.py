@@ -77,6 +77,7 @@ class LPRRouter(TopKRouter):
         config, num_layers = self.config, self.config.num_moe_layers
         if config.lpr_coeff:
             loss = lpr_loss(self._token_loss(logits_TE), tags_SB.reshape(-1), self.counts)
+            self.stats.lpr += loss.detach()
             probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, loss * (config.lpr_coeff / num_layers))
         if config.balance_coeff:
             shape = (*tags_SB.shape, logits_TE.shape[-1])

@@ -15,13 +15,15 @@ TOKENS, P_FROZEN, LPR_LOSS, SLOTS = 0, 1, 2, 3
 
 
 class RouterStats:
-    """Sums per language since the last `take`; `balance` is the sum of this rank's shares of the balance loss."""
+    """Sums per language since the last `take`; `balance` and `lpr` sum this rank's shares of these losses."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.num_languages = 0  # the trainer says how many there are; without it nothing is collected
+        self.is_wanted = True  # in this step; the losses' shares are summed in all
         self.sums_LC: Tensor | None = None
         self.balance: Tensor | float = 0.0
+        self.lpr: Tensor | float = 0.0
 
     def add(
         self,
@@ -31,7 +33,7 @@ class RouterStats:
         token_loss: "partial[Tensor]",
     ) -> None:
         """Add one micro-batch; padding (tag 0) is left out. `token_loss` is `lpr_token_loss` with its settings."""
-        if not self.num_languages:
+        if not self.num_languages or not self.is_wanted:
             return
         one_hot_TL = one_hot_languages(tags, self.num_languages)
         losses_T = token_loss(logits_TE)
@@ -45,11 +47,11 @@ class RouterStats:
             self.sums_LC = torch.zeros(added_LC.shape, dtype=torch.float64, device=added_LC.device)
         self.sums_LC += added_LC
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The sums [L, 3 + E] (fp64) and the balance loss [] since the last call; starts again from zero."""
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums [L, 3 + E] (fp64), the balance and the LPR loss [] since the last call; starts again from zero."""
         sums_LC = self.sums_LC
         if sums_LC is None:
             sums_LC = torch.zeros(self.num_languages, SLOTS + self.num_experts, dtype=torch.float64)
-        balance = torch.as_tensor(self.balance, dtype=torch.float64)
-        self.sums_LC, self.balance = None, 0.0
-        return sums_LC, balance
+        balance, lpr = (torch.as_tensor(loss, dtype=torch.float64) for loss in (self.balance, self.lpr))
+        self.sums_LC, self.balance, self.lpr = None, 0.0, 0.0
+        return sums_LC, balance, lpr

@@ -126,6 +126,11 @@ class TrainConfig:
         "steps between comparisons of data-parallel ranks' weights, made before each save too; 0: none",
         at_least=0,
     )
+    collect_garbage_every: int = opt(
+        0,
+        "steps between collections of Python's garbage, on all ranks at once; 0: each when Python sees fit",
+        at_least=0,
+    )
     max_minutes: float = opt(0.0, "minutes after which each start of the run saves and stops; 0: no limit", at_least=0)
 
 

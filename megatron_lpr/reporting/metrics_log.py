@@ -90,7 +90,7 @@ class StepMetrics(TypedDict):
     tokens_per_second: float
     tokens_per_language: dict[str, int]  # scored tokens since the start of the run
     seconds: float
-    tflops_per_device: NotRequired[float]  # executed, in the mean of the devices; not in old records
+    tflops_per_device: NotRequired[float]  # executed, in the mean of the devices; in steps with router statistics
     mfu: NotRequired[float]  # what the model needs of them, as a share of the peak; where that is known
     ranks: NotRequired[RanksRecord]  # every `logging.stragglers_every` steps
     validation: NotRequired[ValidationRecord]  # every `evaluation.every` steps

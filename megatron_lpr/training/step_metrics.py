@@ -16,6 +16,7 @@ from megatron_lpr.data.sampler.replay_sampler import BatchCounts
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
 from megatron_lpr.platform.to_host import ToHost
+from megatron_lpr.recipe.settings import LoggingConfig
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
@@ -49,7 +50,7 @@ def step_metrics(
         ntp_loss=stats.ntp_loss,
         ntp_loss_per_language=loss_per_language(stats, seen.tokens_per_language),
         balance_loss=float(stats.balance_N.mean()) if recipe.balance.coeff else None,
-        lpr_loss=lpr_loss(stats, plan.is_original) if trainer.routers else None,
+        lpr_loss=None,
         grad_norm=grad_norm,
         lr=lr,
         tokens=seen.tokens,
@@ -60,20 +61,25 @@ def step_metrics(
         skipped_steps=trainer.skipped_steps,
     )
     if skipped is not None:
-        return metrics | {"skipped": skipped, "balance_loss": None, "lpr_loss": None}
+        return metrics | {"skipped": skipped, "balance_loss": None}
+    summary, layers = statistics_of(recipe.logging, step, plan.train.steps)
+    if trainer.routers and not summary and not layers:
+        is_trained_with = recipe.lpr.coeff and seen.original_tokens
+        return metrics | {"lpr_loss": float(stats.lpr_N.mean()) if is_trained_with else None}
     metrics.update(throughput(plan, stats.sums_NLC, seconds))
     if trainer.routers:
-        first_or_last = step in (1, plan.train.steps)
+        metrics["lpr_loss"] = lpr_loss(stats, plan.is_original)
+        num_frozen = recipe.model.num_frozen_experts
         metrics.update(
-            router_metrics(
-                stats.sums_NLC,
-                plan.manifest.languages,
-                recipe.model.num_frozen_experts,
-                summary=step % recipe.logging.router_every == 0,
-                layers=first_or_last or step % recipe.logging.router_layers_every == 0,
-            )
+            router_metrics(stats.sums_NLC, plan.manifest.languages, num_frozen, summary=summary, layers=layers)
         )
     return metrics
+
+
+def statistics_of(logging: LoggingConfig, step: int, steps: int) -> tuple[bool, bool]:
+    """Whether a step of so many has the routers' summary, and their statistics of every layer."""
+    layers = step in (1, steps) or step % logging.router_layers_every == 0
+    return step % logging.router_every == 0, layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class ReducedStats:
     token_loss_sums_L: torch.Tensor  # fp64
     sums_NLC: torch.Tensor  # fp64
     balance_N: torch.Tensor  # fp64, L_balance of each layer
+    lpr_N: torch.Tensor  # fp64, L_LPR of each layer, where it is trained with
 
 
 class StatsOfStep:
@@ -99,29 +106,31 @@ class StatsOfStep:
         moe_layers, num_languages = plan.arch.moe_layers(), len(plan.manifest.languages)
         self._votes = trainer.votes
         self._shape = (len(moe_layers), num_languages, SLOTS + plan.recipe.model.num_experts)
-        self._sizes = [1, num_languages, len(moe_layers), math.prod(self._shape), len(KINDS)]
+        self._sizes = [1, num_languages, len(moe_layers), len(moe_layers), math.prod(self._shape), len(KINDS)]
         packed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device())
-        ntp, token_loss_sums_L, balance_N, sums, said = packed.split(self._sizes)
+        ntp, token_loss_sums_L, balance_N, lpr_N, sums, said = packed.split(self._sizes)
         ntp[0], token_loss_sums_L[:] = losses.ntp_loss, losses.token_loss_sums_L
         sums_NLC = sums.view(self._shape)
         for router in trainer.routers:
-            sums_LC, balance = router.stats.take()
+            sums_LC, balance, lpr = router.stats.take()
             n = moe_layers.index(router.layer_number - 1)
             sums_NLC[n] += sums_LC.to(packed.device)
             balance_N[n] += balance.to(packed.device)
+            lpr_N[n] += lpr.to(packed.device)
         self._votes.fill(said)
         dist.all_reduce(packed)
         self._packed = ToHost(packed)
 
     def read(self) -> ReducedStats:
         """The sums; the votes of all ranks count from now on."""
-        ntp, token_loss_sums_L, balance_N, sums, said = self._packed.read().split(self._sizes)
+        ntp, token_loss_sums_L, balance_N, lpr_N, sums, said = self._packed.read().split(self._sizes)
         self._votes.settle(said)
         return ReducedStats(
             ntp_loss=float(ntp),
             token_loss_sums_L=token_loss_sums_L,
             sums_NLC=sums.view(self._shape),
             balance_N=balance_N,
+            lpr_N=lpr_N,
         )
 
 

@@ -34,7 +34,7 @@ from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, 
 from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
-from megatron_lpr.training.step_metrics import StatsOfStep, step_metrics
+from megatron_lpr.training.step_metrics import StatsOfStep, statistics_of, step_metrics
 from megatron_lpr.training.votes import Votes
 
 
@@ -146,6 +146,9 @@ class Trainer:
         self.counts.original_tokens = max(seen.original_tokens, 1)
         per_group = sizes.micro_batch_size if self.recipe.balance.group == "micro_batch" else 1
         self.counts.balance_groups = sizes.global_batch_size / per_group
+        wanted = any(statistics_of(self.recipe.logging, self.step + 1, sizes.steps))
+        for router in self.routers:
+            router.stats.is_wanted = wanted
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from megatron_lpr.training.hooks.announcement import Announcement, Starts
 from megatron_lpr.training.hooks.checkpoints import Checkpoints
 from megatron_lpr.training.hooks.ends import Ends
+from megatron_lpr.training.hooks.garbage import Garbage
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.hooks.metrics import Metrics
 from megatron_lpr.training.hooks.plots import Plots
@@ -28,6 +29,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     stragglers = [Stragglers()] if logging.stragglers_every else []
     validation = [Validation()] if trainer.recipe.evaluation.every else []
     plots = [Plots()] if rank == 0 else []
+    garbage = [Garbage()] if trainer.plan.train.collect_garbage_every else []
     return [
         Watching(),  # what the others do after a step is no part of it
         FrozenWeights(trainer.chunks),
@@ -41,6 +43,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
         Replicas(),
         Checkpoints(),
         *plots,
+        *garbage,
         Ends(),
         Stopping(),
     ]

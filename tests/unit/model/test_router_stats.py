@@ -27,7 +27,7 @@ def test_sums_by_language():
     stats = collector()
     stats.add(*routed((-1, 0.5, 0.4, 0.1), (2, 0.25, 0.5, 0.25 - 1e-3), (0, 0.9, 0.05, 0.05)), TOKEN_LOSS)
     stats.add(*routed((-1, 0.2, 0.3, 0.5)), TOKEN_LOSS)
-    sums, balance = stats.take()
+    sums, balance, _ = stats.take()
     assert sums.dtype == torch.float64 and balance.item() == 0
     assert sums[:, TOKENS].tolist() == [2, 1]
     torch.testing.assert_close(sums[0, P_FROZEN].item(), 0.7, rtol=1e-6, atol=0)
@@ -40,7 +40,7 @@ def test_take_starts_again():
     stats.add(*routed((1, 0.5, 0.4, 0.1)), TOKEN_LOSS)
     stats.balance += torch.tensor(0.25)
     assert stats.take()[1].item() == 0.25
-    sums, balance = stats.take()
+    sums, balance, _ = stats.take()
     assert sums.shape == (2, SLOTS + 3) and not sums.any() and balance.item() == 0
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from harness import make_trainer
 
 from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_metrics, router_record
 
@@ -18,6 +19,7 @@ STATS = ReducedStats(
     token_loss_sums_L=torch.tensor([8.0, 3.0, 0.0], dtype=torch.float64),
     sums_NLC=SUMS,
     balance_N=torch.zeros(2),
+    lpr_N=torch.zeros(2),
 )
 
 
@@ -60,3 +62,23 @@ def test_summary_of_the_layers():
 def test_what_is_asked_for_is_there(summary, layers):
     found = router_metrics(SUMS, ("hu", "en", "es"), 1, summary=summary, layers=layers)
     assert ("router_summary" in found, "router" in found) == (summary, layers)
+
+
+def test_statistics_are_collected_in_the_steps_that_log_them(megatron, toy_base, tmp_path):
+    losses = ("ntp_loss", "balance_loss", "lpr_loss")
+
+    def records(name, **logging):
+        from megatron_lpr.platform import leave_layout
+
+        sections = {"logging": logging, "train": {"steps": 6}, "balance": {"coeff": 0.1}, "lpr": {"coeff": 0.1}}
+        trainer = make_trainer(toy_base, tmp_path / name, **sections)
+        found = [trainer.train_step() for _ in range(5)]
+        leave_layout()
+        return found
+
+    every, seldom = records("every"), records("seldom", router_every=4, router_layers_every=3)
+    for step, (full, sparse) in enumerate(zip(every, seldom, strict=True), start=1):
+        assert {name: sparse[name] for name in losses} == pytest.approx({name: full[name] for name in losses}, rel=1e-6)
+        assert ("router_summary" in sparse, "router" in sparse) == (step == 4, step in (1, 3))
+        assert ("tflops_per_device" in sparse) == (step != 2 and step != 5)
+    assert seldom[3]["router_summary"] == every[3]["router_summary"] and seldom[0]["router"] == every[0]["router"]
