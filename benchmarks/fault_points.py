@@ -6,10 +6,13 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from megatron_lpr.checkpoint.completion import cut_off
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"}
 _TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -82,6 +85,21 @@ class Damage:
         file.write_bytes(content)
         if what == "remove":
             file.unlink()
+
+
+def intervals_at_risk(output: Path, statuses: Sequence[int] | None) -> int:
+    """How many save intervals a fault may cost.
+
+    One, where a killed run had written all of its saves; two, where it had not, could not, or its newest checkpoint is
+    damaged; three, where both may be.
+
+    Args:
+        statuses: with which the run ended, on each rank; None: it had ended before.
+    """
+    root = output / "checkpoints"
+    if statuses and -signal.SIGKILL in statuses and (cut_off(root) or not any(root.glob(".writing_*"))):
+        return 1
+    return 2 if statuses else 3
 
 
 def steps_made(output: Path) -> int:

@@ -6,7 +6,8 @@
 
 Prints a table, and ends with status 1 where a fault had one of these ends: other bytes or losses than the quiet run's,
 a traceback, a process that outlives its run, a run that does not end, one that cannot go on, steps lost beyond the save
-interval: that and the save that was being written, or the one that was damaged. Faults are drawn from --seed.
+interval, or two where a save was not yet written on every rank, or the newest checkpoint is damaged. Faults are drawn
+from --seed.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from fault_points import (
     at_save_event,
     count_save_events,
     file_size_limit,
+    intervals_at_risk,
     small_disk,
     steps_made,
     steps_of_starts,
@@ -127,6 +129,7 @@ class Bench:
 
     def finish(self, output: Path, ranks: int, first: Ended | None) -> Outcome:
         """Start a run until it is done, and say how it ended."""
+        limit = EVERY * intervals_at_risk(output, first.statuses if first else None)
         ended, lost = (first, 0) if first else self._again(output, ranks)
         for _ in range(RESTARTS):
             if _wrong_end(ended) or set(ended.statuses) == {0}:
@@ -134,7 +137,7 @@ class Bench:
             ended, more = self._again(output, ranks)
             lost = max(lost, more)
         end = _wrong_end(ended) or self._end(output, ranks, ended)
-        if end == "right bytes" and lost > EVERY * (2 if first else 3):
+        if end == "right bytes" and lost > limit:
             end = "steps lost"
         return Outcome(end=end, lost=lost, printed=ended.printed)
 

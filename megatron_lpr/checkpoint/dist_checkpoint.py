@@ -15,6 +15,7 @@ Here only the classes that describe tensors are known; a file that names anythin
 is called.
 """
 
+import io
 import itertools
 import pickle
 import re
@@ -55,6 +56,8 @@ _KNOWN = {
         "WriteItem",
         "WriteItemType",
     },
+    # what each rank leaves beside its share of a save (completion.py)
+    "torch.distributed.checkpoint.storage": {"WriteResult"},
     "collections": {"OrderedDict"},
 }
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?(\w+)\.(.+)")  # the prefixes are older ones
@@ -75,14 +78,18 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def read_description(content: bytes) -> Any:
+    """A pickle of what describes tensors; pickle.UnpicklingError for one that names anything else."""
+    return _Unpickler(io.BytesIO(content)).load()
+
+
 def read_metadata(folder: str | Path) -> Metadata:
     """What a checkpoint folder holds: tensors, their chunks, and where these lie.
 
     UserError when the file is damaged, names a class that does not belong there, or a data file outside the folder.
     """
     try:
-        with open(Path(folder) / METADATA_FILE, "rb") as file:
-            metadata = _Unpickler(file).load()
+        metadata = read_description((Path(folder) / METADATA_FILE).read_bytes())
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
         files = {str(info.relative_path) for info in metadata.storage_data.values()}

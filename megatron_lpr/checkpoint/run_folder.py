@@ -24,7 +24,9 @@ from megatron_lpr.files import durable
 from megatron_lpr.files.locks import run_lock
 from megatron_lpr.platform import Ranks, together
 
-_LEAVINGS = (".writing_*", ".dropping_*", ".latest*")
+WRITING = ".writing_"  # before the name of a checkpoint that is being written
+SHARES = ".shares"  # in the folder of a checkpoint, until it is the run's latest
+_LEAVINGS = (f"{WRITING}*", f"step_*/{SHARES}", ".dropping_*", ".latest*")
 
 
 @contextlib.contextmanager

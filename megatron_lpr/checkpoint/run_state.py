@@ -193,6 +193,11 @@ def _damaged(folder: Path) -> UserError:
     return UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
 
 
+def named_by_latest(root: Path) -> str | None:
+    """What `latest` says; None where it is missing."""
+    return _pointer(root) if (root / "latest").is_file() else None
+
+
 def _pointer(root: Path) -> str:
     return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
 

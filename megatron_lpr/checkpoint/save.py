@@ -1,12 +1,13 @@
 """Writing checkpoints: Megatron's dist_checkpointing (torch_dist), whole or not at all.
 
 A checkpoint is written under a temporary name and renamed when every rank has finished, so that a killed save leaves
-nothing that a later run could mistake for one:
+nothing that could be mistaken for one:
 
     start()   plan, values to the host       all ranks, at a step boundary
               threads write the shares       training goes on, where nobody waits
     finish()  what was written is gathered   all ranks, at a step boundary; rank 0 writes .metadata, manifest.json and
-                                             run.json, renames the folder, lets `latest` name it, drops old ones
+                                             run.json, renames the folder, lets `latest` name it (completion.py),
+                                             drops old ones
 """
 
 import pickle
@@ -23,17 +24,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_lpr.checkpoint.completion import Written, complete, described, make_writing_folder, run_note
 from megatron_lpr.checkpoint.content import Chunks, model_state
-from megatron_lpr.checkpoint.dist_checkpoint import METADATA_FILE
-from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.optimizer_state import written_state
-from megatron_lpr.checkpoint.run_folder import drop_old, publish
-from megatron_lpr.checkpoint.run_state import RunState, write_run_state
-from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, Written, planner, structure
+from megatron_lpr.checkpoint.run_folder import WRITING, drop_old
+from megatron_lpr.checkpoint.run_state import RunState
+from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, structure
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.checksum import Checksum, ChecksummedFile
 from megatron_lpr.platform import device
 
 
@@ -67,8 +65,8 @@ class CheckpointWriter:
         """
         assert self._share is None, "a checkpoint is being written"
         self._state = state
-        self._folder, self._writing = (self._root / f"{dot}step_{state.step:08d}" for dot in ("", ".writing_"))
-        self._on_first_rank(self._make_folder)
+        self._folder, self._writing = (self._root / f"{prefix}step_{state.step:08d}" for prefix in ("", WRITING))
+        self._on_first_rank(lambda: make_writing_folder(self._writing))
         content = model_state(chunks, state.content)
         items, learned = written_state(optimizer, content) if optimizer is not None else ([], [])
         if scheduler is not None:
@@ -79,7 +77,8 @@ class CheckpointWriter:
             values = self._buffers.take(self._plan, values)
         elif torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._share = ShareWriter(self._writing, self._plan, values, small)
+        note = run_note(self._root, state, dist.get_world_size()) if dist.get_rank() == 0 else {}
+        self._share = ShareWriter(self._writing, self._plan, values, small, note)
         self._share.start(self._buffers if to_host else None)
         return self._folder
 
@@ -134,23 +133,14 @@ class CheckpointWriter:
         self._on_first_rank(lambda: self._publish(*map(list, zip(*shares, strict=True))))
         return self._folder
 
-    def _make_folder(self) -> None:
-        shutil.rmtree(self._writing, ignore_errors=True)
-        self._writing.mkdir(parents=True)
-
     def _publish(self, plans: list[bytes | None], shares: list[Written]) -> None:
         if faults := [f"{fault} (rank {rank})" for rank, share in enumerate(shares) for fault in sorted(share.faults)]:
             raise OSError(0, faults[0])
-        files = {name: checksum for share in shares for name, checksum in share.checksums.items()}
         if any(plans):
             self._plans = [pickle.loads(new) if new else self._plans[rank] for rank, new in enumerate(plans)]
-            _, self._tensors = planner().create_global_plan(self._plans)
+            self._tensors = described(self._plans)
         assert self._tensors is not None
-        results = sorted((r for share in shares for r in share.results), key=_place)  # threads end in any order
-        places = {result.index: result.storage_data for result in results}
-        files[METADATA_FILE] = _write_metadata(self._writing, replace(self._tensors, storage_data=places))
-        write_run_state(self._writing, replace(self._state, manifest=write_manifest(self._writing, files)))
-        publish(self._writing, self._folder)
+        complete(self._writing, self._folder, self._tensors, shares, self._state)
         drop_old(self._folder, self._keep, self._keep_every)
 
     def _on_first_rank(self, step: Callable[[], None]) -> None:
@@ -169,14 +159,3 @@ class CheckpointWriter:
                 f"checkpoint {self._folder}: {told[0]}; the checkpoints before it are whole: make room or give the "
                 "right to write there, and start the run again"
             )
-
-
-def _place(result: WriteResult) -> tuple[str, int]:
-    return result.storage_data.relative_path, result.storage_data.offset
-
-
-def _write_metadata(folder: Path, metadata: Metadata) -> Checksum:
-    """What tensors there are and where they lie, as torch's FileSystemReader reads it."""
-    with ChecksummedFile(folder / METADATA_FILE) as file:
-        file.write(pickle.dumps(metadata))
-    return file.checksum

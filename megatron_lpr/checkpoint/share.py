@@ -11,7 +11,6 @@ import os
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,8 +29,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_lpr.checkpoint.completion import Written, leave_share
 from megatron_lpr.files import durable
-from megatron_lpr.files.checksum import Checksum, ChecksummedFile
+from megatron_lpr.files.checksum import ChecksummedFile
 
 _FILES = 2  # of a rank, each with a thread
 
@@ -111,15 +111,6 @@ class HostBuffers:
         return buffer.copy_(value.detach(), non_blocking=True)
 
 
-@dataclass(kw_only=True)
-class Written:
-    """What a rank tells of its share: where its items lie, the checksums of its files, or what went wrong."""
-
-    results: list[WriteResult] = field(default_factory=list)
-    checksums: dict[str, Checksum] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-
 class _Abandoned(Exception):
     """Nobody waits for the share any more."""
 
@@ -127,11 +118,20 @@ class _Abandoned(Exception):
 class ShareWriter:
     """Threads that write a share into a folder, and end with the process."""
 
-    def __init__(self, folder: Path, plan: SavePlan, values: Sequence[Values], small_files: dict[str, bytes]) -> None:
-        """small_files: by name, written before the rest."""
+    def __init__(
+        self,
+        folder: Path,
+        plan: SavePlan,
+        values: Sequence[Values],
+        small_files: dict[str, bytes],
+        note: dict[str, Any],
+    ) -> None:
+        """small_files: by name, written before the rest. note: left beside the share when it is written."""
+        self._plan, self._note = plan, note
         self._is_abandoned = False
         self._folder, self._small, self._written, self._lock = folder, small_files, Written(), threading.Lock()
         shares = _divided(list(zip(plan.items, values, strict=True)))
+        self._left = len(shares)  # that are not written
         self._threads = [
             threading.Thread(target=self._work, args=(number, share), name="checkpoint", daemon=True)
             for number, share in enumerate(shares)
@@ -174,6 +174,11 @@ class ShareWriter:
             if share:
                 self._write(f"__{dist.get_rank()}_{number}.distcp", share)
             durable.sync(self._folder)
+            with self._lock:
+                self._left -= 1
+                is_last = not self._left
+            if is_last:
+                leave_share(self._folder, dist.get_rank(), self._plan, self._written, self._note)
         except _Abandoned:
             self._fail("it was abandoned")
         except OSError as error:

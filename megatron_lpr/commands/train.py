@@ -16,10 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run a training recipe; resumes where an earlier run stopped."""
     from megatron_lpr.api import plan, train
+    from megatron_lpr.checkpoint.completion import complete_saves
     from megatron_lpr.platform import Ranks, together
 
     recipe = together(functools.partial(typed_recipe, options))
     ranks = Ranks.from_environment()
+    if not options.dry_run:
+        completed = together(lambda: complete_saves(recipe.output) if ranks.rank == 0 else [])
+        for name in completed:
+            print(f"completed {name} of {recipe.output}: a crash came when all of it was written", flush=True)
     planned = plan(recipe, world_size=_ranks(options, ranks.world_size))
     if ranks.rank == 0:
         print(planned, flush=True)

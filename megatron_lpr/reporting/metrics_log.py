@@ -59,10 +59,17 @@ class RanksRecord(TypedDict):
     memory_gb: LargestRank
 
 
+class ValidationRecord(TypedDict):
+    """Held-out text after a step, by language."""
+
+    bits_per_byte: dict[str, float]
+    retention: NotRequired[dict[str, float]]  # of original languages: the base's bits by the model's, in percent
+
+
 _THROUGHPUT: tuple[Literal["tokens_per_second", "seconds", "tflops_per_device", "mfu"], ...]
 _THROUGHPUT = ("tokens_per_second", "seconds", "tflops_per_device", "mfu")
 # What may differ between two runs that compute the same
-TIMING = frozenset({"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "ranks"})
+TIMING = frozenset({"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "ranks", "validation_seconds"})
 
 
 class StepMetrics(TypedDict):
@@ -86,6 +93,8 @@ class StepMetrics(TypedDict):
     tflops_per_device: NotRequired[float]  # executed, in the mean of the devices; in steps with router statistics
     mfu: NotRequired[float]  # what the model needs of them, as a share of the peak; where that is known
     ranks: NotRequired[RanksRecord]  # every `logging.stragglers_every` steps
+    validation: NotRequired[ValidationRecord]  # every `evaluation.every` steps
+    validation_seconds: NotRequired[float]  # that it took; no part of `seconds`
     consumed_samples: int  # since the start of the run
     skipped_steps: NotRequired[int]  # the same; not in old records
     skipped: NotRequired[str]  # why this step has changed no weight, where it has not
@@ -222,6 +231,9 @@ def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
             "compute_seconds_median": slowest["median"],
             "memory_gb_max": largest["max"],
         }
+    if validation := metrics.get("validation"):
+        groups["validation/bits_per_byte"] = validation["bits_per_byte"]
+        groups["validation/retention"] = validation.get("retention", {})
     for group, values in groups.items():
         yield from ((f"{group}/{name}", value) for name, value in values.items() if value is not None)
     summaries = cast(Mapping[str, Mapping[str, Mapping[str, float]]], metrics.get("router_summary", {}))

@@ -29,6 +29,8 @@ from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
@@ -61,6 +63,7 @@ class Plan:
     source: Path | None  # checkpoint of model.load; None: the run started from the base model, or it is gone
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
+    held_out: tuple[Text, ...] = dataclasses.field(default=(), repr=False, compare=False)  # of rank 0, to validate on
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
     base: dict[str, Any] | None = None  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
@@ -145,6 +148,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     resume = find_checkpoint(recipe.output, damaged)
     start = resume or (locate(recipe.model.load) if recipe.model.load else None)
     source = state = origin = None
+    held_out: tuple[Text, ...] = ()
     if resume:
         state = read_run_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
@@ -161,6 +165,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         check_checkpoint(SafetensorsReader(recipe.model.base), arch)
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
+        held_out = _held_out(recipe, ranks.rank)
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
     if replay:
         replay.check()
@@ -175,12 +180,22 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         source=source,
         resume=resume.folder if resume else None,
         state=state,
+        held_out=held_out,
         replay=replay,
         base=base,
         origin=origin,
         notes=tuple(note for note in notes if note),
         damaged=damaged,
     )
+
+
+def _held_out(recipe: Recipe, rank: int) -> tuple[Text, ...]:
+    """What the run validates on; every rank looks at the settings, rank 0 at the text."""
+    if not recipe.evaluation.every:
+        return ()
+    check_evaluation(recipe.evaluation, recipe.model.base)
+    tokenizer = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
+    return tuple(read_held_out(recipe.evaluation, tokenizer)) if rank == 0 else ()
 
 
 def _check_under(recipe: Recipe, checkpoint: Path) -> None:
@@ -209,6 +224,8 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
+    if plan.held_out:
+        yield from trained_on(plan.recipe)
 
 
 def describe(plan: Plan) -> str:

@@ -2,9 +2,15 @@
 
 import dataclasses
 import errno
+import time
 from pathlib import Path
 
 from harness import make_plan, make_recipe, mixed_batch
+
+from megatron_lpr.checkpoint.completion import complete_saves
+from megatron_lpr.checkpoint.run_state import find_checkpoint
+from megatron_lpr.checkpoint.verification import refuse_damaged
+from megatron_lpr.testing.equal_runs import checkpoint_tensors
 
 SECTIONS = {"train": {"trainable": "all", "steps": 4, "micro_batch_size": 1}}
 
@@ -44,6 +50,35 @@ def save_and_fail(base: Path, root: Path) -> dict:
             ChecksummedFile.write = write
             del trainer
             leave_layout()
+
+
+def save_and_crash(base: Path, root: Path) -> None:
+    """On each rank: all shares of a save are written, and nobody finishes it."""
+    from megatron_lpr.platform import leave_layout, megatron
+
+    recipe = make_recipe(base, mixed_batch(), root, SECTIONS)
+    with megatron():
+        from megatron_lpr.training.train import Trainer
+
+        trainer = Trainer(make_plan(recipe, mixed_batch()))
+        trainer.train_step()
+        trainer.save(wait=False)
+        while not trainer.writer.has_ended:
+            time.sleep(0.01)
+        del trainer
+        leave_layout()
+
+
+def test_a_save_of_several_ranks_is_completed_after_a_crash(on_ranks, toy_base, tmp_path):
+    on_ranks(save_and_crash, 2, toy_base, tmp_path)
+    shares = tmp_path / "checkpoints/.writing_step_00000001/.shares"
+    second = (shares / "1").rename(tmp_path / "1")
+    assert complete_saves(str(tmp_path)) == []
+    second.rename(shares / "1")
+    assert complete_saves(str(tmp_path)) == ["step_00000001"]
+    folder = find_checkpoint(str(tmp_path)).folder
+    refuse_damaged(folder, contents=True)
+    assert any(tensor.any() for key, tensor in checkpoint_tensors(tmp_path).items() if ".exp_avg_sq." in key)
 
 
 def read_shared(folder: Path) -> dict:
