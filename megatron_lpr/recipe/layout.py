@@ -34,6 +34,7 @@ def check_layout(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _divides("parallel.tensor x context x pipeline", ranks, world_size, "the number of ranks")
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
     _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks")
+    _check_frozen(recipe, world_size)
     _check_dispatcher(recipe)
     _check_overlap(sizes)
 
@@ -137,6 +138,20 @@ def _check_overlap(sizes: ParallelConfig) -> None:
         for field in ("distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(sizes, field):
                 raise UserError(f"parallel.overlap_param_gather: true needs parallel.{field}: true")
+
+
+def _check_frozen(recipe: Recipe, world_size: int) -> None:
+    if recipe.parallel.frozen != "sharded" or recipe.train is None:
+        return
+    if recipe.train.trainable == "all":
+        raise UserError(
+            "parallel.frozen: sharded has no effect with train.trainable: all, which freezes nothing; leave it out"
+        )
+    if world_size == recipe.parallel.pipeline:
+        raise UserError(
+            f"parallel.frozen: sharded has no ranks to spread weights over, for each of {world_size} rank(s) is a "
+            "pipeline stage of its own; leave it out, or use more ranks"
+        )
 
 
 def _check_dispatcher(recipe: Recipe) -> None:

@@ -50,6 +50,9 @@ class ParallelConfig:
     expert: int = opt(1, "expert-parallel size; divides the number of new experts", at_least=1)
     expert_tensor: int = opt(1, "tensor-parallel size inside each new expert", at_least=1)
     dispatcher: Literal["alltoall", "allgather", "flex"] = opt("alltoall", "Megatron token dispatcher")
+    frozen: Literal["auto", "replicated", "sharded"] = opt(
+        "auto", "frozen weights: a copy on each rank, or gathered when they compute; `auto` shards more than 4 GiB"
+    )
     distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = opt(False, "gather updated parameters while the next forward pass runs")

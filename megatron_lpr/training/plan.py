@@ -34,6 +34,7 @@ from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
+from megatron_lpr.model.parameters import frozen_bytes, shards_frozen
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
 from megatron_lpr.recipe.reading import to_tree
@@ -158,7 +159,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         _check_under(recipe, source)
         origin = source_identity(source)
     else:
-        check_checkpoint(SafetensorsReader(recipe.model.base), arch)
+        check_checkpoint(SafetensorsReader(recipe.model.base), arch, (ranks.rank, ranks.world_size))
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
@@ -236,6 +237,7 @@ def describe(plan: Plan) -> str:
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
+            *_frozen(plan),
             *_checkpoints(plan, size),
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
@@ -243,6 +245,18 @@ def describe(plan: Plan) -> str:
             *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
+
+
+def _frozen(plan: Plan) -> Iterator[str]:
+    """Where the frozen weights are, if there are any."""
+    recipe, arch, ranks = plan.recipe, plan.arch, plan.world_size
+    if not (whole := frozen_bytes(recipe, arch)):
+        return
+    if shards_frozen(recipe, arch, ranks):
+        own = _size(frozen_bytes(recipe, arch, sharded_over=ranks))
+        yield f"frozen       sharded: {own} on a rank, where a copy is {_size(whole)}"
+    else:
+        yield f"frozen       replicated: {_size(whole)} on a rank"
 
 
 def _checkpoints(plan: Plan, size: ModelSize) -> Iterator[str]:
