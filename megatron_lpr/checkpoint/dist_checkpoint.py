@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import FileTensor, Shape
 
+Span = tuple[int, int]  # first and last but one
 METADATA_FILE = ".metadata"
 # Written by torch and by Megatron-Core 0.16 to 0.19. None of them does more than hold what it is given.
 _KNOWN = {
@@ -56,6 +57,7 @@ _KNOWN = {
     },
     "collections": {"OrderedDict"},
 }
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?(\w+)\.(.+)")  # the prefixes are older ones
 _NOT_WEIGHTS = re.compile(r"(.*\.)?(optimizer|rng_state|opt_param_scheduler)([./].*)?")
 _ONE_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _ALL_LAYERS = re.compile(r"decoder\.layers\.(.+)")
@@ -110,6 +112,10 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
     """The weights of a checkpoint folder by global parameter name, in the model's order; reading one is up to the user.
 
     Optimizer and generator states are passed over. UserError when the folder is no torch_dist checkpoint.
+
+    Attributes:
+        optimizer_keys: the tensors of the optimizer's state, by what each is (exp_avg, exp_avg_sq, param) and of which
+            tensor of the weights.
     """
 
     def __init__(self, folder: str | Path):
@@ -120,11 +126,18 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         self._tensors = {
             key: tensor
             for key, tensor in self._metadata.state_dict_metadata.items()
-            if isinstance(tensor, TensorStorageMetadata) and not _NOT_WEIGHTS.fullmatch(key)
+            if isinstance(tensor, TensorStorageMetadata)
         }
         self._places = {
-            name: place for key, tensor in self._tensors.items() for name, place in _unstack(key, tuple(tensor.size))
+            name: place
+            for key, tensor in self._tensors.items()
+            if not _NOT_WEIGHTS.fullmatch(key)
+            for name, place in _unstack(key, tuple(tensor.size))
         }
+        self.optimizer_keys = {
+            (found[1], found[2]): key for key in self._tensors if (found := _OPTIMIZER.fullmatch(key))
+        }
+        self._chunks: dict[tuple[str, int], dict[Shape, list[ChunkStorageMetadata]]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -133,15 +146,31 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         return len(self._places)
 
     def __getitem__(self, name: str) -> "StoredParameter":
-        key, lead = self._places[name]
-        tensor = self._tensors[key]
-        axes, shards = len(lead), []
-        for chunk in tensor.chunks:
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            inside = [index - first for index, first in zip(lead, offsets, strict=False)]
-            if all(0 <= index < size for index, size in zip(inside, sizes, strict=False)):
-                shards.append(_Shard(offsets[axes:], sizes[axes:], MetadataIndex(key, chunk.offsets), tuple(inside)))
-        return StoredParameter(self, tuple(tensor.size[axes:]), tensor.properties.dtype, tuple(shards))
+        return self.tensor(*self._places[name])
+
+    def tensor(self, key: str, lead: Shape = ()) -> "StoredParameter":
+        """A tensor of the checkpoint, of the optimizer's too; or what it has at an index of its leading axes."""
+        tensor, axes = self._tensors[key], len(lead)
+        shards = [
+            _Shard(
+                tuple(chunk.offsets[axes:]),
+                tuple(chunk.sizes[axes:]),
+                MetadataIndex(key, chunk.offsets),
+                tuple(index - first for index, first in zip(lead, chunk.offsets, strict=False)),
+            )
+            for chunk in self._chunks_by_lead(key, axes).get(lead, ())
+        ]
+        return StoredParameter(self, key, tuple(tensor.size[axes:]), tensor.properties.dtype, tuple(shards))
+
+    def _chunks_by_lead(self, key: str, axes: int) -> dict[Shape, list[ChunkStorageMetadata]]:
+        """The chunks of a tensor by each index of its leading axes; there may be thousands, asked for as often."""
+        if (key, axes) not in self._chunks:
+            chunks = self._chunks[key, axes] = {}
+            for chunk in self._tensors[key].chunks:
+                spans = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+                for lead in itertools.product(*(range(first, first + size) for first, size in spans)):
+                    chunks.setdefault(lead, []).append(chunk)
+        return self._chunks[key, axes]
 
     def open_chunk(self, index: MetadataIndex) -> FileTensor | torch.Tensor:
         """A chunk where it lies in its file; in memory if it was saved transposed. UserError when it is damaged."""
@@ -179,6 +208,7 @@ class StoredParameter:
     """A parameter of a checkpoint, whole, however many ranks wrote it."""
 
     checkpoint: DistCheckpoint
+    key: str  # of the tensor that it is, or is part of
     shape: Shape
     dtype: torch.dtype
     shards: tuple[_Shard, ...]
@@ -187,18 +217,22 @@ class StoredParameter:
         """As torch.Tensor.narrow, in the dtype of the checkpoint; chunks beside the range are not read."""
         wanted = [(0, size) for size in self.shape]
         wanted[dim] = (start, start + length)
+        return self.read(wanted)
+
+    def read(self, wanted: list[Span]) -> torch.Tensor:
+        """A box: first and last but one of each axis; rows beside it are not read."""
         found = [(shard, box) for shard in self.shards if (box := _overlap(shard, wanted))]
         if len(found) == 1 and found[0][1] == wanted:
-            return self._read(found[0][0], wanted, dim)
+            return self._read(found[0][0], wanted)
         whole = torch.empty([stop - first for first, stop in wanted], dtype=self.dtype)
         filled = 0
         for shard, box in found:
-            part = self._read(shard, box, dim)
+            part = self._read(shard, box)
             target = whole[tuple(slice(a - w, b - w) for (a, b), (w, _) in zip(box, wanted, strict=True))]
             target.copy_(part)
             filled += part.numel()
         if filled != whole.numel():
-            raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.shards[0].chunk.fqn}' are missing")
+            raise UserError(f"checkpoint {self.checkpoint.folder}: parts of '{self.key}' are missing")
         return whole
 
     def on_disk(self, dim: int, start: int, length: int) -> FileTensor | None:
@@ -213,9 +247,12 @@ class StoredParameter:
                     return chunk.rows(first - shard.offsets[0], stop - shard.offsets[0])
         return None
 
-    def _read(self, shard: _Shard, box: list[tuple[int, int]], dim: int) -> torch.Tensor:
-        first, stop = box[dim]
-        return self._opened(shard).narrow(dim, first - shard.offsets[dim], stop - first)
+    def _read(self, shard: _Shard, box: list[Span]) -> torch.Tensor:
+        part: FileTensor | torch.Tensor = self._opened(shard)
+        for dim, ((first, stop), offset) in enumerate(zip(box, shard.offsets, strict=True)):
+            part = part.narrow(dim, first - offset, stop - first)  # the first reads, of a file
+        assert isinstance(part, torch.Tensor)
+        return part
 
     def _opened(self, shard: _Shard) -> FileTensor | torch.Tensor:
         chunk = self.checkpoint.open_chunk(shard.chunk)
@@ -224,7 +261,7 @@ class StoredParameter:
         return chunk
 
 
-def _overlap(shard: _Shard, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+def _overlap(shard: _Shard, wanted: list[Span]) -> list[Span] | None:
     box = [
         (max(first, offset), min(stop, offset + size))
         for (first, stop), offset, size in zip(wanted, shard.offsets, shard.sizes, strict=True)

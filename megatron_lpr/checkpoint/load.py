@@ -1,6 +1,5 @@
 """Reading checkpoints of any layout into the model, the optimizer and its schedule."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,13 +15,13 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
-from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.content import Chunks, model_state
+from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint, read_metadata
 from megatron_lpr.checkpoint.holding import holds
+from megatron_lpr.checkpoint.optimizer_state import load_state
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.shards import is_sharded
-from megatron_lpr.platform.shims import cuda_type_names
 
 EXTRA_STATE = "_extra_state"
 
@@ -37,8 +36,6 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     """
     held = read_run_state(folder).content
     content = model_state(chunks, held)
-    if optimizer is not None:
-        content["optimizer"] = optimizer_state(optimizer, content, is_loading=True)
     for index in range(len(chunks)):
         content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
     _check_common_state(folder, read_metadata(folder))  # refuses what would run code in Megatron's hands
@@ -59,29 +56,9 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         weights = [key for key in weights if key not in others]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
-        _load_optimizer(optimizer, scheduler, loaded)
-
-
-def _load_optimizer(optimizer, scheduler, loaded: dict[str, Any]) -> None:
-    """Moments and steps are the checkpoint's, the settings the recipe's.
-
-    Megatron 0.16.1 would take them, the learning rate too, from the checkpoint, whatever the recipe of the resumed run
-    says; 0.19.2 does not find a parameter group whose learning rate has changed. Weight decay the scheduler sets.
-    """
-    settings = {key: optimizer.param_groups[0][key] for key in ("max_lr", "min_lr", "betas", "eps")}
-    for group in _param_groups(loaded["optimizer"]):
-        group.update(settings)
-    with cuda_type_names():
-        optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
-
-
-def _param_groups(tree: Any) -> Iterator[dict[str, Any]]:
-    """The parameter groups in the state of an optimizer or of several."""
-    if isinstance(tree, dict):
-        yield from tree.get("param_groups", ())
-        for value in tree.values():
-            yield from _param_groups(value)
+        # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
+        scheduler.load_state_dict(loaded["scheduler"])
+        load_state(optimizer, model_state(chunks, held), DistCheckpoint(folder), step=scheduler.num_steps)
 
 
 def _check_common_state(folder: Path, metadata: Metadata) -> None:

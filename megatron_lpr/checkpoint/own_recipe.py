@@ -1,5 +1,6 @@
 """The recipe that a checkpoint carries: what is done to the checkpoint needs no other."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,3 +25,11 @@ def own_recipe(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
             "say where it lies with --base FOLDER or --set model.base=FOLDER"
         )
     return recipe
+
+
+def with_experts_of(recipe: Recipe, checkpoint: Path) -> Recipe:
+    """A recipe of the model in a checkpoint: experts and dtype are the checkpoint's, whatever the recipe says."""
+    saved = read_run_state(checkpoint).recipe["model"]
+    experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
+    layers = tuple(saved.get("mlp_only_layers", ()))
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers))

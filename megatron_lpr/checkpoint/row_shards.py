@@ -56,13 +56,15 @@ def _own(entry: ShardedTensor | ShardedTensorFactory, parameter: Any) -> Iterato
         if first < last:
             offset, axis = list(part.global_offset), part.prepend_axis_num
             offset[axis] += first - start
-            data = mine[first - rows.start : last - rows.start]
+            # with the leading axes of its own: Megatron leaves them out where ranks have unequal parts
+            data = mine[first - rows.start : last - rows.start][(None,) * axis]
             copy, tensor, _ = part.replica_id  # the last tells the copies apart that are none any more
             yield replace(
                 part,
                 data=data,
                 local_shape=tuple(data.shape),
                 global_offset=tuple(offset),
+                prepend_axis_num=0,
                 axis_fragmentations=None,  # not all ranks have as many
                 replica_id=(copy, 0 if covered else tensor, 0),
             )

@@ -26,7 +26,8 @@ from megatron_lpr.checkpoint.manifest import MANIFEST, is_sealed, read_manifest,
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 
-VERSION = 3  # of run.json; 1 had no version, base and source; checkpoints of 1 and 2 are whole
+# of run.json; 1 had no version, base and source; checkpoints of 1 and 2 are whole; up to 3 Megatron wrote the optimizer
+VERSION = 4
 _STEP = re.compile(r"step_(\d+)")
 _MEGATRON_FILES = ("metadata.json", ".metadata")
 NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
@@ -60,8 +61,10 @@ class Found:
 
 def checkpoint_folder(path: str) -> Path:
     """The checkpoint that `path` means: one itself, or the newest of a run's output folder (`locate`, said aloud)."""
+    from megatron_lpr.platform import Ranks  # with torch, which what reads only the state of a run does without
+
     found = locate(path)
-    if found.note:
+    if found.note and Ranks.from_environment().rank == 0:
         print(f"note: {found.note}", file=sys.stderr, flush=True)
     return found.folder
 

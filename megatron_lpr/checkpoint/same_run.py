@@ -57,12 +57,6 @@ def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> N
     _compare(fixed, old, new, f"the run in {recipe.output}")
     _check_base(recipe, state.base, base, f"the run in {recipe.output}")
     _check_load(recipe, state)
-    sharded = old["parallel.distributed_optimizer"]
-    if recipe.parallel.distributed_optimizer != sharded:
-        raise UserError(
-            f"parallel.distributed_optimizer: {recipe.parallel.distributed_optimizer}, but the run in {recipe.output} "
-            f"was saved with {sharded}, whose optimizer state has another form; every other size may change"
-        )
     if not finished and not state.has_optimizer:
         raise UserError(
             f"output: the run in {recipe.output} ended at step {state.step} without optimizer state "

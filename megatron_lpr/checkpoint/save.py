@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_lpr.checkpoint.content import Chunks, model_state, optimizer_state
+from megatron_lpr.checkpoint.content import Chunks, model_state
 from megatron_lpr.checkpoint.dist_checkpoint import METADATA_FILE
 from megatron_lpr.checkpoint.manifest import write_manifest
+from megatron_lpr.checkpoint.optimizer_state import written_state
 from megatron_lpr.checkpoint.run_folder import drop_old, publish
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, Written, planner, structure
@@ -69,10 +70,11 @@ class CheckpointWriter:
         self._folder, self._writing = (self._root / f"{dot}step_{state.step:08d}" for dot in ("", ".writing_"))
         self._on_first_rank(self._make_folder)
         content = model_state(chunks, state.content)
-        if optimizer is not None:
-            content["optimizer"] = optimizer_state(optimizer, content, is_loading=False)
+        items, learned = written_state(optimizer, content) if optimizer is not None else ([], [])
+        if scheduler is not None:
             content["scheduler"] = scheduler.state_dict()
-        values, small = self._planned(content)
+        plan, values, small = self._planned(content)
+        self._plan, values = replace(plan, items=[*plan.items, *items]), [*values, *learned]
         if to_host:
             values = self._buffers.take(self._plan, values)
         elif torch.cuda.is_available():
@@ -81,8 +83,8 @@ class CheckpointWriter:
         self._share.start(self._buffers if to_host else None)
         return self._folder
 
-    def _planned(self, content: dict[str, Any]) -> tuple[list[Values], dict[str, bytes]]:
-        """What this rank writes: its share, and the small files that Megatron would write at once.
+    def _planned(self, content: dict[str, Any]) -> tuple[SavePlan, list[Values], dict[str, bytes]]:
+        """What this rank writes but for the optimizer: its share, and small files that Megatron would write at once.
 
         Who writes what is agreed on anew only where what there is has changed on some rank.
         """
@@ -98,9 +100,8 @@ class CheckpointWriter:
             dist_checkpointing.save(content, beside, self._strategy, validate_access_integrity=not is_known.item())
             small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
         share: PlanOnly = self._strategy.base_strategy
-        self._plan, values = share.plan, share.values
-        share.values = []  # the device's memory is not for keeping them
-        return values, small
+        values, share.values = share.values, []  # the device's memory is not for keeping them
+        return share.plan, values, small
 
     @property
     def step(self) -> int | None:

@@ -1,12 +1,17 @@
 """`megatron-lpr evaluate`: bits per byte on held-out text."""
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_gone, add_own_recipe, found_checkpoint, recipe_of, typed_recipe
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import REST
 from megatron_lpr.recipe.settings import Recipe
+
+if TYPE_CHECKING:
+    from megatron_lpr.evaluation.evaluate import Evaluation
 
 SPELLING = (
     "the model comes first and a checkpoint brings its recipe, "
@@ -19,6 +24,7 @@ READS = (
     "preprocess.bos",
     "preprocess.parse_special_tokens",
     "checkpoint.verify",
+    "parallel",
 )
 
 
@@ -34,23 +40,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Score a checkpoint or a Hugging Face model on the held-out corpora of a recipe."""
-    from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation, print_progress
+    from megatron_lpr.evaluation.evaluate import print_progress
+    from megatron_lpr.platform import Ranks, together
+
+    evaluation = together(lambda: _planned(options))
+    if options.dry_run:
+        together(evaluation.check)
+        names = ", ".join(corpus.name for corpus in evaluation.recipe.evaluation.corpora)
+        told = f"would evaluate {evaluation.folder} on {names} into {options.out}"
+    else:
+        result = evaluation.run(options.name, print_progress)
+        if Ranks.from_environment().rank == 0:
+            result.save(options.out)
+        told = f"{result} -> {options.out}"
+    if Ranks.from_environment().rank == 0:
+        print(told, flush=True)
+
+
+def _planned(options: argparse.Namespace) -> "Evaluation":
+    from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation
     from megatron_lpr.evaluation.retention import check_result_file
 
     if is_hf_model(options.model):
         evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
     else:
         checkpoint = found_checkpoint(options.model, SPELLING)  # said aloud once
-        evaluation = plan_evaluation(checkpoint, recipe_of(checkpoint, options, READS))
+        recipe = recipe_of(checkpoint, options, READS)
+        _check_layout_has_effect(options.set)
+        evaluation = plan_evaluation(checkpoint, recipe)
     check_result_file(options.out)
-    if options.dry_run:
-        evaluation.check()
-        names = ", ".join(corpus.name for corpus in evaluation.recipe.evaluation.corpora)
-        print(f"would evaluate {evaluation.folder} on {names} into {options.out}")
-        return
-    result = evaluation.run(options.name, print_progress)
-    result.save(options.out)
-    print(f"{result} -> {options.out}")
+    return evaluation
+
+
+def _check_layout_has_effect(overrides: Sequence[str]) -> None:
+    from megatron_lpr.platform import Ranks
+
+    for override in overrides:
+        if override.startswith("parallel.") and Ranks.from_environment().world_size == 1:
+            raise UserError(
+                f"--set {override}: has no effect in one process, which has the whole model; start several with "
+                "torchrun or srun, or leave it out"
+            )
 
 
 def _recipe_for_hf(options: argparse.Namespace) -> Recipe | None:
@@ -67,4 +97,5 @@ COMMAND = Command(
     reads=(*READS, "model.dtype"),
     place=6,
     spelling=SPELLING,
+    distributed=True,
 )

@@ -4,10 +4,13 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
+from typing import cast
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting.durations import clock
+from megatron_lpr.reporting.metrics_log import ValidationRecord
+from megatron_lpr.reporting.progress import held_out
 from megatron_lpr.training.run_status import LOSSES, RunStatus, run_status
 
 
@@ -41,6 +44,8 @@ def _lines(status: RunStatus) -> Iterator[str]:
         "reason": status.reason,
         "ETA": None if status.eta_seconds is None else clock(status.eta_seconds),
         "losses": _losses(status),
+        "held out": status.validation
+        and f"{held_out(cast(ValidationRecord, status.validation))}, after step {status.validation['step']:,}",
         "speed": _speed(status),
         "checkpoint": _checkpoint(status),
         "last record": status.last_record and f"{status.last_record}, {clock(status.last_record_age_seconds or 0)} ago",

@@ -1,29 +1,36 @@
 """Score one model on held-out text, and say where its routers send each language."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lpr.checkpoint.own_recipe import own_recipe
+from megatron_lpr.checkpoint.own_recipe import own_recipe, with_experts_of
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
 from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.data.text.special_tokens import SpecialTokens, special_tokens
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.evaluation.held_out import HeldOut, check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
 from megatron_lpr.evaluation.hf_model import hf_nll_fn
-from megatron_lpr.evaluation.perplexity import CorpusScore, NllFn, evaluate_corpora
+from megatron_lpr.evaluation.perplexity import CorpusScore, score, scored_by
 from megatron_lpr.evaluation.retention import EvaluationResult
-from megatron_lpr.platform import device, megatron, single_process
-from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.evaluation.windows import Text
+from megatron_lpr.families import read_architecture
+from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.platform import Ranks, device, from_first_rank, megatron, together
+from megatron_lpr.platform.distributed import group_store
+from megatron_lpr.platform.lifeline import connected
+from megatron_lpr.recipe.layout import check_layout
+from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 Report = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A model, and the recipe that names the held-out text; neither has been read.
+    """A model, and the recipe that names the held-out text and the layout; nothing has been read.
 
     folder: a checkpoint of ours, or with `is_hf` any Hugging Face causal model.
     """
@@ -42,16 +49,21 @@ class Evaluation:
 
         Raises:
             UserError: as `check_evaluation`; a tokenizer that cannot do what the recipe asks for, or does other than
-                in training.
+                in training; parallel sizes that do not divide the model and the ranks.
         """
         check_evaluation(self.recipe.evaluation, self.tokenizer_dir)
         tokenizer = load_tokenizer(self.tokenizer_dir, special=special_tokens(self.recipe.preprocess))
         if not self.is_hf:
             _check_trained_alike(self.recipe, self.folder, tokenizer)
+            recipe = dataclasses.replace(with_experts_of(self.recipe, self.folder), train=None)
+            arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+            check_layout(recipe, arch, Ranks.from_environment().world_size)
         return tokenizer
 
     def run(self, name: str | None = None, report: Report = lambda line: None) -> EvaluationResult:
         """Bits per byte on each corpus and, of a checkpoint with experts, shares of the frozen ones.
+
+        On several ranks all of them call it, and get the same; rank 0 reads the text, warns and reports.
 
         Args:
             name: of the model in tables; without it that of its run, or of its folder.
@@ -60,14 +72,13 @@ class Evaluation:
         Raises:
             UserError: as `check`; bad held-out text; a model that cannot be read.
         """
-        tokenizer = self.check()
-        for sentence in trained_on(self.recipe):
-            warn(sentence)
-        corpora = read_held_out(self.recipe.evaluation)
+        is_first = Ranks.from_environment().rank == 0
+        tokenizer = together(self.check)
+        texts = together(lambda: self._read(tokenizer) if is_first else [])
         if not self.is_hf:
             refuse_damaged(self.folder, contents=self.recipe.checkpoint.verify, load=self.recipe.model.load)
-        score = self._score_hf if self.is_hf else self._score_checkpoint
-        scores, routing = score(tokenizer, corpora, report)
+        score_texts = self._score_hf if self.is_hf else self._score_checkpoint
+        scores, routing = score_texts(texts, report if is_first else lambda line: None)
         return EvaluationResult(
             model=name or self._name(),
             window=self.recipe.evaluation.window,
@@ -78,65 +89,63 @@ class Evaluation:
             routing=routing,
         )
 
+    def _read(self, tokenizer: Tokenizer) -> list[Text]:
+        for sentence in trained_on(self.recipe):
+            warn(sentence)
+        return read_held_out(self.recipe.evaluation, tokenizer)
+
     def _name(self) -> str:
         return self.folder.resolve().name if self.is_hf else read_run_state(self.folder).recipe["name"]
 
     def _score_hf(
-        self, tokenizer: Tokenizer, corpora: Sequence[HeldOut], report: Report
+        self, texts: Sequence[Text], report: Report
     ) -> tuple[tuple[CorpusScore, ...], dict[str, list[float]]]:
+        settings = self.recipe.evaluation
         nll_fn = hf_nll_fn(str(self.folder), self.recipe.model.dtype, str(device()))
-        return self._score(nll_fn, tokenizer, corpora, report), {}
+        return score(scored_by(nll_fn, window=settings.window, batch=settings.batch), texts, report), {}
 
     def _score_checkpoint(
-        self, tokenizer: Tokenizer, corpora: Sequence[HeldOut], report: Report
+        self, texts: Sequence[Text], report: Report
     ) -> tuple[tuple[CorpusScore, ...], dict[str, list[float]]]:
-        with megatron():
+        with megatron() as ranks, connected(ranks, group_store):
             from megatron_lpr.evaluation.megatron_model import MegatronModel
 
-            model = MegatronModel.of_checkpoint(self.recipe, str(self.folder))
+            texts = from_first_rank(texts)
+            model = MegatronModel.of_checkpoint(self.recipe, str(self.folder), self.recipe.parallel)
             model.collect_routing(1)
-
-            def nll_fn(tokens_BS, labels_BS):
-                return model.token_losses(tokens_BS, labels_BS, language=0)
-
             scores: list[CorpusScore] = []
             routing: dict[str, list[float]] = {}
-            for held_out in corpora:
-                scores += self._score(nll_fn, tokenizer, [held_out], report)
+            for text in texts:
+                scores += score(model.nats, [text], report)
                 if shares := model.frozen_shares():
-                    routing[held_out.corpus.name] = shares[0].tolist()
+                    routing[text.corpus.name] = shares[0].tolist()
         return tuple(scores), routing
-
-    def _score(
-        self, nll_fn: NllFn, tokenizer: Tokenizer, corpora: Sequence[HeldOut], report: Report
-    ) -> tuple[CorpusScore, ...]:
-        settings = self.recipe.evaluation
-        return evaluate_corpora(
-            nll_fn,
-            tokenizer,
-            corpora,
-            window=settings.window,
-            batch=settings.batch,
-            max_bytes=settings.max_bytes,
-            report=report,
-        )
 
 
 def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluation:
     """`model` is a checkpoint, the output folder of a run, or the folder of any Hugging Face causal model.
 
-    A checkpoint is scored on the corpora of its own recipe unless `recipe` names others.
+    A checkpoint is scored on the corpora of its own recipe unless `recipe` names others. Several ranks share it by the
+    parallel sizes of that recipe; one process has it whole, whatever the layout of training was.
 
     Raises:
-        UserError: it is none of these, or a Hugging Face model without a recipe.
+        UserError: it is none of these, or a Hugging Face model without a recipe, or on several ranks.
     """
-    single_process("evaluate")
+    world_size = Ranks.from_environment().world_size
     if is_hf_model(model):
+        if world_size > 1:
+            raise UserError(
+                f"{model} is a Hugging Face model, which is evaluated in one process, not in {world_size}; start the "
+                "command without torchrun or srun, or evaluate the checkpoint that it was exported from"
+            )
         if recipe is None:
             raise UserError(f"{model} is a Hugging Face model: name the recipe of the held-out text with --recipe")
         return Evaluation(recipe=recipe, folder=Path(model), is_hf=True)
     folder = checkpoint_folder(str(model))
-    return Evaluation(recipe=recipe or own_recipe(folder), folder=folder, is_hf=False)
+    recipe = recipe or own_recipe(folder)
+    if world_size == 1:
+        recipe = dataclasses.replace(recipe, parallel=ParallelConfig())
+    return Evaluation(recipe=recipe, folder=folder, is_hf=False)
 
 
 def is_hf_model(model: str | Path) -> bool:

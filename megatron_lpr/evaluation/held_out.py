@@ -4,28 +4,21 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lpr.data.corpus.manifest import Manifest, check_language_roles
 from megatron_lpr.data.text.documents import OnBadLine, Reading, TextReader
 from megatron_lpr.data.text.source_checks import check_files, way_of_reading
 from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
+from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.windows import Text, tokenized
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus, SourceConfig
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """A held-out corpus and its documents, in file order."""
-
-    corpus: EvaluationCorpus
-    documents: list[str]
 
 
 def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
@@ -53,9 +46,12 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     check_language_roles("evaluation.corpora", ((c.name, c.language, c.role) for c in settings.corpora))
 
 
-def read_held_out(settings: EvaluationConfig) -> list[HeldOut]:
-    """All corpora. UserError as `read_corpus`."""
-    return [HeldOut(corpus=corpus, documents=read_corpus(corpus, settings.on_bad_line)) for corpus in settings.corpora]
+def read_held_out(settings: EvaluationConfig, tokenizer: Tokenizer) -> list[Text]:
+    """All corpora as tokens. UserError as `read_corpus`, and where documents have no characters."""
+    return [
+        tokenized(tokenizer, corpus, read_corpus(corpus, settings.on_bad_line), settings.max_bytes)
+        for corpus in settings.corpora
+    ]
 
 
 def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> list[str]:

@@ -1,4 +1,4 @@
-"""Our own checkpoints (or the base model as Megatron runs it) in one process: token losses, logits, routing.
+"""Our own checkpoints (or the base model as Megatron runs it): token losses, logits, routing.
 
 Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabulary.
 """
@@ -8,9 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
+from megatron_lpr.checkpoint.own_recipe import with_experts_of
+from megatron_lpr.checkpoint.run_state import checkpoint_folder
+from megatron_lpr.evaluation.forward import corpus_nats
+from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.model.builder import build_model, init_model_parallel, routers
@@ -20,53 +25,83 @@ from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.platform import device
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
+ONE_PROCESS = ParallelConfig()
+
 
 class MegatronModel:
-    """A model on one rank, for evaluation and export."""
+    """A model for evaluation, or this rank's part of it."""
 
-    def __init__(self, recipe: Recipe, fill: Callable[[Recipe, Architecture, list[torch.nn.Module]], object]) -> None:
-        """The model of `recipe`, in this process alone; `fill` gives its chunks their weights."""
-        self.recipe = recipe = dataclasses.replace(recipe, parallel=ParallelConfig(), train=None)
+    def __init__(
+        self,
+        recipe: Recipe,
+        fill: Callable[[Recipe, Architecture, list[torch.nn.Module]], object],
+        parallel: ParallelConfig = ONE_PROCESS,
+    ) -> None:
+        """The model of `recipe`, spread over all ranks by `parallel`; `fill` gives its chunks their weights."""
+        self.recipe = recipe = dataclasses.replace(recipe, parallel=parallel, train=None)
         self.arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
-        chunks: list[Any] = build_model(recipe, self.arch)  # GPTModels, which ship no types
-        fill(recipe, self.arch, chunks)
-        self.module = chunks[0].eval()
-        if self.module.config.bf16:
-            self.module.bfloat16()
+        self.chunks: list[Any] = build_model(recipe, self.arch)  # GPTModels, which ship no types
+        fill(recipe, self.arch, self.chunks)
+        for chunk in self.chunks:
+            chunk.eval()
+            if get_model_config(chunk).bf16:
+                chunk.bfloat16()
 
     @classmethod
-    def of_checkpoint(cls, recipe: Recipe, checkpoint: str) -> "MegatronModel":
+    def of_checkpoint(cls, recipe: Recipe, checkpoint: str, parallel: ParallelConfig = ONE_PROCESS) -> "MegatronModel":
         """The base model's folder comes from `recipe`, experts and dtype from the checkpoint's own recipe."""
         source = checkpoint_folder(checkpoint)
-        saved = read_run_state(source).recipe["model"]
-        experts = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
-        layers = tuple(saved.get("mlp_only_layers", ()))
-        model = dataclasses.replace(recipe.model, **experts, mlp_only_layers=layers)
-        recipe = dataclasses.replace(recipe, model=model)
-        return cls(recipe, lambda recipe, arch, chunks: fill_weights(recipe, arch, chunks, source))
+        recipe = with_experts_of(recipe, source)
+        return cls(recipe, lambda recipe, arch, chunks: fill_weights(recipe, arch, chunks, source), parallel)
+
+    @property
+    def module(self) -> Any:
+        """The whole model, in one process."""
+        assert self.recipe.parallel.pipeline == 1
+        return self.chunks[0]
+
+    def nats(self, text: Text, progress: Callable[[int, int], None] = lambda done, windows: None) -> float:
+        """The sum of -ln p over the scored tokens of a text; all ranks call it and get it.
+
+        Where routing is collected, all tokens of the text count as language 0.
+        """
+        settings = self.recipe.evaluation
+        return corpus_nats(
+            self.chunks, text, window=settings.window, batch=settings.batch, tagged=True, progress=progress
+        )
 
     @torch.no_grad()
-    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor, language: int | None = None) -> Tensor:
-        """-ln p(label), fp32 [B, S]; `language` (an index) collects routing statistics of all tokens under it."""
-        tags = None if language is None else torch.full_like(tokens_BS, language + 1).to(device())
-        return self.module(tokens_BS.to(device()), None, labels=labels_BS.to(device()), **passengers(tags)).float()
+    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """-ln p(label), fp32 [B, S]; in one process."""
+        return self.module(tokens_BS.to(device()), None, labels=labels_BS.to(device()), **passengers(None)).float()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
-        """Logits [B, S, V], without the padding of the vocabulary."""
+        """Logits [B, S, V], without the padding of the vocabulary; in one process."""
         return self.module(tokens_BS.to(device()), None, **passengers(None))[..., : self.arch.vocab_size]
 
     def frozen_shares(self) -> list[Tensor]:
-        """Since the last call, per language index: share of routing slots in frozen experts, fp64 [layers]."""
-        layers = [router.stats.take()[0].cpu() for router in routers(self.module)]
-        if not layers:
+        """Since the last call, per language index: share of routing slots in frozen experts, fp64 [layers].
+
+        All ranks call it: each knows its own layers and its own tokens.
+        """
+        layers, model = self.arch.moe_layers(), self.recipe.model
+        found = {router.layer_number - 1: router.stats for router in routers(*self.chunks)}
+        if not model.num_experts:
             return []
-        sums_LNC = torch.stack(layers, dim=1)
-        slots = sums_LNC[..., SLOTS : SLOTS + self.recipe.model.num_frozen_experts].sum(-1)
-        return list(slots / (sums_LNC[..., TOKENS] * self.recipe.model.topk))
+        columns = SLOTS + model.num_experts
+        empty_LC = torch.zeros(self._num_languages, columns, dtype=torch.float64, device=device())
+        sums_LNC = torch.stack(
+            [found[layer].take()[0].to(device()) if layer in found else empty_LC for layer in layers], dim=1
+        )
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums_LNC)
+        slots = sums_LNC[..., SLOTS : SLOTS + model.num_frozen_experts].sum(-1)
+        return list((slots / (sums_LNC[..., TOKENS] * model.topk)).cpu())
 
     def collect_routing(self, num_languages: int) -> None:
         """Start collecting routing statistics of languages 0..num_languages-1."""
-        for router in routers(self.module):
+        self._num_languages = num_languages
+        for router in routers(*self.chunks):
             router.stats.num_languages = num_languages

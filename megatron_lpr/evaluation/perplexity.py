@@ -15,17 +15,13 @@ B: windows of one forward pass, S: tokens of a window, V: vocabulary.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import HeldOut
-
-# One call of the tokenizer: its encodings take a hundred times the memory of the text.
-_BATCH_DOCUMENTS = 256
+from megatron_lpr.evaluation.windows import Text
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
@@ -43,85 +39,59 @@ class CorpusScore:
     bytes: int
 
 
-def bits_per_byte(
-    nll_fn: NllFn,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    window: int,
-    batch: int,
-    max_bytes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[float, int, int]:
-    """Score `texts`, documents of one corpus, under the definition above.
+NatsFn = Callable[[Text, Callable[[int, int], None]], float]
+"""(text, progress) -> the sum of -ln p over its scored tokens; `progress` is told (windows done, windows)."""
+
+
+def scored_by(nll_fn: NllFn, *, window: int, batch: int) -> NatsFn:
+    """A model in this process as what scores a text.
 
     Args:
-        nll_fn: the model. every call has S = `window` and at most `batch` rows, but for the last one, which is a
-            shorter window where the stream ends: nothing is padded, for a router would see it as text.
+        nll_fn: the model. Every call has S = `window` and at most `batch` rows, but for the last one, which is a
+            shorter window where the stream ends: nothing is padded.
         window: tokens of context at most, S.
         batch: windows of one forward pass, B.
-        max_bytes: the corpus is cut after this many bytes, to a whole character, before it is tokenized:
-            every model scores the same text.
-        progress: called after each forward pass with (windows done, windows).
+    """
 
-    Returns:
-        bits per byte, tokens scored, bytes scored.
+    def nats_of(text: Text, progress: Callable[[int, int], None]) -> float:
+        done, nats = 0, 0.0
+        for tokens_BS, labels_BS, scored_BS in _batches(text.stream, text.scored, window, batch):
+            nll_BS = nll_fn(tokens_BS, labels_BS)
+            nats += nll_BS.double().cpu()[scored_BS].sum().item()
+            done += len(tokens_BS)
+            progress(done, text.windows(window))
+        return nats
+
+    return nats_of
+
+
+def score(
+    nats_of: NatsFn, texts: Iterable[Text], report: Callable[[str], object] = lambda line: None
+) -> tuple[CorpusScore, ...]:
+    """Bits per byte of every text, under the definition above; `report` gets lines of progress.
 
     Raises:
-        UserError: no text, or a loss that is not finite.
+        UserError: a loss that is not finite.
     """
-    documents = _cut(texts, max_bytes)
-    scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
-    if not scored_bytes:
-        raise UserError("no text to score: the corpus has no characters")
-    stream, scored = _stream(tokenizer, documents)
-    windows, done, nats = math.ceil((len(stream) - 1) / window), 0, 0.0
-    for tokens_BS, labels_BS, scored_BS in _batches(stream, scored, window, batch):
-        nll_BS = nll_fn(tokens_BS, labels_BS)
-        nats += nll_BS.double().cpu()[scored_BS].sum().item()
-        done += len(tokens_BS)
-        if progress:
-            progress(done, windows)
-    if not math.isfinite(nats):
-        raise UserError(f"the model's losses on held-out text are not finite ({nats}): its weights are damaged")
-    return nats / math.log(2) / scored_bytes, int(scored.sum()), scored_bytes
-
-
-def evaluate_corpora(
-    nll_fn: NllFn,
-    tokenizer: Tokenizer,
-    corpora: Sequence[HeldOut],
-    *,
-    window: int,
-    batch: int,
-    max_bytes: int | None = None,
-    report: Callable[[str], object] = lambda line: None,
-) -> tuple[CorpusScore, ...]:
-    """Score every corpus; `report` gets lines of progress."""
     scores = []
-    for held_out in corpora:
-        corpus = held_out.corpus
+    for text in texts:
+        corpus = text.corpus
         title = f"evaluate {corpus.name} ({corpus.language})"
-        bits, tokens, scored_bytes = bits_per_byte(
-            nll_fn,
-            tokenizer,
-            held_out.documents,
-            window=window,
-            batch=batch,
-            max_bytes=max_bytes,
-            progress=_Ticker(title, report),
-        )
+        nats = nats_of(text, _Ticker(title, report))
+        if not math.isfinite(nats):
+            raise UserError(f"the model's losses on held-out text are not finite ({nats}): its weights are damaged")
         scores.append(
             CorpusScore(
                 name=corpus.name,
                 language=corpus.language,
                 role=corpus.role,
-                bits_per_byte=bits,
-                tokens=tokens,
-                bytes=scored_bytes,
+                bits_per_byte=nats / math.log(2) / text.bytes,
+                tokens=int(text.scored.sum()),
+                bytes=text.bytes,
             )
         )
-        report(f"{title}  {bits:.3f} bits per byte  {tokens:,} tokens  {scored_bytes:,} bytes")
+        bits, tokens = scores[-1].bits_per_byte, scores[-1].tokens
+        report(f"{title}  {bits:.3f} bits per byte  {tokens:,} tokens  {text.bytes:,} bytes")
     return tuple(scores)
 
 
@@ -137,32 +107,6 @@ class _Ticker:
         if done < total and now - self._last >= self._every:
             self._last = now
             self._report(f"{self._title}  {100 * done // total:3d}%")
-
-
-def _cut(texts: Sequence[str], max_bytes: int | None) -> list[str]:
-    if max_bytes is None:
-        return list(texts)
-    documents, left = [], max_bytes
-    for text in texts:
-        data = text.encode("utf-8")
-        documents.append(data[:left].decode("utf-8", errors="ignore"))
-        left -= len(data)
-        if left <= 0:
-            break
-    return documents
-
-
-def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token stream [T] int64 and which of its tokens are scored [T] bool."""
-    eod = tokenizer.eod_id
-    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = [] if opening else [eod]
-    scored = [False] * len(tokens)
-    for first in range(0, len(documents), _BATCH_DOCUMENTS):
-        for ids in tokenizer.encode_batch(documents[first : first + _BATCH_DOCUMENTS]):
-            tokens += [*opening, *ids, eod]
-            scored += [*(False for _ in opening), *(True for _ in ids), False]
-    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(scored)
 
 
 def _batches(

@@ -8,7 +8,7 @@ quality.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,8 +101,23 @@ def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, floa
         UserError: the two results are not from the same text and window.
     """
     _check_comparable([base, model])
-    before, after = _bits_per_language(base), _bits_per_language(model)
-    return {language: 100 * before[language] / after[language] for language in before}
+    return kept(base.corpora, model.corpora)
+
+
+def kept(base: Sequence[CorpusScore], model: Sequence[CorpusScore]) -> dict[str, float]:
+    """`retention` of scores on the same texts."""
+    before, after = bits_per_language(base), bits_per_language(model)
+    original = dict.fromkeys(score.language for score in base if score.role == "original")
+    return {language: 100 * before[language] / after[language] for language in original}
+
+
+def bits_per_language(scores: Iterable[CorpusScore]) -> dict[str, float]:
+    """Bits per byte of each language over all its corpora, in their order."""
+    sums: dict[str, tuple[float, int]] = {}
+    for score in scores:
+        bits, size = sums.get(score.language, (0.0, 0))
+        sums[score.language] = bits + score.bits_per_byte * score.bytes, size + score.bytes
+    return {language: bits / size for language, (bits, size) in sums.items()}
 
 
 def retention_table(results: Sequence[EvaluationResult]) -> str:
@@ -123,10 +138,10 @@ def retention_table(results: Sequence[EvaluationResult]) -> str:
         row = [corpus.name, corpus.language, corpus.role, *(f"{value:.3f}" for value in bits)]
         rows.append(row + [_verdict(corpus.role, bits[0], value) for value in bits[1:]])
     table = _markdown(rows, left_columns=3)
-    kept = [f"{result.model}: {_percentages(retention(base, result))}" for result in later]
+    percentages = [f"{result.model}: {_percentages(retention(base, result))}" for result in later]
     footer = "\n\nBits per UTF-8 byte, lower is better."
-    if kept and retention(base, base):
-        footer += " Original languages kept (base bits / model bits): " + "; ".join(kept) + "."
+    if percentages and retention(base, base):
+        footer += " Original languages kept (base bits / model bits): " + "; ".join(percentages) + "."
     return table + footer
 
 
@@ -134,16 +149,8 @@ def _verdict(role: str, base: float, model: float) -> str:
     return f"{100 * base / model:.1f}% kept" if role == "original" else f"{model - base:+.3f}"
 
 
-def _percentages(kept: Mapping[str, float]) -> str:
-    return ", ".join(f"{language} {percent:.1f}%" for language, percent in kept.items())
-
-
-def _bits_per_language(result: EvaluationResult) -> dict[str, float]:
-    bits: dict[str, float] = {}
-    for corpus in result.corpora:
-        if corpus.role == "original":
-            bits[corpus.language] = bits.get(corpus.language, 0.0) + corpus.bits_per_byte * corpus.bytes
-    return bits
+def _percentages(of_languages: Mapping[str, float]) -> str:
+    return ", ".join(f"{language} {percent:.1f}%" for language, percent in of_languages.items())
 
 
 def _check_comparable(results: Sequence[EvaluationResult]) -> None:

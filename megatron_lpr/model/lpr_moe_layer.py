@@ -13,6 +13,7 @@ from megatron_lpr.model.dispatchers import DISPATCHERS
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, FrozenExpert, add_frozen_experts
 from megatron_lpr.model.passengers import tags_of_layer
 from megatron_lpr.model.transformer_config import LPRTransformerConfig
+from megatron_lpr.platform.to_host import ToHost
 
 
 class LPRMoELayer(MoELayer):
@@ -52,16 +53,19 @@ class LPRMoELayer(MoELayer):
     def _forward(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
         probs_TE, chosen_TE = self.route(hidden_states, tags_SB)
         frozen = len(self.frozen_experts)
-        frozen_TH = add_frozen_experts(
-            self.frozen_experts,
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            probs_TE[:, :frozen],
-            chosen_TE[:, :frozen],
-        )
+        counts = ToHost(chosen_TE[:, :frozen].sum(0))
         dispatched, probs = self.preprocess(
             hidden_states, probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
         )
         dispatched, probs = self.dispatch(dispatched, probs)
         routed, _ = self.routed_experts_compute(dispatched, probs)
+        # every dispatcher has waited for the device by now, to know how many tokens its experts compute
+        frozen_TH = add_frozen_experts(
+            self.frozen_experts,
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            probs_TE[:, :frozen],
+            chosen_TE[:, :frozen],
+            counts.read().tolist(),
+        )
         routed = self.postprocess(self.combine(routed), None)
         return routed + frozen_TH.view_as(routed)

@@ -128,8 +128,8 @@ def _units(layer: Any) -> Iterator[Unit]:
     if not hasattr(layer.mlp, "frozen_experts"):
         yield Unit([layer.mlp], copies, "ffn")
         return
-    yield Unit(list(layer.mlp.frozen_experts), _stage(), "frozen experts")
     yield Unit([layer.mlp.experts], parallel_state.get_expert_data_parallel_group(), "new experts")
+    yield Unit(list(layer.mlp.frozen_experts), _stage(), "frozen experts")
 
 
 def _with_vocabulary(modules: list[torch.nn.Module]) -> list[Unit]:

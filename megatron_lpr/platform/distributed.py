@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -13,6 +14,8 @@ from torch.distributed import distributed_c10d
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.device import backend, device, prepare
 from megatron_lpr.platform.meeting import meeting_store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,15 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
 def group_store() -> dist.Store:
     """The store that this process's group was made at."""
     return distributed_c10d._get_default_store()
+
+
+def from_first_rank(value: T) -> T:
+    """Rank 0's value, on every rank; all ranks call it. What others have is forgotten."""
+    if dist.get_world_size() == 1:
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0, device=device())
+    return told[0]
 
 
 _on_leave: list[Callable[[], None]] = []

@@ -76,6 +76,7 @@ def _check_experts(recipe: Recipe) -> None:
             ("model.mlp_only_layers", model.mlp_only_layers, ()),
             ("parallel.expert", sizes.expert, 1),
             ("parallel.expert_tensor", sizes.expert_tensor, 1),
+            ("optimizer.router_lr", recipe.optimizer.router_lr, None),
             ("balance.coeff", recipe.balance.coeff, 0),
             ("lpr.coeff", recipe.lpr.coeff, 0),
         ):
@@ -96,6 +97,11 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
         raise UserError(
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
             f"choose 0 to {train.steps - 1}"
+        )
+    if train.trainable == "routers" and recipe.optimizer.router_lr is not None:
+        raise UserError(
+            f"optimizer.router_lr: {recipe.optimizer.router_lr:g} beside optimizer.lr, but nothing learns but the "
+            "routers (train.trainable: routers); set optimizer.lr alone"
         )
     if train.on_not_finite == "stop" and train.max_skipped_steps != TrainConfig.max_skipped_steps:
         raise UserError(

@@ -107,7 +107,7 @@ def _check_layer_split(sizes: ParallelConfig, num_layers: int) -> None:
 
 def _check_something_learns(sizes: ParallelConfig, arch: Architecture) -> None:
     """A model chunk of frozen layers alone has an output without a gradient, where the first backward pass fails."""
-    for layers in _layers_of_chunks(sizes, arch.num_layers):
+    for layers in layers_of_chunks(sizes, arch.num_layers):
         if not set(layers) & set(arch.moe_layers()):
             raise UserError(
                 f"model.mlp_only_layers: {list(arch.mlp_only_layers)} leave nothing to learn in the pipeline stage of "
@@ -115,7 +115,7 @@ def _check_something_learns(sizes: ParallelConfig, arch: Architecture) -> None:
             )
 
 
-def _layers_of_chunks(sizes: ParallelConfig, num_layers: int) -> list[range]:
+def layers_of_chunks(sizes: ParallelConfig, num_layers: int) -> list[range]:
     """The layers of every model chunk, in the order of the layers."""
     first, last = sizes.first_stage_layers, sizes.last_stage_layers
     taken = (first or 0) + (last or 0)

@@ -154,6 +154,9 @@ class OptimizerConfig:
     """AdamW with a warmed-up decay."""
 
     lr: float = opt(5e-5, "peak learning rate", above=0)
+    router_lr: float | None = opt(
+        None, "peak learning rate of the routers, on the same schedule; without it `lr`", above=0
+    )
     min_lr: float = opt(0.0, "learning rate that the decay would reach one step after the last", at_least=0)
     schedule: Literal["cosine", "linear", "constant"] = opt("cosine", "shape of the decay")
     warmup_steps: int = opt(0, "steps of linear warm-up", at_least=0)

@@ -28,6 +28,7 @@ class EvaluationConfig:
     batch: int = opt(8, "windows of one forward pass", at_least=1)
     max_bytes: int | None = opt(None, "bytes of text scored per corpus; without it all", at_least=1)
     on_bad_line: Literal["refuse", "skip"] = opt("refuse", "what to do with a line that is no usable document")
+    every: int = opt(0, "steps of training between validations, which the last step has too; 0: none", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

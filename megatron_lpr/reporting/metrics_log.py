@@ -59,10 +59,17 @@ class RanksRecord(TypedDict):
     memory_gb: LargestRank
 
 
+class ValidationRecord(TypedDict):
+    """Held-out text after a step, by language."""
+
+    bits_per_byte: dict[str, float]
+    retention: NotRequired[dict[str, float]]  # of original languages: the base's bits by the model's, in percent
+
+
 _THROUGHPUT: tuple[Literal["tokens_per_second", "seconds", "tflops_per_device", "mfu"], ...]
 _THROUGHPUT = ("tokens_per_second", "seconds", "tflops_per_device", "mfu")
 # What may differ between two runs that compute the same
-TIMING = frozenset({"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "ranks"})
+TIMING = frozenset({"time", "seconds", "tokens_per_second", "tflops_per_device", "mfu", "ranks", "validation_seconds"})
 
 
 class StepMetrics(TypedDict):
@@ -78,6 +85,7 @@ class StepMetrics(TypedDict):
     lpr_loss: float | None  # the same
     grad_norm: float  # before clipping
     lr: float
+    router_lr: NotRequired[float]  # of the routers, where it is another one (optimizer.router_lr)
     tokens: int  # scored tokens of this step
     tokens_per_second: float
     tokens_per_language: dict[str, int]  # scored tokens since the start of the run
@@ -85,6 +93,8 @@ class StepMetrics(TypedDict):
     tflops_per_device: NotRequired[float]  # executed, in the mean of the devices; not in old records
     mfu: NotRequired[float]  # what the model needs of them, as a share of the peak; where that is known
     ranks: NotRequired[RanksRecord]  # every `logging.stragglers_every` steps
+    validation: NotRequired[ValidationRecord]  # every `evaluation.every` steps
+    validation_seconds: NotRequired[float]  # that it took; no part of `seconds`
     consumed_samples: int  # since the start of the run
     skipped_steps: NotRequired[int]  # the same; not in old records
     skipped: NotRequired[str]  # why this step has changed no weight, where it has not
@@ -209,7 +219,7 @@ def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
         "loss_per_language": metrics.get("ntp_loss_per_language", {}),
-        "optimizer": {"grad_norm": metrics["grad_norm"], "lr": metrics["lr"]},
+        "optimizer": {name: metrics[name] for name in ("grad_norm", "lr", "router_lr") if name in metrics},
         "throughput": {key: metrics[key] for key in _THROUGHPUT if key in metrics},
         "data": {"tokens_per_step": metrics["tokens"], "consumed_samples": metrics["consumed_samples"]},
         "tokens": metrics["tokens_per_language"],
@@ -221,6 +231,9 @@ def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
             "compute_seconds_median": slowest["median"],
             "memory_gb_max": largest["max"],
         }
+    if validation := metrics.get("validation"):
+        groups["validation/bits_per_byte"] = validation["bits_per_byte"]
+        groups["validation/retention"] = validation.get("retention", {})
     for group, values in groups.items():
         yield from ((f"{group}/{name}", value) for name, value in values.items() if value is not None)
     summaries = cast(Mapping[str, Mapping[str, Mapping[str, float]]], metrics.get("router_summary", {}))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_lpr.files.json_lines import utc_now
 from megatron_lpr.reporting.durations import clock
-from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.reporting.metrics_log import StepMetrics, ValidationRecord
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
 
@@ -50,6 +50,7 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
             *(["skipped"] if "skipped" in metrics else []),
             f"ntp {metrics['ntp_loss']:.3f}{_per_language(metrics.get('ntp_loss_per_language', {}))}",
             *(f"{name} {value:.3f}" for name, value in losses.items() if value is not None),
+            *([f"held out {held_out(metrics['validation'])}"] if "validation" in metrics else []),
             f"gnorm {metrics['grad_norm']:.2f}",
             f"lr {metrics['lr']:.1e}",
             f"{metrics['tokens_per_second']:,.0f} tok/s",
@@ -59,6 +60,19 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
             f"ETA {clock((steps - step) * seconds_per_step)}",
         ]
     )
+
+
+def held_out(validation: ValidationRecord) -> str:
+    """`hu 1.021, en 0.981 (99.1% kept)`: bits per byte; of many languages their mean, and the least that was kept."""
+    bits, kept = validation["bits_per_byte"], validation.get("retention", {})
+    if len(bits) <= 4:
+        marks = {language: f" ({percent:.1f}% kept)" for language, percent in kept.items()}
+        return ", ".join(f"{language} {value:.3f}{marks.get(language, '')}" for language, value in bits.items())
+    mean = f"mean {sum(bits.values()) / len(bits):.3f}"
+    if not kept:
+        return mean
+    language, percent = min(kept.items(), key=lambda item: item[1])
+    return f"{mean} (least kept {language} {percent:.1f}%)"
 
 
 def _per_language(losses: Mapping[str, float]) -> str:

@@ -32,8 +32,7 @@ class ModelSize:
 def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
     """The size of a recipe's model, from numbers alone."""
     model, sizes = recipe.model, recipe.parallel
-    # AdamW's two moments in fp32; and the weight, where the model's is bf16 or each rank has a shard of its own
-    keeps_weight = model.dtype != "float32" or sizes.distributed_optimizer
+    keeps_weight = model.dtype != "float32"  # in fp32, beside AdamW's two moments
     elements, held = {True: 0, False: 0}, dict.fromkeys(CONTENTS, 0)
     for name, size in parameter_sizes(
         arch,

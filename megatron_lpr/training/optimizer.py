@@ -1,7 +1,8 @@
 """Megatron's DDP, (distributed) optimizer and learning-rate schedule over the trainable parameters only."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -9,7 +10,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
@@ -18,6 +25,9 @@ from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
+
+# Megatron's mark of a parameter group with a learning rate of its own
+_IS_ROUTERS = "is_decoupled_lr"
 
 
 def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
@@ -77,9 +87,29 @@ def _sum_gradients(model, num_tokens=None, **kwargs):
     return finalize_model_grads(model, None, **kwargs)
 
 
-def build_optimizer(
-    recipe: Recipe, chunks: list[DistributedDataParallel]
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+class LearningRates(OptimizerParamScheduler):
+    """Megatron's schedule in steps; the routers may have a multiple of it, warm-up and all."""
+
+    def __init__(self, *args, routers: float | None, **kwargs) -> None:
+        self._routers = routers
+        super().__init__(*args, **kwargs)
+
+    def get_lr(self, param_group: Mapping[str, Any]) -> float:
+        lr = super().get_lr({})
+        return lr * self._routers if self._routers and param_group[_IS_ROUTERS] else lr
+
+    @property
+    def lr(self) -> float:
+        """That of the next step."""
+        return self.get_lr({_IS_ROUTERS: False})
+
+    @property
+    def router_lr(self) -> float | None:
+        """That of the routers, where they have their own."""
+        return self.get_lr({_IS_ROUTERS: True}) if self._routers else None
+
+
+def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> tuple[MegatronOptimizer, LearningRates]:
     """AdamW over what `wrap` left trainable, and its schedule in steps."""
     assert recipe.train is not None
     settings, bf16 = recipe.optimizer, chunks[0].config.bf16
@@ -97,12 +127,16 @@ def build_optimizer(
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
+    groups = get_standard_config_overrides(config)
+    if settings.router_lr is not None:
+        groups[ParamKey(name="*.mlp.router.weight")] = {_IS_ROUTERS: True}
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(config, chunks)
+        optimizer = get_megatron_optimizer(config, chunks, groups)
     refuse_gradients_that_are_not_finite(optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
-    scheduler = OptimizerParamScheduler(
+    scheduler = LearningRates(
         optimizer,
+        routers=None if settings.router_lr is None else settings.router_lr / settings.lr,
         init_lr=settings.lr / (settings.warmup_steps + 1),  # a first step at 0 would learn nothing
         max_lr=settings.lr,
         min_lr=settings.min_lr,
@@ -129,18 +163,6 @@ def update(optimizer: MegatronOptimizer) -> float:
         updated, grad_norm, _ = optimizer.step()
     assert updated, "Megatron has skipped the step, as it does with a gradient scale only"
     return float(grad_norm)
-
-
-def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Moments of zero where Adam has made no step yet, as it would begin with: Megatron cannot save it without any."""
-    for one in optimizer.chained_optimizers:
-        if getattr(one, "is_stub_optimizer", False):
-            continue
-        one.init_state_fn(one.optimizer, one.config)
-        if isinstance(one.optimizer, torch.optim.Adam):
-            for group in one.optimizer.param_groups:
-                for parameter in group["params"]:
-                    one.optimizer.state[parameter].setdefault("step", torch.tensor(0.0))
 
 
 def trainable_parameters(chunks: list[torch.nn.Module]) -> int:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.base_files import check_base_sizes
 from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
@@ -29,17 +27,18 @@ from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
-from megatron_lpr.model.parameters import frozen_bytes, shards_frozen
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
-from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
+from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 _HOLDS: dict[Content, str] = {
@@ -62,6 +61,7 @@ class Plan:
     source: Path | None  # checkpoint of model.load; None: the run started from the base model, or it is gone
     resume: Path | None  # checkpoint of this run itself
     state: RunState | None  # of `resume`
+    held_out: tuple[Text, ...] = dataclasses.field(default=(), repr=False, compare=False)  # of rank 0, to validate on
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
     base: dict[str, Any] | None = None  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
@@ -146,6 +146,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     resume = find_checkpoint(recipe.output, damaged)
     start = resume or (locate(recipe.model.load) if recipe.model.load else None)
     source = state = origin = None
+    held_out: tuple[Text, ...] = ()
     if resume:
         state = read_run_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
@@ -162,6 +163,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         check_checkpoint(SafetensorsReader(recipe.model.base), arch, (ranks.rank, ranks.world_size))
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
+        held_out = _held_out(recipe, ranks.rank)
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
     if replay:
         replay.check()
@@ -176,12 +178,22 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         source=source,
         resume=resume.folder if resume else None,
         state=state,
+        held_out=held_out,
         replay=replay,
         base=base,
         origin=origin,
         notes=tuple(note for note in notes if note),
         damaged=damaged,
     )
+
+
+def _held_out(recipe: Recipe, rank: int) -> tuple[Text, ...]:
+    """What the run validates on; every rank looks at the settings, rank 0 at the text."""
+    if not recipe.evaluation.every:
+        return ()
+    check_evaluation(recipe.evaluation, recipe.model.base)
+    tokenizer = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
+    return tuple(read_held_out(recipe.evaluation, tokenizer)) if rank == 0 else ()
 
 
 def _check_under(recipe: Recipe, checkpoint: Path) -> None:
@@ -210,6 +222,8 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
+    if plan.held_out:
+        yield from trained_on(plan.recipe)
 
 
 def describe(plan: Plan) -> str:
@@ -228,16 +242,16 @@ def describe(plan: Plan) -> str:
     start = f"checkpoint {plan.source}" if plan.source else f"base model {recipe.model.base}"
     if plan.resume:
         start = f"step {plan.first_step} of this run ({plan.resume})"
-    settings = {section: value for section, value in _differing(recipe).items() if section not in _NOT_READ}
+    settings = {section: value for section, value in differing(recipe).items() if section not in _NOT_READ}
     return "\n".join(
         [
             f"# what differs from the defaults; {plan.recipe_path()} has every setting",
-            *(f"{section}: {_one_line(value)}" for section, value in settings.items()),
+            *(f"{section}: {one_line(value)}" for section, value in settings.items()),
             "",
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
-            *_frozen(plan),
+            *frozen_lines(recipe, plan.arch, plan.world_size),
             *_checkpoints(plan, size),
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
@@ -247,47 +261,11 @@ def describe(plan: Plan) -> str:
     )
 
 
-def _frozen(plan: Plan) -> Iterator[str]:
-    """Where the frozen weights are, if there are any."""
-    recipe, arch, ranks = plan.recipe, plan.arch, plan.world_size
-    if not (whole := frozen_bytes(recipe, arch)):
-        return
-    if shards_frozen(recipe, arch, ranks):
-        own = _size(frozen_bytes(recipe, arch, sharded_over=ranks))
-        yield f"frozen       sharded: {own} on a rank, where a copy is {_size(whole)}"
-    else:
-        yield f"frozen       replicated: {_size(whole)} on a rank"
-
-
 def _checkpoints(plan: Plan, size: ModelSize) -> Iterator[str]:
     """How large checkpoints are, and what they hold: those on the way and, where it differs, the last."""
     on_the_way, last = plan.content(finished=False), plan.content(finished=True)
     for label, content in (("checkpoint  ", on_the_way), ("the last one", last)):
         weights, all_of_it = size.weight_bytes[content], size.checkpoint_bytes(content)
         if label == "checkpoint  " or content != on_the_way:
-            yield f"{label} {_size(weights)}, {_size(all_of_it)} with the optimizer's state: {_HOLDS[content]}"
-
-
-def _differing(config: Any) -> dict[str, Any]:
-    """The settings that are not what they are without a word in the recipe, as plain dicts and lists."""
-    tree = {}
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if value != default:
-            tree[field.name] = _differing(value) if dataclasses.is_dataclass(value) else to_tree(value)
-    return tree
-
-
-def _size(number_of_bytes: int) -> str:
-    """In the decimal units that disks are sold in."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number_of_bytes >= size:
-            return f"{number_of_bytes / size:.1f} {unit}"
-    return f"{number_of_bytes / 1e3:.1f} KB"
-
-
-def _one_line(value: Any) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
-    return text.split("\n")[0]
+            sizes = f"{decimal_size(weights)}, {decimal_size(all_of_it)} with the optimizer's state"
+            yield f"{label} {sizes}: {_HOLDS[content]}"

@@ -51,6 +51,7 @@ class RunStatus:
     last_record_age_seconds: float | None
     held_by: dict[str, Any] | None  # host, pid, slurm_job, since
     slowest_rank: dict[str, Any] | None  # of the last record that has one
+    validation: dict[str, Any] | None  # the last one: step, bits_per_byte, retention
 
 
 def run_status(run: str, now: datetime | None = None) -> RunStatus:
@@ -105,6 +106,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         last_record_age_seconds=_age(str(last.get("time", "")), now),
         held_by=held_by,
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
+        validation=_validation(folder / "metrics.jsonl") if recipe.get("evaluation", {}).get("every") else None,
     )
 
 
@@ -177,6 +179,25 @@ def _tail(path: Path, *, is_whole: bool = False) -> list[dict[str, Any]]:
     if is_whole and None in records:
         raise UserError(f"{path}: a line near its end is damaged; remove the line")
     return [record for record in records if record is not None][-_TAIL_STEPS:]
+
+
+def _validation(path: Path) -> dict[str, Any] | None:
+    """Of the newest record that has one, which may be many steps old: the file is read from its end."""
+    mark = b'"validation":'
+    try:
+        with path.open("rb") as file:
+            rest, end = b"", file.seek(0, os.SEEK_END)
+            while end:
+                begin = max(end - _TAIL_BYTES, 0)
+                file.seek(begin)
+                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+                found = [from_json(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
+                if record := next((record for record in reversed(found) if record), None):
+                    return {"step": record["step"], **record["validation"]}
+                end = begin
+    except OSError:
+        pass  # there is no file yet; what cannot be read has been told
+    return None
 
 
 def _last_lines(path: Path) -> Iterator[bytes]:

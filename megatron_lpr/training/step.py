@@ -83,7 +83,10 @@ def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.n
 
 
 def _on_device(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(device(), non_blocking=True)
+    tensor = torch.from_numpy(array)
+    if device().type == "cuda":
+        tensor = tensor.pin_memory()  # the copy of any other memory waits for what the device still has to do
+    return tensor.to(device(), non_blocking=True)
 
 
 def _loss(

@@ -5,7 +5,7 @@ Shapes: N layers with experts, L languages, C columns of `RouterStats`, E expert
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts
-from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.router_stats import LPR_LOSS, P_FROZEN, SLOTS, TOKENS
 from megatron_lpr.platform import device
+from megatron_lpr.platform.to_host import ToHost
 from megatron_lpr.reporting.metrics_log import OverLayers, RouterMetrics, RouterSummary, StepMetrics
 from megatron_lpr.training.hooks.hook import RunningTrainer
 from megatron_lpr.training.step import RankLosses
 from megatron_lpr.training.throughput import throughput
-from megatron_lpr.training.votes import KINDS, Votes
+from megatron_lpr.training.votes import KINDS
 
 
 def step_metrics(
     trainer: RunningTrainer,
     seen: BatchCounts,
-    losses: RankLosses,
+    stats: "ReducedStats",
     *,
     lr: float,
     grad_norm: float,
@@ -41,14 +41,6 @@ def step_metrics(
         skipped: why it has changed no weight; the routers have seen nothing then.
     """
     plan, recipe, step = trainer.plan, trainer.recipe, trainer.step
-    stats = reduce_stats(
-        trainer.routers,
-        moe_layers=plan.arch.moe_layers(),
-        num_languages=len(plan.manifest.languages),
-        num_experts=recipe.model.num_experts,
-        losses=losses,
-        votes=trainer.votes,
-    )
     seconds = time.perf_counter() - start
     metrics = StepMetrics(
         step=step,
@@ -94,38 +86,43 @@ class ReducedStats:
     balance_N: torch.Tensor  # fp64, L_balance of each layer
 
 
-def reduce_stats(
-    routers: list[LPRRouter],
-    *,
-    moe_layers: Sequence[int],
-    num_languages: int,
-    num_experts: int,
-    losses: RankLosses,
-    votes: Votes,
-) -> ReducedStats:
-    """Sum over all ranks what each knows: its own layers, its own tokens, its part of the losses, what it votes for.
+class StatsOfStep:
+    """Sums over all ranks of what each knows: of its layers, its tokens, its part of the losses, and its votes.
 
-    moe_layers: numbers of all layers that have a router, from 0.
+    Made between the backward pass and the update, all ranks together, and read after the update: Megatron's gradient
+    norm waits for the device in between, so that reading waits for nothing, and the device makes the update while the
+    host prepares the next step.
     """
-    num_layers = len(moe_layers)
-    shape = (num_layers, num_languages, SLOTS + num_experts)
-    sizes = [1, num_languages, num_layers, math.prod(shape), len(KINDS)]
-    packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device())
-    ntp, token_loss_sums_L, balance_N, sums, said = packed.split(sizes)
-    ntp[0], token_loss_sums_L[:] = losses.ntp_loss, losses.token_loss_sums_L
-    sums_NLC = sums.view(shape)
-    for router in routers:
-        sums_LC, balance = router.stats.take()
-        n = moe_layers.index(router.layer_number - 1)
-        sums_NLC[n] += sums_LC.to(packed.device)
-        balance_N[n] += balance.to(packed.device)
-    votes.fill(said)
-    dist.all_reduce(packed)
-    ntp, token_loss_sums_L, balance_N, sums, said = packed.cpu().split(sizes)
-    votes.settle(said)
-    return ReducedStats(
-        ntp_loss=float(ntp), token_loss_sums_L=token_loss_sums_L, sums_NLC=sums.view(shape), balance_N=balance_N
-    )
+
+    def __init__(self, trainer: RunningTrainer, losses: RankLosses) -> None:
+        plan = trainer.plan
+        moe_layers, num_languages = plan.arch.moe_layers(), len(plan.manifest.languages)
+        self._votes = trainer.votes
+        self._shape = (len(moe_layers), num_languages, SLOTS + plan.recipe.model.num_experts)
+        self._sizes = [1, num_languages, len(moe_layers), math.prod(self._shape), len(KINDS)]
+        packed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device())
+        ntp, token_loss_sums_L, balance_N, sums, said = packed.split(self._sizes)
+        ntp[0], token_loss_sums_L[:] = losses.ntp_loss, losses.token_loss_sums_L
+        sums_NLC = sums.view(self._shape)
+        for router in trainer.routers:
+            sums_LC, balance = router.stats.take()
+            n = moe_layers.index(router.layer_number - 1)
+            sums_NLC[n] += sums_LC.to(packed.device)
+            balance_N[n] += balance.to(packed.device)
+        self._votes.fill(said)
+        dist.all_reduce(packed)
+        self._packed = ToHost(packed)
+
+    def read(self) -> ReducedStats:
+        """The sums; the votes of all ranks count from now on."""
+        ntp, token_loss_sums_L, balance_N, sums, said = self._packed.read().split(self._sizes)
+        self._votes.settle(said)
+        return ReducedStats(
+            ntp_loss=float(ntp),
+            token_loss_sums_L=token_loss_sums_L,
+            sums_NLC=sums.view(self._shape),
+            balance_N=balance_N,
+        )
 
 
 def loss_per_language(stats: ReducedStats, tokens: Mapping[str, int]) -> dict[str, float]:

@@ -32,10 +32,10 @@ from megatron_lpr.training.fault import Fault
 from megatron_lpr.training.hooks.built_in import built_in
 from megatron_lpr.training.hooks.hook import Hook, failure_told
 from megatron_lpr.training.not_finite import NotFinite, check_weights, explain, not_finite_weight, skip_or_stop
-from megatron_lpr.training.optimizer import begin_state, build_optimizer, gather_parameters, update, wrap
+from megatron_lpr.training.optimizer import build_optimizer, gather_parameters, update, wrap
 from megatron_lpr.training.plan import Plan
 from megatron_lpr.training.step import forward_backward, micro_batches
-from megatron_lpr.training.step_metrics import step_metrics
+from megatron_lpr.training.step_metrics import StatsOfStep, step_metrics
 from megatron_lpr.training.votes import Votes
 
 
@@ -141,7 +141,8 @@ class Trainer:
         Raises:
             UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed.
         """
-        start, lr, sizes = time.perf_counter(), self.lr, self.plan.train
+        start, sizes = time.perf_counter(), self.plan.train
+        lr, router_lr = self.lr, self.scheduler.router_lr
         seen = self.plan.sampler.count(self.consumed_samples, sizes.global_batch_size)
         self.counts.tokens = max(seen.tokens, 1)
         self.counts.original_tokens = max(seen.original_tokens, 1)
@@ -152,6 +153,7 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
+        stats = StatsOfStep(self, losses)
         skipped: str | None = None
         try:
             grad_norm = update(self.optimizer)
@@ -159,16 +161,16 @@ class Trainer:
         except NotFinite as error:
             grad_norm, skipped = error.norm, skip_or_stop(self, error, losses, lr=lr)
             self.skipped_steps += 1
-            begin_state(self.optimizer)
         self.step += 1
         self.consumed_samples += sizes.global_batch_size
         self.tokens_seen.update(seen.tokens_per_language)
-        return step_metrics(self, seen, losses, lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        metrics = step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
+        return metrics if router_lr is None else metrics | {"router_lr": router_lr}
 
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return self.scheduler.lr
 
     def save(self, *, with_optimizer: bool = True, wait: bool = True) -> Path:
         """Write a checkpoint of this moment, from which the run can go on; returns its folder. All ranks call it.

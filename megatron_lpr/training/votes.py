@@ -37,7 +37,7 @@ class Votes:
         self._said[kind].put(None)
 
     def count(self, kind: Kind) -> int:
-        """How many ranks had said it when the last step was reduced."""
+        """How many ranks had said it when the last step was reduced, or to `count_now` since."""
         return self._counts[kind]
 
     def fill(self, zeros: torch.Tensor) -> None:
@@ -54,7 +54,9 @@ class Votes:
         """How many ranks have said it since the last step; a collective of its own, for what took long after a step."""
         said = torch.full((1,), float(self._take(kind)), dtype=torch.float64, device=device())
         dist.all_reduce(said)
-        return round(float(said))
+        count = round(float(said))
+        self._counts[kind] += count
+        return count
 
     def _take(self, kind: Kind) -> bool:
         said = self._said[kind]

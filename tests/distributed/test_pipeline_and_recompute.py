@@ -1,4 +1,5 @@
-"""Pipelines (interleaved, uneven), recomputation, overlap and their checkpoints: gradients equal one process's."""
+"""Pipelines (interleaved, uneven), recomputation, the loss in chunks, overlap and their checkpoints: gradients equal
+one process's."""
 
 import pytest
 from layouts import Case, Comparison, Part, run_parts, selected, trainer_of, unfair_batch
@@ -20,17 +21,21 @@ CASES = {
     "uneven_first_and_last": Case(
         stage="stage2",
         changes={"parallel": {"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 1}, "train": FULL},
+        chunk_bytes=5000,
     ),
     "uneven_first_tensor": Case(
         stage="stage1",
         changes={"parallel": {"pipeline": 2, "tensor": 2, "first_stage_layers": 2}, "train": SELECTIVE},
+        chunk_bytes=5000,
     ),
     "uneven_last": Case(stage="stage1", changes={"parallel": {"pipeline": 2, "last_stage_layers": 1}, "train": FULL}),
     "overlap_whole_optimizer": Case(
         stage="stage2", changes={"parallel": {"overlap_grad_reduce": True, "distributed_optimizer": False}}
     ),
     "moe_full": Case(stage="moe_full", changes={"parallel": INTERLEAVED | OVERLAP, "train": FULL}),
-    "dense": Case(stage="dense", changes={"parallel": {"pipeline": 2, "tensor": 2}, "train": SELECTIVE}),
+    "dense": Case(
+        stage="dense", changes={"parallel": {"pipeline": 2, "tensor": 2}, "train": SELECTIVE}, chunk_bytes=5000
+    ),
     "save_interleaved_resume_flat": Case(
         stage="stage1",
         changes={"parallel": INTERLEAVED | OVERLAP},
@@ -62,17 +67,11 @@ def test_same_numbers_as_one_process(comparison, name):
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 def test_router_statistics_count_every_token_once(megatron, toy_base, tmp_path, monkeypatch, recompute):
     from megatron_lpr.model.router_stats import TOKENS
-    from megatron_lpr.training import step_metrics
+    from megatron_lpr.training.step_metrics import StatsOfStep
 
     trainer = trainer_of(toy_base, "stage1", tmp_path, {"train": {"recompute": recompute}})
-    reduced = []
-    reduce_stats = step_metrics.reduce_stats
-
-    def keep(*args, **kwargs):
-        reduced.append(reduce_stats(*args, **kwargs))
-        return reduced[-1]
-
-    monkeypatch.setattr(step_metrics, "reduce_stats", keep)
+    reduced, read = [], StatsOfStep.read
+    monkeypatch.setattr(StatsOfStep, "read", lambda stats: reduced.append(read(stats)) or reduced[-1])
     trainer.train_step()
     tokens = int((unfair_batch().tags_BS != 0).sum())
     assert reduced[0].sums_NLC[:, :, TOKENS].sum(1).tolist() == [tokens, tokens]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ class Case:
     changes: Sections = dataclasses.field(default_factory=dict)
     resume_at: Sections | None = None
     steps: int = 2
+    chunk_bytes: int | None = None  # of logits at once in the loss; as in a real run a toy's are one chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,20 +112,22 @@ def trainer_of(base: Path, stage: str, output: Path, changes=None, *, source=Non
 
 def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int) -> tuple[list[dict], list[Piece]]:
     """The metrics of each step, and this rank's pieces of the first step's gradients."""
+    from megatron_lpr.model import output_layer
     from megatron_lpr.platform import leave_layout
 
-    trainer = trainer_of(base, case.stage, output, case.changes, source=source, world_size=world_size)
-    metrics = [trainer.train_step()]
-    gradients = gradient_pieces(trainer)
-    if case.resume_at is not None:
-        trainer.save()
+    with mock.patch.object(output_layer, "CHUNK_BYTES", case.chunk_bytes or output_layer.CHUNK_BYTES):
+        trainer = trainer_of(base, case.stage, output, case.changes, source=source, world_size=world_size)
+        metrics = [trainer.train_step()]
+        gradients = gradient_pieces(trainer)
+        if case.resume_at is not None:
+            trainer.save()
+            del trainer
+            leave_layout()
+            resume = output / "checkpoints/step_00000001"
+            trainer = trainer_of(base, case.stage, output, case.resume_at, resume=resume, world_size=world_size)
+        metrics += [trainer.train_step() for _ in range(1, case.steps)]
         del trainer
         leave_layout()
-        resume = output / "checkpoints/step_00000001"
-        trainer = trainer_of(base, case.stage, output, case.resume_at, resume=resume, world_size=world_size)
-    metrics += [trainer.train_step() for _ in range(1, case.steps)]
-    del trainer
-    leave_layout()
     names = (*NUMBERS, "ntp_loss_per_language", "router")
     return [{name: step.get(name) for name in names} for step in metrics], gradients
 

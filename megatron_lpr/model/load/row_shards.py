@@ -91,7 +91,7 @@ def _described(name: ParameterName) -> str:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of a stored parameter, of which `[a:b]` and `[a:b, c:d]` read rows a to b."""
+    """Some rows of a stored parameter; `[a:b]` and `[a:b, c:d]` read that part of them."""
 
     stored: StoredParameter
     first: int
@@ -102,6 +102,8 @@ class _Rows:
         return (self.number, *self.stored.shape[1:])
 
     def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
-        rows, *columns = index if isinstance(index, tuple) else (index,)
-        start, stop, _ = rows.indices(self.number)
-        return self.stored.narrow(0, self.first + start, stop - start)[(slice(None), *columns)]
+        spans = [(self.first, self.first + self.number), *((0, size) for size in self.stored.shape[1:])]
+        for axis, part in enumerate(index if isinstance(index, tuple) else (index,)):
+            start, stop, _ = part.indices(self.shape[axis])
+            spans[axis] = (spans[axis][0] + start, spans[axis][0] + stop)
+        return self.stored.read(spans)

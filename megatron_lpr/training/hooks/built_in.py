@@ -20,11 +20,13 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
     # they import Megatron, which a script that imports hooks may not have made ready yet
     from megatron_lpr.training.hooks.frozen_weights import FrozenWeights
     from megatron_lpr.training.hooks.replicas import Replicas
+    from megatron_lpr.training.hooks.validation import Validation
 
     logging, rank = trainer.recipe.logging, dist.get_rank()
     profile = [Profile()] if logging.profile_from and rank in logging.profile_ranks else []
     wandb = [WeightsAndBiases()] if logging.wandb != "off" and rank == 0 else []
     stragglers = [Stragglers()] if logging.stragglers_every else []
+    validation = [Validation()] if trainer.recipe.evaluation.every else []
     plots = [Plots()] if rank == 0 else []
     return [
         Watching(),  # what the others do after a step is no part of it
@@ -33,6 +35,7 @@ def built_in(trainer: RunningTrainer) -> list[Hook]:
         Starts(),
         *profile,
         *stragglers,
+        *validation,  # before what writes down the metrics
         Metrics(),
         *wandb,
         Replicas(),

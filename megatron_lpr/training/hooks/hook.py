@@ -93,6 +93,12 @@ class Hook:
         """Instead of `finish`, where an error ends the run; no collectives, for other ranks may be gone."""
 
 
+def is_validated(trainer: RunningTrainer, step: int) -> bool:
+    """Whether held-out text is scored after a step (validation.py)."""
+    every = trainer.recipe.evaluation.every
+    return bool(every) and (step % every == 0 or step == trainer.plan.train.steps)
+
+
 @contextlib.contextmanager
 def failure_told(trainer: RunningTrainer) -> Iterator[None]:
     """What ends the run inside it is told to every hook; what one raises then is printed, and does not hide it."""

@@ -11,7 +11,7 @@ from megatron_lpr.platform.lifeline import lifeline
 from megatron_lpr.platform.time_limit import job_end
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.signals import listener
-from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.hook import Hook, RunningTrainer, is_validated
 
 _NAMED_RANKS = 8
 MARK = "stopped"  # in the output folder, while the newest start has stopped so and not ended otherwise
@@ -26,7 +26,7 @@ class Stopping(Hook):
     def __init__(self) -> None:
         self._limits: dict[str, float] = {}  # on rank 0: what is over when, by time.monotonic
         self._over: str | None = None
-        self._slowest = 0.0
+        self._slowest = self._slowest_validation = 0.0
 
     def start(self, trainer: RunningTrainer) -> None:
         self._signals = listener()
@@ -36,13 +36,17 @@ class Stopping(Hook):
         self._signals.stop_at_a_step(lambda: trainer.votes.say("stop"))
 
     def before_step(self, trainer: RunningTrainer) -> None:
+        seconds = self._slowest
+        if is_validated(trainer, trainer.step + 1):
+            seconds += self._slowest_validation
         for what, end in self._limits.items():
-            if not self._over and time.monotonic() + self._slowest > end:
+            if not self._over and time.monotonic() + seconds > end:
                 self._over = what
                 trainer.votes.say("stop")
 
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         self._slowest = max(self._slowest, metrics["seconds"])
+        self._slowest_validation = max(self._slowest_validation, metrics.get("validation_seconds", 0.0))
 
     def stop(self, trainer: RunningTrainer) -> None:
         if dist.get_rank() == 0:

@@ -25,20 +25,20 @@ class Watching(Hook):
             dog.describe = lambda folder: _write_batch(trainer, folder)
 
     def before_step(self, trainer: RunningTrainer) -> None:
-        self._expect(trainer, f"step {trainer.step + 1:,}", self._limit(trainer), trainer.step + 1)
+        _expect(f"step {trainer.step + 1:,}", self._limit(trainer), trainer.step + 1)
 
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         self._seconds.append(metrics["seconds"])
-        self._expect_no_step(trainer, f"what follows step {trainer.step:,}")
+        expect_no_step(trainer, f"what follows step {trainer.step:,}")
 
     def before_save(self, trainer: RunningTrainer) -> None:
-        self._expect_no_step(trainer, f"the save after step {trainer.step:,}")
+        expect_no_step(trainer, f"the save after step {trainer.step:,}")
 
     def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
-        self._expect_no_step(trainer, f"what follows the save of {folder.name}")
+        expect_no_step(trainer, f"what follows the save of {folder.name}")
 
     def finish(self, trainer: RunningTrainer) -> None:
-        self._expect_no_step(trainer, "the end of the run")
+        expect_no_step(trainer, "the end of the run")
 
     def stop(self, trainer: RunningTrainer) -> None:
         self.finish(trainer)
@@ -54,13 +54,15 @@ class Watching(Hook):
             return 60 * settings.startup_minutes
         return max(settings.watchdog * statistics.median(self._seconds), settings.watchdog_floor_seconds)
 
-    def _expect_no_step(self, trainer: RunningTrainer, what: str) -> None:
-        self._expect(trainer, what, 60 * trainer.recipe.cluster.startup_minutes, trainer.step)
 
-    @staticmethod
-    def _expect(trainer: RunningTrainer, what: str, seconds: float, step: int) -> None:
-        if dog := watchdog():
-            dog.expect(what, seconds, f"step_{step:08d}")
+def expect_no_step(trainer: RunningTrainer, what: str) -> None:
+    """From now on `what` is going on, which has the time of the start-up."""
+    _expect(what, 60 * trainer.recipe.cluster.startup_minutes, trainer.step)
+
+
+def _expect(what: str, seconds: float, step: int) -> None:
+    if dog := watchdog():
+        dog.expect(what, seconds, f"step_{step:08d}")
 
 
 def _write_batch(trainer: RunningTrainer, folder: Path) -> None:

@@ -61,6 +61,17 @@ def test_parameters_are_the_slices_of_what_was_saved(tmp_path, cut, transposed):
             assert torch.equal(stored.narrow(1, 1, 3), tensor[:, 1:4])
 
 
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_box_of_a_tensor(tmp_path, cut):
+    checkpoint = DistCheckpoint(write_dist_checkpoint(tmp_path / "c", TENSORS, CUTS[cut]))
+    box = [(1, 5), (1, 3)]
+    assert torch.equal(checkpoint.tensor(FC1, (1, 2)).read(box), TENSORS[FC1][1, 2, 1:5, 1:3])
+    assert torch.equal(checkpoint.tensor(FC1).read([(0, 2), (1, 2), *box]), TENSORS[FC1][:, 1:2, 1:5, 1:3])
+    assert set(checkpoint.optimizer_keys) == {("exp_avg", ROUTER), ("param", ROUTER)}
+    for (state, _), key in checkpoint.optimizer_keys.items():
+        assert torch.equal(checkpoint.tensor(key, (1,)).read([(0, 2), (3, 4)]), TENSORS[key][1, :2, 3:]), state
+
+
 def test_layers_that_differ_are_saved_one_by_one(tmp_path):
     tensors = {
         "decoder.layers.0.mlp.linear_fc1.weight": torch.randn(6, 4),

@@ -139,7 +139,7 @@ def test_run_json_of_other_versions(run):
     assert read_run_state(step(run, 7)).step == 7
     file.write_text(sealed(tree | {"version": VERSION + 1}))
     assert find_checkpoint(str(run)).folder == step(run, 7)  # not damaged: no older one in its place
-    with pytest.raises(UserError, match=r"newer megatron-lpr \(format 4, this one reads up to 3\); update"):
+    with pytest.raises(UserError, match=r"newer megatron-lpr \(format 5, this one reads up to 4\); update"):
         read_run_state(step(run, 7))
 
 

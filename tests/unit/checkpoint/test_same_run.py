@@ -61,6 +61,7 @@ FREE = {
     "optimizer__lr": 1e-3,
     "optimizer__schedule": "linear",
     "parallel__tensor": 2,
+    "parallel__distributed_optimizer": False,
     "checkpoint__keep": 9,
     "logging__router_every": 7,
     "data__read_ahead": 0,
@@ -81,7 +82,6 @@ FIXED = {
     "lpr__coeff": 0.5,
     "lpr__loss": "double_softmax",
     "data__reset_attention": True,
-    "parallel__distributed_optimizer": False,
 }
 
 

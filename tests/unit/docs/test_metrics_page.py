@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 
 from megatron_lpr.data.sampler.inspect_data import DocumentPlace
-from megatron_lpr.reporting.metrics_log import OverLayers, RanksRecord, RouterMetrics, RouterSummary, StepMetrics
+from megatron_lpr.reporting.metrics_log import (
+    OverLayers,
+    RanksRecord,
+    RouterMetrics,
+    RouterSummary,
+    StepMetrics,
+    ValidationRecord,
+)
 from megatron_lpr.training.hooks.ends import End
 from megatron_lpr.training.starts import Start
 
@@ -19,9 +26,10 @@ def keys_of_tables(title):
 
 
 def test_keys_of_metrics():
-    step, summary, ranks = keys_of_tables("metrics.jsonl")
+    step, summary, validation, ranks = keys_of_tables("metrics.jsonl")
     assert step == list(StepMetrics.__annotations__)
     assert ranks == list(RanksRecord.__annotations__)
+    assert validation == list(ValidationRecord.__annotations__)
     assert summary == list(RouterSummary.__annotations__)
     for name in [*OverLayers.__annotations__, *RouterMetrics.__annotations__]:
         assert f"`{name}`" in PAGE

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lpr import cli
+from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out, trained_on
 from megatron_lpr.recipe.reading import from_tree
@@ -51,13 +52,14 @@ def test_every_kind_of_file(tmp_path):
 def test_bad_lines_name_the_setting_of_evaluation(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        read_held_out(EvaluationConfig(corpora=(corpus(tmp_path / "bad.jsonl"),)))
+        read_corpus(corpus(tmp_path / "bad.jsonl"))
 
 
-def test_bad_lines_are_left_out_and_told(tmp_path, capsys):
+def test_bad_lines_are_left_out_and_told(toy_base, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": " "}\n')
     settings = EvaluationConfig(corpora=(corpus(tmp_path / "bad.jsonl"),), on_bad_line="skip")
-    assert read_held_out(settings)[0].documents == ["a"]
+    (text,) = read_held_out(settings, load_tokenizer(str(toy_base)))
+    assert text.bytes == 1 and text.scored.tolist() == [False, True, False]
     assert "evaluate help: left out 2 lines (empty text), the first at" in capsys.readouterr().err
 
 

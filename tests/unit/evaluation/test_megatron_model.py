@@ -1,41 +1,45 @@
 """Our own models as models to evaluate."""
 
+import dataclasses
+
 import pytest
 import torch
 from harness import scramble, upcycle_base
 
 from megatron_lpr.data.text.tokenize import load_tokenizer
-from megatron_lpr.evaluation.perplexity import bits_per_byte
+from megatron_lpr.evaluation.windows import tokenized
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus
 
 
 def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
     """Nothing behind the end of the text counts, wherever windows end; with seventeen tokens in windows of 64 too."""
     from megatron_lpr.evaluation.megatron_model import MegatronModel
     from megatron_lpr.model.builder import routers
+    from megatron_lpr.model.router_stats import TOKENS
 
     tree = {"name": "x", "output": "none", "model": {"base": str(toy_base), "num_experts": 3, "topk": 1}}
     model = MegatronModel(from_tree(Recipe, tree, where="test"), upcycle_base)
     scramble(model.module)
     model.collect_routing(1)
-    tokenizer, text = load_tokenizer(str(toy_base)), "seventeen letters"
+    corpus = EvaluationCorpus(name="x", files=("x",), language="qaa", role="expanded")
+    text = tokenized(load_tokenizer(str(toy_base)), corpus, ["seventeen letters"])
     slots = []
     for router in routers(model.module):
         router.register_forward_hook(lambda module, inputs, output: slots.append(output[1].sum(0)))
 
-    def nll_fn(tokens_BS, labels_BS):
-        return model.token_losses(tokens_BS, labels_BS, language=0)
-
     def score(window: int, batch: int = 1):
         slots.clear()
-        bits, *_ = bits_per_byte(nll_fn, tokenizer, [text], window=window, batch=batch)
-        return bits, model.frozen_shares()[0].tolist()
+        settings = EvaluationConfig(window=window, batch=batch)
+        model.recipe = dataclasses.replace(model.recipe, evaluation=settings)
+        nats = model.nats(text)
+        counted = [router.stats.sums_LC[0, TOKENS].item() for router in routers(model.module)]
+        return nats, counted, model.frozen_shares()[0].tolist()
 
-    bits, shares = score(18)  # the end-of-document token that opens the stream, and the letters
+    nats, counted, shares = score(18)  # the end-of-document token that opens the stream, and the letters
     assert shares == pytest.approx([(layer[0] / 18).item() for layer in slots])
     assert torch.stack(slots).sum(-1).tolist() == [18, 18]
-    assert score(64) == (pytest.approx(bits), pytest.approx(shares))
+    assert score(64) == (pytest.approx(nats), counted, pytest.approx(shares))
     for window in (7, 17):
-        score(window, batch=2)
-        assert torch.stack(slots).sum().item() == 2 * 18
+        assert score(window, batch=2)[1] == counted == [18, 18]

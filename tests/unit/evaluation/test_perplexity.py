@@ -1,13 +1,14 @@
 """Bits per byte against models whose probabilities are known by hand."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import HeldOut
-from megatron_lpr.evaluation.perplexity import bits_per_byte, evaluate_corpora
+from megatron_lpr.evaluation.perplexity import score, scored_by
+from megatron_lpr.evaluation.windows import tokenized
 from megatron_lpr.recipe.text_settings import EvaluationCorpus
 
 
@@ -22,6 +23,16 @@ class Letters:
 
     def encode(self, text):
         return list(text.encode("utf-8"))
+
+
+CORPUS = EvaluationCorpus(name="x", files=("a",), language="hu", role="expanded")
+
+
+def bits_per_byte(nll_fn, tokenizer, documents, *, window, batch, max_bytes=None):
+    """(bits per byte, tokens, bytes) of one corpus."""
+    text = tokenized(tokenizer, CORPUS, documents, max_bytes)
+    (found,) = score(scored_by(nll_fn, window=window, batch=batch), [text])
+    return found.bits_per_byte, found.tokens, found.bytes
 
 
 def uniform(vocab_size):
@@ -71,7 +82,8 @@ def test_model_sees_contiguous_full_windows():
         return torch.zeros(labels_BS.shape)
 
     ticks = []
-    bits_per_byte(nll_fn, Letters(), ["abc", "d"], window=2, batch=2, progress=lambda *tick: ticks.append(tick))
+    text = tokenized(Letters(), CORPUS, ["abc", "d"])
+    scored_by(nll_fn, window=2, batch=2)(text, lambda *tick: ticks.append(tick))
     e, a, b, c, d = 256, *b"abcd"
     assert calls == [([[e, a], [b, c]], [[a, b], [c, e]]), ([[e, d]], [[d, e]])]
     assert ticks == [(2, 3), (3, 3)]
@@ -129,13 +141,13 @@ def test_same_text_costs_the_same_under_another_tokenizer():
     assert letters == pytest.approx(pairs)
 
 
-def test_evaluate_corpora():
-    corpora = [
-        HeldOut(corpus=EvaluationCorpus(name=name, files=("a",), language="hu", role="expanded"), documents=documents)
+def test_scores_of_corpora():
+    texts = [
+        tokenized(Letters(), dataclasses.replace(CORPUS, name=name), documents)
         for name, documents in (("help", ["abc", "de"]), ("two", ["é"]))
     ]
     lines = []
-    scores = evaluate_corpora(uniform(8), Letters(), corpora, window=4, batch=2, report=lines.append)
+    scores = score(scored_by(uniform(8), window=4, batch=2), texts, lines.append)
     assert [(s.name, s.language, s.role, s.tokens, s.bytes) for s in scores] == [
         ("help", "hu", "expanded", 5, 5),
         ("two", "hu", "expanded", 2, 2),
@@ -145,3 +157,8 @@ def test_evaluate_corpora():
         "evaluate help (hu)  3.000 bits per byte  5 tokens  5 bytes",
         "evaluate two (hu)  3.000 bits per byte  2 tokens  2 bytes",
     ]
+
+
+def test_a_corpus_without_characters():
+    with pytest.raises(UserError, match="evaluation corpus x: no text to score"):
+        tokenized(Letters(), CORPUS, ["", ""])

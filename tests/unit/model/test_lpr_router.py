@@ -7,11 +7,10 @@ from harness import as_tensors, make_trainer, mixed_batch, scramble, unwrapped
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_token_is_counted_once(megatron, toy_base, tmp_path, recompute, monkeypatch):
-    from megatron_lpr.training import step_metrics
+    from megatron_lpr.training.step_metrics import StatsOfStep
 
-    seen = []
-    reduce = step_metrics.reduce_stats
-    monkeypatch.setattr(step_metrics, "reduce_stats", lambda *a, **k: seen.append(reduce(*a, **k)) or seen[-1])
+    seen, read = [], StatsOfStep.read
+    monkeypatch.setattr(StatsOfStep, "read", lambda stats: seen.append(read(stats)) or seen[-1])
     train = {"trainable": "new_experts_and_routers", "recompute": recompute, "micro_batch_size": 2}
     trainer = make_trainer(toy_base, tmp_path, train=train, balance={"coeff": 0.1})
     for _ in range(2):

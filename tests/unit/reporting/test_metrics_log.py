@@ -169,7 +169,8 @@ def test_tensorboard_scalars(tmp_path):
     router = {"frozen_share": [0.5, 0.25], "p0": [0.75, 0.125], "load": [[0.5, 0.5], [0.25, 0.75]]}
     summary = {"frozen_share": {"mean": 0.375, "min": 0.25, "max": 0.5}, "busiest_expert": {"mean": 1.25}}
     with MetricsLog(tmp_path) as log:
-        log.write(metrics(1, router={"hu": router}, router_summary={"hu": summary}))
+        validation = {"bits_per_byte": {"hu": 1.5, "en": 1.25}, "retention": {"en": 99.0}}
+        log.write(metrics(1, router={"hu": router}, router_summary={"hu": summary}, validation=validation))
     assert scalars(tmp_path) == {
         "loss/ntp": [(1, 1.875)],
         "loss/balance": [(1, 1.5)],
@@ -181,6 +182,9 @@ def test_tensorboard_scalars(tmp_path):
         "data/tokens_per_step": [(1, 64.0)],
         "data/consumed_samples": [(1, 4.0)],
         "tokens/hu": [(1, 64.0)],
+        "validation/bits_per_byte/hu": [(1, 1.5)],
+        "validation/bits_per_byte/en": [(1, 1.25)],
+        "validation/retention/en": [(1, 99.0)],
         "router_summary/frozen_share/hu/mean": [(1, 0.375)],
         "router_summary/frozen_share/hu/min": [(1, 0.25)],
         "router_summary/frozen_share/hu/max": [(1, 0.5)],

@@ -43,6 +43,20 @@ def test_what_devices_compute_is_shown_where_it_is_known():
     assert "  1,024 tok/s  312 TFLOP/s  MFU 31.6%  hu" in progress_line(fast, seconds_per_step=1)
 
 
+@pytest.mark.parametrize(
+    ("bits", "retention", "text"),
+    [
+        ({"hu": 1.0211, "en": 0.98}, {"en": 99.14}, "hu 1.021, en 0.980 (99.1% kept)"),
+        ({"hu": 1.0211}, {}, "hu 1.021"),
+        ({f"l{n}": n / 2 for n in range(1, 6)}, {"l1": 97.0, "l2": 96.94}, "mean 1.500 (least kept l2 96.9%)"),
+        ({f"l{n}": n / 2 for n in range(1, 6)}, {}, "mean 1.500"),
+    ],
+)
+def test_a_validation_is_in_the_line(bits, retention, text):
+    validated = METRICS | {"validation": {"bits_per_byte": bits, "retention": retention}}
+    assert f"  balance 1.003  held out {text}  gnorm" in progress_line(validated, seconds_per_step=1)
+
+
 def test_a_skipped_step_says_so():
     line = progress_line(METRICS | {"ntp_loss": float("nan"), "skipped": "why"}, seconds_per_step=1)
     assert "24  skipped  ntp nan  balance" in line

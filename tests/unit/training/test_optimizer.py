@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from harness import gradients, make_trainer, scramble, unwrapped
+from layouts import trainer_of
 
 
 @pytest.mark.parametrize("distributed", [True, False])
@@ -55,6 +56,39 @@ def test_learning_rates(megatron, toy_base, tmp_path, schedule, decay):
     warmup = [0.25, 0.5, 0.75]
     after = [0.1 + 0.9 * decay(step / 7) for step in range(7)]
     assert rates == pytest.approx(warmup + after)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "moe_full"])
+def test_routers_may_have_a_rate_of_their_own(megatron, toy_base, tmp_path, stage):
+    from megatron_lpr.platform import leave_layout
+
+    def moved(name, **optimizer):
+        settings = {"lr": 1e-3, "warmup_steps": 3, "weight_decay": 0.0, "clip_grad": 0.0} | optimizer
+        trainer = trainer_of(toy_base, stage, tmp_path / name, {"optimizer": settings})
+        before = {name: weight.detach().clone() for name, weight in unwrapped(trainer).named_parameters()}
+        metrics = trainer.train_step()
+        change = {name: weight.detach() - before[name] for name, weight in unwrapped(trainer).named_parameters()}
+        trainer.save()
+        leave_layout()
+        return metrics, change
+
+    plain, without = moved("without")
+    own, with_rate = moved("with", router_lr=1e-2)
+    assert "router_lr" not in plain
+    assert own["lr"] == plain["lr"] == pytest.approx(1e-3 / 4) and own["router_lr"] == pytest.approx(1e-2 / 4)
+    for name, step in without.items():
+        factor = 10 if ".router." in name else 1
+        torch.testing.assert_close(with_rate[name], factor * step, rtol=1e-3, atol=1e-7, msg=name)
+
+    for saved, router_lr in (("with", 5e-4), ("with", None), ("without", 5e-4)):  # a run may go on with other rates
+        resume = tmp_path / saved / "checkpoints/step_00000001"
+        changes = {"optimizer": {"lr": 1e-4, "router_lr": router_lr}}
+        trainer = trainer_of(toy_base, stage, tmp_path / saved, changes, resume=resume)
+        rates = {(group["is_decoupled_lr"], group["lr"]) for group in trainer.optimizer.param_groups}
+        metrics = trainer.train_step()
+        leave_layout()
+        assert rates == {(False, metrics["lr"])} | ({(True, metrics["router_lr"])} if router_lr else set())
+        assert metrics["lr"] < 1e-4 and metrics.get("router_lr") == (router_lr and pytest.approx(5 * metrics["lr"]))
 
 
 def test_gradient_that_is_not_finite_is_refused(megatron, toy_base, tmp_path):

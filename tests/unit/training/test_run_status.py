@@ -10,6 +10,7 @@ import pytest
 from fake_checkpoints import write_fake_checkpoint
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.training import run_status as run_status_module
 from megatron_lpr.training.run_status import run_status
 
 START = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -55,6 +56,21 @@ def run(tmp_path):
 def held(run, monkeypatch):
     monkeypatch.setattr("megatron_lpr.training.run_status.holder_of", lambda folder: {"host": "n1", "pid": 7})
     return run
+
+
+def test_the_last_validation_may_be_long_ago(run, monkeypatch):
+    assert run.status(0).validation is None
+    (run.folder / "recipe.yaml").write_text("evaluation: {every: 5}")
+    assert run.status(0).validation is None
+    run.steps(1, 4)
+    found = {"bits_per_byte": {"hu": 1.5, "en": 1.0}, "retention": {"en": 99.0}}
+    run.steps(5, 5, validation=found | {"bits_per_byte": {"hu": 2.0, "en": 2.0}})
+    run.steps(6, 6, validation=found)
+    run.steps(7, 300)
+    for size in (100, 4096, 1 << 20):  # of what is read at once, from the end
+        monkeypatch.setattr(run_status_module, "_TAIL_BYTES", size)
+        assert run_status_module._validation(run.folder / "metrics.jsonl") == {"step": 6, **found}
+    assert run.status(0).validation == {"step": 6, **found}
 
 
 def test_a_run_that_goes_on(held):

@@ -1,5 +1,7 @@
 """Votes count on every rank alike, once, at the step before which they were said; the metrics beside them stay."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
 
@@ -18,9 +20,15 @@ def two_steps():
     seen = []
     with megatron() as ranks:
         from megatron_lpr.training.step import RankLosses
-        from megatron_lpr.training.step_metrics import reduce_stats
+        from megatron_lpr.training.step_metrics import StatsOfStep
 
         votes = Votes()
+        plan = SimpleNamespace(
+            arch=SimpleNamespace(moe_layers=tuple),
+            manifest=SimpleNamespace(languages=("qaa", "qab", "qac")),
+            recipe=SimpleNamespace(model=SimpleNamespace(num_experts=0)),
+        )
+        trainer = SimpleNamespace(plan=plan, routers=[], votes=votes)
         for step in (1, 2):
             if step == 1:
                 votes.say("written")
@@ -28,14 +36,8 @@ def two_steps():
                 if ranks.rank == 1:
                     votes.say("stop")
             losses = torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(ranks.rank))
-            stats = reduce_stats(
-                [],
-                moe_layers=[],
-                num_languages=3,
-                num_experts=0,
-                losses=RankLosses(ntp_loss=losses[0].clone(), token_loss_sums_L=losses, of_micro_batches=()),
-                votes=votes,
-            )
+            of_rank = RankLosses(ntp_loss=losses[0].clone(), token_loss_sums_L=losses, of_micro_batches=())
+            stats = StatsOfStep(trainer, of_rank).read()
             dist.all_reduce(losses)
             same = stats.ntp_loss == float(losses[0]) and torch.equal(stats.token_loss_sums_L, losses)
             seen.append((counts(votes), same))

@@ -1,0 +1,33 @@
+"""`megatron-lpr plan`: what a recipe needs of so many GPUs, and the layouts that fit."""
+
+import argparse
+import json
+
+from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import add_recipe, typed_recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the run: one rank each")
+    parser.add_argument("--gpu", metavar="NAME", default="h100", help="which: a100, h100 (default), h200, b200")
+    parser.add_argument("--json", action="store_true", help="print an object in bytes and seconds, for programs")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan of a training recipe; of the base model its config.json is read, and nothing is written."""
+    from megatron_lpr.planning.report import text, tree
+    from megatron_lpr.planning.run_plan import plan_run
+
+    plan = plan_run(typed_recipe(options), options.gpus, options.gpu)
+    print(json.dumps(tree(plan), indent=2) if options.json else text(plan))
+
+
+COMMAND = Command(
+    "plan",
+    "what a training recipe needs of so many GPUs, and the layouts that fit; needs no GPU, weights or corpora",
+    add_arguments,
+    run,
+    reads=("model", "data", "train", "parallel", "balance", "lpr"),
+    place=4,
+)

@@ -1,0 +1,191 @@
+"""What the forward pass of one micro-batch saves for the backward pass, layer by layer.
+
+The terms are those of the modules that this project builds, with Transformer Engine or without, on CUDA or on a CPU,
+where a norm keeps its input in fp32 and SwiGLU is not fused. They differ from those of a model that trains wholly
+(Korthikanti et al., arXiv 2205.05198): a frozen linear layer does not keep its input, for its weight has no gradient.
+
+Shapes: T tokens of this rank, of a micro-batch, between tensor-parallel regions; W tokens inside them; H hidden, F FFN
+width, Q and K channels of queries and of keys, D of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lpr.families import Architecture
+from megatron_lpr.files.safetensors_io import torch_dtype
+from megatron_lpr.model.parameters import is_trainable, padded_vocab_size
+from megatron_lpr.recipe.settings import Recipe, TrainConfig
+
+Device = Literal["cuda", "cpu"]
+_FP32, _INDEX = 4, 8
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch, of the local modules or Transformer Engine's.
+
+    train: in place of the recipe's.
+    te: attention keeps keys and values once for all queries that share them.
+    """
+
+    recipe: Recipe
+    arch: Architecture
+    train: TrainConfig
+    device: Device = "cuda"
+    te: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return torch_dtype(self.recipe.model.dtype).itemsize
+
+    @property
+    def wide_tokens(self) -> int:
+        assert self.recipe.data is not None
+        return self.train.micro_batch_size * self.recipe.data.seq_length // self.recipe.parallel.context
+
+    @property
+    def tokens(self) -> int:
+        return self.wide_tokens // self.recipe.parallel.tensor
+
+    @property
+    def hidden(self) -> int:
+        """The states between two layers."""
+        return self.tokens * self.arch.hidden_size * self.itemsize
+
+    @property
+    def wide_hidden(self) -> int:
+        """The same inside a tensor-parallel region."""
+        return self.hidden * self.recipe.parallel.tensor
+
+    def learns(self, name: str) -> bool:
+        return is_trainable(name, self.train.trainable)
+
+    def layer(self, *, has_experts: bool, below_learns: bool) -> int:
+        """Of a layer that is not recomputed.
+
+        below_learns: whether the layer's input needs a gradient.
+        """
+        return self.attention(below_learns) + self.ffn(has_experts=has_experts, below_learns=below_learns)
+
+    def saved(self, *, has_experts: bool, below_learns: bool) -> int:
+        """Of a layer, as `train.recompute` has it."""
+        recompute = self.train.recompute
+        if recompute == "full":
+            return self.hidden
+        if recompute == "selective":
+            # what a layer without experts recomputes is `mlp`, in a dense model alone
+            again = has_experts or not self.recipe.model.num_experts
+            kept = self.norm(below_learns) + self.hidden
+            return self.attention(below_learns) + (kept if again else self.ffn(has_experts=False, below_learns=True))
+        return self.layer(has_experts=has_experts, below_learns=below_learns)
+
+    def computed_again(self, *, has_experts: bool) -> int:
+        """What recomputation of a layer holds, while its backward pass runs."""
+        return self.layer(has_experts=has_experts, below_learns=True) - self.saved(
+            has_experts=has_experts, below_learns=True
+        )
+
+    def norm(self, below_learns: bool, tokens: int | None = None, width: int | None = None) -> int:
+        """An RMSNorm keeps its input and the inverse of its root mean square."""
+        if not below_learns and not self.learns("layernorm"):
+            return 0
+        tokens, width = tokens or self.tokens, width or self.arch.hidden_size
+        if self.device == "cuda":
+            return tokens * (width * self.itemsize + _FP32)
+        return tokens * (width * (1 + self.learns("layernorm")) + 1) * _FP32
+
+    def attention(self, below_learns: bool) -> int:
+        arch, size = self.arch, self.itemsize
+        learns = self.learns("self_attention.")
+        if not below_learns and not learns:
+            return 0
+        tensor, wide = self.recipe.parallel.tensor, self.wide_tokens
+        queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+        repeated = keys if self.te else queries
+        # queries, keys, values, the output, the logarithm of each softmax's sum
+        core = wide // tensor * (2 * (queries + repeated) * size + arch.num_attention_heads * _FP32)
+        if queries == keys and not self.te:
+            core += wide // tensor * 2 * queries * size  # the values are a view of what queries and keys were part of
+        rotations = 4 * wide * arch.head_dim * size  # cosines and sines, for queries and keys
+        if self.train.micro_batch_size > 1:
+            rotations //= self.train.micro_batch_size
+        found = self.norm(below_learns) + core + rotations
+        if arch.qk_norm:
+            found += self.norm(True, wide * arch.num_attention_heads // tensor, arch.head_dim)
+            found += self.norm(True, wide * arch.num_query_groups // tensor, arch.head_dim)
+            if self.device == "cuda":
+                found += wide // tensor * (queries + keys) * size  # keys are a view of all three
+        if learns:
+            found += self.hidden + wide // tensor * queries * size
+        return found
+
+    def ffn(self, *, has_experts: bool, below_learns: bool) -> int:
+        if self.recipe.model.num_experts and has_experts:
+            experts = self.router(below_learns) + self.frozen_experts(below_learns) + self.new_experts(below_learns)
+            return self.norm(below_learns) + experts
+        if not below_learns and not self.learns("mlp.linear"):
+            return 0
+        width = self.wide_tokens * self.arch.ffn_hidden_size // self.recipe.parallel.tensor
+        kept = self._swiglu(width, learns=self.learns("mlp.linear"))
+        return self.norm(below_learns) + kept + (self.hidden if self.learns("mlp.linear") else 0)
+
+    def router(self, below_learns: bool) -> int:
+        """Its input, and small things for each token and expert."""
+        model, recipe = self.recipe.model, self.recipe
+        state = self.hidden if below_learns else self.tokens * self.arch.hidden_size * _FP32
+        losses = (1 if recipe.balance.coeff else 0) + (1 if recipe.lpr.coeff else 0)
+        new = model.num_experts - model.num_frozen_experts
+        small = model.topk * (_INDEX + _FP32) + losses * model.num_experts * _FP32 + new * (1 + _FP32)
+        return state + self.tokens * small
+
+    def frozen_experts(self, below_learns: bool) -> int:
+        """Of the tokens that go there; only their outputs where nothing below learns."""
+        slots, arch = self.slots(frozen=True), self.arch
+        found = slots * (_INDEX + self.itemsize + 2 * arch.hidden_size * self.itemsize)
+        learns = self.learns(".mlp.frozen_experts.")
+        if below_learns or learns:
+            found += 3 * slots * arch.ffn_hidden_size * self.itemsize  # both halves, and silu of one
+        if learns:
+            found += slots * (arch.hidden_size + arch.ffn_hidden_size) * self.itemsize
+        return found
+
+    def new_experts(self, below_learns: bool) -> int:
+        """Of the tokens that come here; their probabilities always need a gradient."""
+        sizes, learns = self.recipe.parallel, self.learns(".mlp.experts.")
+        sent = self.slots(frozen=False)
+        received = sent * sizes.expert_tensor
+        width = received * self.arch.ffn_hidden_size // sizes.expert_tensor
+        found = sent * _INDEX + received * _FP32
+        if below_learns or learns:
+            found += self._swiglu(width, learns=learns, weighted=True)
+        else:
+            found += width * self.itemsize * (1 if self.device == "cpu" else 2)
+        return found + (received * self.arch.hidden_size * self.itemsize if learns else 0)
+
+    def _swiglu(self, elements: int, *, learns: bool, weighted: bool = False) -> int:
+        """Both halves of its input; and what the next linear layer keeps of its output, where it learns."""
+        parts = 2 + learns
+        if self.device == "cpu":
+            parts += 2 + weighted
+        return parts * elements * self.itemsize
+
+    def slots(self, *, frozen: bool) -> int:
+        """Routing slots of this rank's tokens that go to frozen experts, or to new ones: spread evenly over all."""
+        model = self.recipe.model
+        of_frozen = self.tokens * model.topk * model.num_frozen_experts // model.num_experts
+        return of_frozen if frozen else self.tokens * model.topk - of_frozen
+
+    def head(self) -> int:
+        """The last norm, and what an output layer that learns keeps."""
+        return self.norm(True) + (self.hidden if self.learns("output_layer") else 0)
+
+    def logits(self) -> int:
+        """The softmax of the loss in fp32, with its mask and targets."""
+        sizes = self.recipe.parallel
+        columns = padded_vocab_size(self.arch.vocab_size, sizes.tensor) // sizes.tensor
+        return self.wide_tokens * (columns * _FP32 + 1 + _INDEX)
+
+    def logits_in_dtype(self) -> int:
+        """The logits themselves, and in the backward pass their gradient; in fp32 they share the softmax's place."""
+        columns = padded_vocab_size(self.arch.vocab_size, self.recipe.parallel.tensor) // self.recipe.parallel.tensor
+        return 0 if self.itemsize == _FP32 else self.wide_tokens * columns * self.itemsize

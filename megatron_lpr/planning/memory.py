@@ -1,0 +1,57 @@
+"""Bytes of a rank by kind, in closed form."""
+
+from collections.abc import Sequence
+
+from megatron_lpr.files.safetensors_io import torch_dtype
+from megatron_lpr.planning.activations import Activations
+from megatron_lpr.planning.amounts import RankMemory
+from megatron_lpr.planning.buffers import Bucket
+from megatron_lpr.planning.layers import Layers
+from megatron_lpr.planning.parameters import Parameter
+from megatron_lpr.planning.place import Place
+from megatron_lpr.planning.schedule import micro_batches, on_their_way
+from megatron_lpr.planning.shards import gathered_elements, held_elements
+from megatron_lpr.recipe.settings import Recipe
+
+_FP32 = 4
+
+
+def states(
+    recipe: Recipe, chunks: Sequence[Sequence[Parameter]], laid_out: Sequence[Bucket], place: Place
+) -> RankMemory:
+    """What does not depend on the batch: weights, gradients, state of the optimizer."""
+    itemsize = torch_dtype(recipe.model.dtype).itemsize
+    everything = [parameter for chunk in chunks for parameter in chunk]
+    learning = [parameter for parameter in everything if parameter.learns]
+    if place.sizes.distributed_optimizer:
+        updated = sum(bucket.shard(place.index(bucket.group), place.size(bucket.group)) for bucket in laid_out)
+    else:
+        updated = sum(parameter.elements for parameter in learning)
+    return RankMemory(
+        frozen=sum(held_elements(p, place) for p in everything if not p.learns) * itemsize,
+        trained=sum(parameter.elements for parameter in learning) * itemsize,
+        gradients=sum(bucket.elements for bucket in laid_out) * _FP32,
+        # two moments of Adam, and the weight where the model's is not fp32 itself
+        optimizer=updated * _FP32 * (2 if itemsize == _FP32 else 3),
+        gathered=gathered_elements(everything, place) * itemsize,
+    )
+
+
+def of_batch(layers: Layers, activations: Activations) -> RankMemory:
+    """What the micro-batches on their way need."""
+    train, place = activations.train, layers.place
+    held = on_their_way(place, micro_batches(train, place))
+    saved = sum(
+        count * number * activations.saved(has_experts=kind.has_experts, below_learns=kind.below_learns)
+        for chunk, count in enumerate(held)
+        for kind, number in layers.kinds_of(chunk).items()
+    )
+    working = 0
+    if train.recompute != "none":
+        working = max(activations.computed_again(has_experts=kind.has_experts) for kind in layers.kinds)
+    logits = 0
+    if place.is_last:
+        saved += held[-1] * activations.head()
+        logits = activations.logits()
+        working = max(working, activations.logits_in_dtype())
+    return RankMemory(activations=saved, logits=logits, working=working)

@@ -1,0 +1,72 @@
+"""A recipe on so many GPUs: its own layout, the best ones, and what the model comes to in any."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.planning.hardware import GPU, gpu_named
+from megatron_lpr.planning.layout import Layout, Layouts
+from megatron_lpr.planning.search import Found, search
+from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.settings import LoggingConfig, ParallelConfig, Recipe
+from megatron_lpr.training.cost import ModelSize, model_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """own: the layout that the recipe says; None where these GPUs cannot have it, for the reason `refused`."""
+
+    recipe: Recipe
+    arch: Architecture
+    world_size: int
+    gpu: GPU
+    size: ModelSize
+    own: Layout | None
+    refused: str | None
+    found: Found
+
+
+def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> RunPlan:
+    """From the recipe and the base's config.json alone.
+
+    Args:
+        most: layouts in the table.
+
+    Raises:
+        UserError: the recipe is wrong in any layout.
+    """
+    gpu = gpu_named(gpu_name)
+    if world_size < 1:
+        raise UserError(f"--gpus {world_size}: at least 1")
+    if recipe.train is None:
+        raise UserError("train: missing; the recipe describes no training run that could be planned")
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+    recipe = _without_this_machine(recipe)
+    check_recipe(dataclasses.replace(recipe, parallel=ParallelConfig()), arch, 1)
+    assert recipe.train is not None
+    own = refused = None
+    try:
+        check_recipe(recipe, arch, world_size)
+    except UserError as error:
+        refused = str(error)
+    else:
+        own = Layouts(recipe, arch, world_size, gpu).layout(recipe.train)
+    return RunPlan(
+        recipe=recipe,
+        arch=arch,
+        world_size=world_size,
+        gpu=gpu,
+        size=model_size(recipe, arch),
+        own=own,
+        refused=refused,
+        found=search(recipe, arch, world_size, gpu, most),
+    )
+
+
+def _without_this_machine(recipe: Recipe) -> Recipe:
+    """What the machine that trains must have, this one need not: W&B, DeepEP."""
+    dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
+    parallel = dataclasses.replace(recipe.parallel, dispatcher=dispatcher)
+    return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel)

@@ -1,0 +1,133 @@
+"""Looks for layouts that fit: all parallel sizes that the model and the ranks allow, as far as they make sense.
+
+Sense: tensor parallelism stays inside a node (arXiv 2104.04473, takeaway 1), context parallelism waits until sequences
+are long, experts are cut only where the recipe cuts them. The global batch stays the recipe's, so that the numbers do.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import Architecture
+from megatron_lpr.planning.hardware import GPU
+from megatron_lpr.planning.layout import Layout, Layouts
+from megatron_lpr.planning.operations import model_operations
+from megatron_lpr.planning.place import Place
+from megatron_lpr.planning.schedule import bubble
+from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
+from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
+
+_CONTEXT_FROM = 4096  # tokens that a context-parallel rank keeps at least
+_MOST_SAMPLES = 16  # of a micro-batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """best: layouts that fit, the one with the lowest bound first; one of each set of sizes.
+
+    nearest: where none fits, the one that lacks least.
+    """
+
+    best: list[Layout]
+    nearest: Layout | None
+    tried: int
+
+
+def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: int) -> Found:
+    """The `most` best."""
+    assert recipe.train is not None
+    best: list[Layout] = []
+    nearest: tuple[int, Layouts, TrainConfig] | None = None
+    tried = 0
+    computing = least_seconds(recipe, arch, world_size, gpu)
+    for sizes in _sizes(recipe, arch, world_size, gpu):
+        tried += 1
+        if len(best) == most and computing * (1 + least_bubble(recipe.train, sizes, world_size)) > best[-1].time.total:
+            continue
+        if any(one.sizes == dataclasses.replace(sizes, frozen="replicated") for one in best):
+            continue  # sharding would save memory that is not lacking
+        layouts = Layouts(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu)
+        found: Layout | None = None
+        for train in _batches(recipe.train, sizes, world_size):
+            lacks = (layouts.least if layouts.least > gpu.usable else layouts.memory(train)[0].total) - gpu.usable
+            if lacks <= 0:
+                layout = layouts.layout(train)
+                if found is None or layout.time.total < found.time.total:
+                    found = layout
+            elif not best and (nearest is None or lacks < nearest[0]):
+                nearest = lacks, layouts, train
+        if found:
+            best = sorted([*best, found], key=lambda layout: layout.time.total)[:most]
+    return Found(best=best, nearest=nearest[1].layout(nearest[2]) if nearest and not best else None, tried=tried)
+
+
+def least_seconds(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> float:
+    """Of a step in which every GPU computes all the time, and nothing twice."""
+    work = model_operations(recipe, arch)
+    return work.total / world_size / gpu.flops[recipe.model.dtype]
+
+
+def least_bubble(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> float:
+    """With the smallest micro-batches."""
+    place = Place(sizes, world_size, 0)
+    return bubble(place, max(1, train.global_batch_size // place.data))
+
+
+def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Iterator[ParallelConfig]:
+    assert recipe.train is not None and recipe.data is not None
+    new = recipe.model.num_experts - recipe.model.num_frozen_experts
+    experts = _divisors(new, world_size) if recipe.model.num_experts else [1]
+    contexts = [n for n in (1, 2, 4, 8, 16) if n == 1 or recipe.data.seq_length // n >= _CONTEXT_FROM]
+    pipelines = [(1, 1)] + [
+        (stages, chunks)
+        for stages in _divisors(arch.num_layers, world_size)
+        if stages > 1
+        for chunks in (1, 2, 4)
+        if arch.num_layers % (stages * chunks) == 0
+    ]
+    spread: list[Literal["replicated", "sharded"]] = (
+        ["replicated"] if recipe.train.trainable == "all" else ["replicated", "sharded"]
+    )
+    tensors = _divisors(arch.num_query_groups, gpu.per_node)
+    for frozen, context, tensor, (stages, chunks), expert in itertools.product(
+        spread, contexts, tensors, pipelines, experts
+    ):
+        if world_size % (tensor * stages * context) or world_size % (stages * expert):
+            continue
+        sizes = dataclasses.replace(
+            recipe.parallel,
+            tensor=tensor,
+            pipeline=stages,
+            virtual_pipeline=chunks,
+            first_stage_layers=None,
+            last_stage_layers=None,
+            context=context,
+            expert=expert,
+            frozen=frozen,
+        )
+        try:
+            check_layout(dataclasses.replace(recipe, parallel=sizes), arch, world_size)
+            check_seq_length(recipe.data.seq_length, sizes, arch)
+        except UserError:
+            continue
+        yield sizes
+
+
+def _batches(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> Iterator[TrainConfig]:
+    """Micro-batches from one sample on, each with every mode of recomputation; the cheapest mode that fits will win."""
+    data = world_size // (sizes.tensor * sizes.pipeline * sizes.context)
+    for samples in _divisors(max(1, train.global_batch_size // data), _MOST_SAMPLES):
+        for recompute in ("none", "selective", "full"):
+            batch = dataclasses.replace(train, micro_batch_size=samples, recompute=recompute)
+            try:
+                check_batch(batch, sizes, world_size)
+            except UserError:
+                continue
+            yield batch
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]

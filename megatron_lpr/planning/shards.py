@@ -1,0 +1,33 @@
+"""Which frozen weights are spread over ranks, and what a rank holds of them.
+
+Each matrix is cut along its rows into as many equal parts as the group has ranks, the last ones shorter, as PyTorch's
+FSDP2 does (the idea is ZeRO's third stage, Rajbhandari et al., arXiv 1910.02054; here without gradients).
+"""
+
+from collections.abc import Iterable
+
+from megatron_lpr.planning.parameters import Parameter
+from megatron_lpr.planning.place import Place
+
+
+def is_spread(parameter: Parameter, place: Place) -> bool:
+    if not place.spread or parameter.learns or place.size(parameter.copies) == 1:
+        return False
+    return not any(part in parameter.name for part in ("input_layernorm", "pre_mlp", "final_layernorm", ".router."))
+
+
+def held_elements(parameter: Parameter, place: Place) -> int:
+    """Of a parameter that does not learn, on this rank; equal on all ranks, for the last ones are padded."""
+    if not is_spread(parameter, place):
+        return parameter.elements
+    return -(-parameter.rows // place.size(parameter.copies)) * parameter.columns
+
+
+def gathered_elements(parameters: Iterable[Parameter], place: Place) -> int:
+    """Whole weights of the two layers that are there at once: the one that computes and the next."""
+    of_layer: dict[str, int] = {}
+    for parameter in parameters:
+        if is_spread(parameter, place):
+            layer = ".".join(parameter.name.split(".")[:3])
+            of_layer[layer] = of_layer.get(layer, 0) + parameter.elements
+    return sum(sorted(of_layer.values())[-2:])

@@ -1,0 +1,61 @@
+"""What the collectives of a rank carry of weights and their gradients in one optimizer step."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from megatron_lpr.families.table import EMBEDDING
+from megatron_lpr.planning.amounts import Group
+from megatron_lpr.planning.buffers import Bucket
+from megatron_lpr.planning.layers import Layers
+from megatron_lpr.planning.parameters import Parameter
+from megatron_lpr.planning.place import Place
+from megatron_lpr.planning.shards import held_elements, is_spread
+from megatron_lpr.planning.traffic import Move, in_groups
+
+_FP32 = 4
+Chunks = Sequence[Sequence[Parameter]]
+
+
+def of_frozen_weights(layers: Layers, chunks: Chunks, itemsize: int) -> list[Move]:
+    """Gathered for the forward pass of a micro-batch, and again for its backward pass."""
+    place = layers.place
+    modules: Counter[tuple[str, Group, int]] = Counter()
+    for parameter in (p for chunk in chunks for p in chunk if is_spread(p, place)):
+        module, passes = _module(parameter, layers)
+        modules[module, parameter.copies, passes] += held_elements(parameter, place) * itemsize
+    alike = Counter((ranks, passes, size) for (_, ranks, passes), size in modules.items())
+    return [
+        Move("all_gather", ranks, size, number * passes, purpose="frozen")
+        for (ranks, passes, size), number in alike.items()
+    ]
+
+
+def _module(parameter: Parameter, layers: Layers) -> tuple[str, int]:
+    """What is gathered at once, and how often for each micro-batch."""
+    if parameter.name == EMBEDDING:
+        return EMBEDDING, 1
+    if not parameter.name.startswith("decoder.layers."):
+        return parameter.name, 2
+    _, _, number, rest = parameter.name.split(".", 3)
+    module = ".".join(rest.split(".")[:2])  # all frozen experts of a layer are gathered at once
+    return f"{number}.{module}", 1 + layers.below_learns[int(number)]
+
+
+def of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> list[Move]:
+    """Summed once a step; with the distributed optimizer each rank updates its part, and all get the new weights."""
+    return in_groups(_of_gradients(chunks, laid_out, place, itemsize), place)
+
+
+def _of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> Iterator[Move]:
+    for bucket in laid_out:
+        ranks = place.size(bucket.group)
+        if place.sizes.distributed_optimizer:
+            yield Move("reduce_scatter", bucket.group, bucket.elements * _FP32)
+            yield Move("all_gather", bucket.group, bucket.elements // ranks * itemsize)
+        else:
+            yield Move("all_reduce", bucket.group, bucket.elements * _FP32)
+    learning = [parameter for chunk in chunks for parameter in chunk if parameter.learns]
+    # of weights that each tensor-parallel rank has whole: it has seen its own tokens only
+    whole = sum(p.elements for p in learning if p.whole)
+    yield Move("all_reduce", "tensor", whole * _FP32)
+    yield Move("all_reduce", "pipeline", sum(p.elements for p in learning if p.twin) * _FP32)

@@ -1,0 +1,66 @@
+"""`megatron-lpr plan`: layouts that fit and that a run accepts, or what does not fit; from a config.json alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_lpr import cli
+from megatron_lpr.families import read_architecture
+from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.reading import load_recipe
+
+RECIPE = "examples/recipes/stage1.yaml"
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])
+
+
+def plan(*words):
+    return cli.main(["plan", RECIPE, *words])
+
+
+def test_lines_to_paste_are_a_run(tmp_path, capsys):
+    assert plan("--gpus", "16", "--set", "model.base=examples/plan/qwen3-8b") == 0
+    printed = capsys.readouterr().out
+    assert "does not fit: " in printed, "the recipe's own layout"
+    lines = printed.split("lines for the recipe, of the first:\n")[1]
+    pasted = tmp_path / "pasted.yaml"
+    pasted.write_text(f"include: {Path(RECIPE).resolve()}\nmodel: {{base: examples/plan/qwen3-8b}}\n{lines}")
+    recipe = load_recipe(str(pasted))
+    assert yaml.safe_load(lines)["parallel"]["pipeline"] == recipe.parallel.pipeline > 1
+    check_recipe(recipe, read_architecture(recipe.model.base), 16)
+
+
+def test_for_programs(capsys):
+    words = ["--set", "model.base=examples/plan/llama-3.2-1b", "--json"]
+    assert plan("--gpus", "8", "--gpu", "a100", *words) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["own"]["fits"] and tree["own"]["parallel"]["expert"] == 8
+    memory = tree["own"]["memory"]
+    assert memory["total"] == sum(held for kind, held in memory.items() if kind != "total")
+    seconds = [layout["seconds"]["total"] for layout in tree["layouts"]]
+    assert seconds == sorted(seconds) and all(layout["fits"] for layout in tree["layouts"])
+
+
+def test_where_nothing_fits_the_first_kind_is_named(capsys):
+    assert plan("--gpus", "8", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
+    printed = capsys.readouterr().out
+    assert "no layout fits; the nearest, " in printed
+    assert "the first that does not fit is " in printed.split("no layout fits")[1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpus", "0"], "--gpus 0: at least 1"),
+        (["--gpus", "8", "--gpu", "h10"], "--gpu h10: not in the table; did you mean 'h100'?"),
+        (["--gpus", "8", "--set", "model.topk=99"], "model.topk: 99 of 9 experts"),
+    ],
+)
+def test_what_is_wrong(words, message, capsys):
+    assert plan(*words, "--set", "model.base=examples/plan/llama-3.2-1b") == 2
+    assert message in capsys.readouterr().err

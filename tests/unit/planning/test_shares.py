@@ -1,0 +1,68 @@
+"""What the ranks of a layout hold adds up to the model."""
+
+import dataclasses
+
+import pytest
+
+from megatron_lpr.families import read_architecture
+from megatron_lpr.planning.buffers import buckets
+from megatron_lpr.planning.parameters import parameters
+from megatron_lpr.planning.place import Place
+from megatron_lpr.planning.planned import planned
+from megatron_lpr.recipe.reading import load_recipe
+from megatron_lpr.training.cost import model_size
+
+
+def planned_recipe(base, *changes):
+    return load_recipe("examples/recipes/stage1.yaml", [f"model.base=examples/plan/{base}", *changes])
+
+
+LAYOUTS = {
+    "pipeline": ("qwen3-8b", 16, ["parallel.pipeline=2"]),
+    "uneven": ("qwen3-8b", 32, ["parallel.pipeline=4", "parallel.first_stage_layers=6"]),
+    "interleaved": ("llama-3.1-70b", 256, ["parallel.pipeline=4", "parallel.virtual_pipeline=5", "parallel.tensor=8"]),
+    "tied": ("llama-3.2-1b", 8, []),
+}
+
+
+@pytest.mark.parametrize("base, world_size, changes", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_parameters_add_up(base, world_size, changes, root):
+    recipe = planned_recipe(base, *changes, "train.micro_batch_size=1", "parallel.frozen=replicated")
+    arch = read_architecture(recipe.model.base)
+    size = model_size(recipe, arch)
+    total = {True: 0.0, False: 0.0}
+    for rank in range(world_size):
+        place = Place(recipe.parallel, world_size, rank)
+        for parameter in (p for chunk in parameters(recipe, arch, place) for p in chunk):
+            copies = place.size(parameter.copies)
+            # norms and routers are whole on the tensor-parallel ranks too
+            if parameter.whole and parameter.copies == "data":
+                copies *= recipe.parallel.tensor
+            total[parameter.learns] += parameter.elements / copies
+    assert total == pytest.approx({True: size.trainable, False: size.frozen}, rel=1e-12)
+
+
+def test_shards_of_the_optimizer_add_up(root):
+    recipe = planned_recipe("qwen3-8b", "parallel.overlap_grad_reduce=true")
+    arch, world_size = read_architecture(recipe.model.base), 16
+    updated = 0
+    for rank in range(world_size):
+        place = Place(recipe.parallel, world_size, rank)
+        found = buckets(parameters(recipe, arch, place), place)
+        updated += sum(b.shard(place.index(b.group), place.size(b.group)) for b in found)
+        assert all(bucket.elements % (128 * place.size(bucket.group) // 2) == 0 for bucket in found)
+    assert len(found) > 2, "with overlap there are many buckets"
+    assert updated == model_size(recipe, arch).trainable
+
+
+def test_sharded_frozen_weights_are_there_once(root):
+    recipe = planned_recipe("qwen2.5-32b")
+    arch = read_architecture(recipe.model.base)
+
+    def frozen(mode, ranks):
+        sizes = dataclasses.replace(recipe.parallel, frozen=mode)
+        return planned(dataclasses.replace(recipe, parallel=sizes), arch, ranks, 0)[0]
+
+    assert frozen("sharded", 64).frozen == pytest.approx(frozen("replicated", 64).frozen / 64, rel=0.01)
+    assert frozen("sharded", 64).gathered and not frozen("replicated", 64).gathered
+    assert frozen("auto", 64) == frozen("sharded", 64), "more than 4 GiB"
