@@ -5,6 +5,7 @@ import yaml
 
 from megatron_lpr.checkpoint.same_run import changed_settings
 from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.reporting.progress import stamped
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.starts import record_start
 
@@ -22,7 +23,7 @@ class Announcement(Hook):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
         if plan.state:
-            print(f"resumes at step {trainer.step} from {plan.resume}")
+            print(stamped(f"resumes at step {trainer.step} from {plan.resume}"))
             for change in changed_settings(recipe, plan.state):
                 print(f"  changed: {change}")
         total = sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters())
