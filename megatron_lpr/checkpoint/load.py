@@ -21,12 +21,15 @@ from megatron_lpr.checkpoint.holding import holds
 from megatron_lpr.checkpoint.optimizer_state import load_state
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.errors import UserError
+from megatron_lpr.platform.shards import is_sharded
 
 EXTRA_STATE = "_extra_state"
 
 
 def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None) -> None:
     """Fill what the checkpoint holds of the model, and the optimizer and schedule where they are given; at any layout.
+
+    Sharded parameters are passed over: each rank reads its rows by itself (model/load/row_shards.py).
 
     Raises:
         UserError: the checkpoint is damaged or holds another model.
@@ -46,8 +49,11 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         own = loaded.get(f"model{index}", {})  # Megatron drops what is empty: a chunk without experts may hold nothing
-        differing = unwrap_model(chunk).load_state_dict(own, strict=False)
+        model = unwrap_model(chunk)
+        others = {name for name, parameter in model.named_parameters() if is_sharded(parameter)}
+        differing = model.load_state_dict(own, strict=False)
         weights = [key for keys in differing for key in keys if holds(held, key) and not key.endswith(EXTRA_STATE)]
+        weights = [key for key in weights if key not in others]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
         # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
@@ -68,12 +74,14 @@ def _check_common_state(folder: Path, metadata: Metadata) -> None:
 
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
-    """Ask for weights alone, not for the extra state (FP8 scales), which no recipe makes use of.
+    """Ask for weights alone, not for the extra state (FP8 scales), which no recipe makes use of, nor for sharded ones.
 
     Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
     spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
     """
-    return {name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE)}
+    return {
+        name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE) and not isinstance(entry, list)
+    }
 
 
 def _reason(error: BaseException) -> str:

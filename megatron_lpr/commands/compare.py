@@ -11,9 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the table of several evaluation results, the base model's first."""
-    from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
+    from megatron_lpr.evaluation.compare import comparison
 
-    print(retention_table([EvaluationResult.load(file) for file in options.files]))
+    print(comparison(options.files))
 
 
 COMMAND = Command("compare", "table of several evaluation results, with retention", add_arguments, run, place=7)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_gone, add_own_recipe, found_checkpoint, recipe_of, typed_recipe
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.task_names import BENCHMARKS
 from megatron_lpr.recipe.reading import REST
 from megatron_lpr.recipe.settings import Recipe
 
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=what)
     parser.add_argument("--name", required=True, help="name of the model in the table")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSON file of the result")
+    what = f"benchmarks by lm-evaluation-harness in place of bits per byte, of an export: {','.join(BENCHMARKS)}"
+    parser.add_argument("--tasks", metavar="NAME[,NAME...]", help=what)
     add_own_recipe(parser)
     for option in ("--checkpoint", "--hf"):
         add_gone(parser, option, SPELLING)
@@ -44,6 +47,9 @@ def run(options: argparse.Namespace) -> None:
     from megatron_lpr.platform import Ranks, together
 
     evaluation = together(lambda: _planned(options))
+    if options.tasks is not None:
+        _run_tasks(options, evaluation)
+        return
     if options.dry_run:
         together(evaluation.check)
         names = ", ".join(corpus.name for corpus in evaluation.recipe.evaluation.corpora)
@@ -55,6 +61,23 @@ def run(options: argparse.Namespace) -> None:
         told = f"{result} -> {options.out}"
     if Ranks.from_environment().rank == 0:
         print(told, flush=True)
+
+
+def _run_tasks(options: argparse.Namespace, evaluation: "Evaluation") -> None:
+    from megatron_lpr.evaluation.tasks import check_tasks, run_tasks, task_table
+
+    if not evaluation.is_hf:
+        raise UserError(
+            f"--tasks: {options.model} is no Hugging Face model, as lm-evaluation-harness reads; give the folder that "
+            "megatron-lpr export has written, and --recipe"
+        )
+    tasks = check_tasks(options.tasks.split(","), evaluation.recipe)
+    if options.dry_run:
+        print(f"would evaluate {evaluation.folder} on {', '.join(task.name for task in tasks)} into {options.out}")
+        return
+    result = run_tasks(evaluation.folder, tasks, evaluation.recipe, options.name)
+    result.save(options.out)
+    print(f"{task_table([result])}\n-> {options.out}")
 
 
 def _planned(options: argparse.Namespace) -> "Evaluation":

@@ -137,7 +137,7 @@ def retention_table(results: Sequence[EvaluationResult]) -> str:
         bits = [result.corpora[index].bits_per_byte for result in results]
         row = [corpus.name, corpus.language, corpus.role, *(f"{value:.3f}" for value in bits)]
         rows.append(row + [_verdict(corpus.role, bits[0], value) for value in bits[1:]])
-    table = _markdown(rows, left_columns=3)
+    table = markdown(rows, left_columns=3)
     percentages = [f"{result.model}: {_percentages(retention(base, result))}" for result in later]
     footer = "\n\nBits per UTF-8 byte, lower is better."
     if percentages and retention(base, base):
@@ -181,7 +181,8 @@ def _check_comparable(results: Sequence[EvaluationResult]) -> None:
             )
 
 
-def _markdown(rows: Sequence[Sequence[str]], left_columns: int) -> str:
+def markdown(rows: Sequence[Sequence[str]], left_columns: int) -> str:
+    """A table whose first row is the header, aligned to be read as plain text too."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

@@ -157,27 +157,35 @@ def fill(
     groups: int,
     rank: int = 0,
     size: int = 1,
+    rows: int | None = None,
+    first: int = 0,
 ) -> None:
     """Writes rank `rank` of `size`'s slice of a parameter into `target`, in place, casting to its dtype.
 
-    shapes: of the whole sources, of which nothing but the rank's slice is read.
+    shapes: of the whole sources, of which nothing but what is written is read.
+    rows, first: where `target` is only a part of the slice, the rows of the slice, and the first of them in `target`.
     """
     if kind.split is None:
         rank, size = 0, 1
     axis = kind.axis
     lengths = [shape[axis] for shape in shapes]
-    rows, total = target.shape[axis], sum(lengths)
-    assert [*target.shape[:axis], *target.shape[axis + 1 :]] == [*shapes[0][:axis], *shapes[0][axis + 1 :]]
-    assert rows * size >= total if kind.padded else rows * size == total, (
-        f"{size} slices of {rows} rows do not make up {total}"
+    rows, stop, total = rows or target.shape[0], first + target.shape[0], sum(lengths)
+    whole = [rows, *target.shape[1:]]  # the slice
+    length = whole.pop(axis)
+    assert whole == [*shapes[0][:axis], *shapes[0][axis + 1 :]], (whole, shapes)
+    assert length * size >= total if kind.padded else length * size == total, (
+        f"{size} slices of {length} rows do not make up {total}"
     )
+    segments = kind.segments(lengths, groups=groups, rows=length, rank=rank, size=size)
+    if axis == 0:
+        segments = window(segments, first, stop)
     filled = 0
-    for source, start, stop in kind.segments(lengths, groups=groups, rows=rows, rank=rank, size=size):
-        part = sources[source][start:stop] if axis == 0 else sources[source][:, start:stop]
-        target.narrow(axis, filled, stop - start).copy_(part)
-        filled += stop - start
-    assert kind.padded or filled == rows
-    target.narrow(axis, filled, rows - filled).zero_()
+    for source, start, end in segments:
+        part = sources[source][start:end] if axis == 0 else sources[source][first:stop, start:end]
+        target.narrow(axis, filled, end - start).copy_(part)
+        filled += end - start
+    assert kind.padded or filled == target.shape[axis]
+    target.narrow(axis, filled, target.shape[axis] - filled).zero_()
 
 
 def positions(kind: Kind, shapes: Sequence[Shape], *, rows: int, groups: int) -> list[list[tuple[int, int]]]:

@@ -6,10 +6,11 @@ is closed, so that converting a model through a mapping takes as much memory as 
 
 import errno
 import io
+import itertools
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -31,31 +32,43 @@ class Narrowable(Protocol):
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor: ...
 
 
+def _nobody(number_of_bytes: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class FileTensor:
-    """A row-major tensor at a byte offset of a file. Indexing reads: `t[a:b]`, `t[:, a:b]`."""
+    """A row-major tensor at a byte offset of a file. Indexing reads that part and nothing else: `t[a:b]`, `t[:, a:b]`.
+
+    told: gets the bytes of each read.
+    """
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: Shape
+    told: Callable[[int], object] = field(default=_nobody, compare=False, repr=False)
 
     def __getitem__(self, index: slice | tuple[slice, slice]) -> torch.Tensor:
         rows, *columns = index if isinstance(index, tuple) else (index,)
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1
-        return self._read(start, stop)[(slice(None), *columns)]
+        if not columns:
+            return self._read(start, stop)
+        first, last, step = columns[0].indices(self.shape[1])
+        assert step == 1
+        return self._read(start, stop, (first, last))
 
     def select(self, dim: int, index: int) -> "FileTensor":
         """As torch.Tensor.select, along the first dimension; not read yet."""
         assert dim == 0 and 0 <= index < self.shape[0], (dim, index, self.shape)
         row = self.rows(index, index + 1)
-        return FileTensor(row.path, row.offset, row.dtype, row.shape[1:])
+        return replace(row, shape=row.shape[1:])
 
     def rows(self, start: int, stop: int) -> "FileTensor":
         """A range of rows, not read yet."""
         skipped = start * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return FileTensor(self.path, self.offset + skipped, self.dtype, (stop - start, *self.shape[1:]))
+        return replace(self, offset=self.offset + skipped, shape=(stop - start, *self.shape[1:]))
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) of parts of about 16 MiB, at least a row each."""
@@ -91,34 +104,52 @@ class FileTensor:
         return True
 
     def narrow(self, dim: int, start: int, length: int) -> torch.Tensor:
-        """As torch.Tensor.narrow; along the first dimension nothing else is read."""
+        """As torch.Tensor.narrow; along the first two dimensions nothing else is read."""
         if dim == 0:
             return self._read(start, start + length)
+        if dim == 1:
+            return self._read(0, self.shape[0], (start, start + length))
         return self._read(0, self.shape[0]).narrow(dim, start, length)
 
-    def _read(self, start: int, stop: int) -> torch.Tensor:
-        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
-        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        if rows.numel() == 0:
-            return rows
+    def _read(self, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
+        """Some rows, or of each of them some columns, which lie together."""
+        inner, width = self.shape[1:], math.prod(self.shape[1:]) * self.dtype.itemsize
+        if columns is None or columns == (0, self.shape[1]):
+            pieces, piece, first = 1, (stop - start) * width, start * width
+        else:
+            column = math.prod(self.shape[2:]) * self.dtype.itemsize
+            inner = (columns[1] - columns[0], *self.shape[2:])
+            pieces, piece, first = stop - start, inner[0] * column, start * width + columns[0] * column
+        found = torch.empty((stop - start, *inner), dtype=self.dtype)
+        if found.numel() == 0:
+            return found
+        buffer = tensor_bytes(found)
         with _open(self.path) as file:
-            file.seek(self.offset + start * row_bytes)
-            buffer = tensor_bytes(rows)
-            while buffer:  # one call reads 2 GiB at most
-                read = file.readinto(buffer)
-                if not read:
-                    raise _truncated(self.path)
-                buffer = buffer[read:]
-        return rows
+            for number in range(pieces):
+                _read_at(file, buffer[number * piece :][:piece], self.offset + first + number * width)
+        self.told(len(buffer))
+        return found
 
 
-def same_bits(there: FileTensor, expected: Narrowable) -> bool:
-    """Whether two tensors are equal, bit for bit once `expected` is cast to the dtype of `there`; block by block."""
+def _read_at(file: io.FileIO, buffer: memoryview, offset: int) -> None:
+    while buffer:  # one call reads 2 GiB at most
+        read = os.preadv(file.fileno(), [buffer], offset)
+        if not read:
+            raise _truncated(Path(file.name))
+        buffer, offset = buffer[read:], offset + read
+
+
+def same_bits(there: FileTensor, expected: Narrowable, share: tuple[int, int] = (0, 1)) -> bool:
+    """Whether two tensors are equal, bit for bit once `expected` is cast to the dtype of `there`; block by block.
+
+    share: (number, of so many) equal parts of the blocks, of which this one is compared.
+    """
     if there.shape != tuple(expected.shape):
         return False
+    number, of = share
     return all(
         equal_bytes(there.narrow(0, *block), expected.narrow(0, *block).detach().cpu().to(there.dtype))
-        for block in there.blocks()
+        for block in itertools.islice(there.blocks(), number, None, of)
     )
 
 

@@ -49,10 +49,14 @@ class SafetensorsReader:
     Opens and reads nothing but what is asked for. UserError for a folder without safetensors or with two models, a
     shard that is missing, truncated or outside the folder, and a tensor that is not there or not in a floating-point
     format that training starts from.
+
+    Attributes:
+        bytes_read: of tensors, so far.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.bytes_read = 0
         self._headers: dict[str, dict[str, Any]] = {}
         self._file_of = self._locate()
 
@@ -136,7 +140,11 @@ class SafetensorsReader:
     def slice(self, name: str) -> FileTensor:
         """A tensor still on disk: `[a:b]` reads that part and nothing else."""
         entry = self._entry(name)
-        return FileTensor(self.folder / self._file_of[name], entry["start"], self.dtype(name), tuple(entry["shape"]))
+        file, shape = self.folder / self._file_of[name], tuple(entry["shape"])
+        return FileTensor(file, entry["start"], self.dtype(name), shape, self._count)
+
+    def _count(self, number_of_bytes: int) -> None:
+        self.bytes_read += number_of_bytes
 
     def get(self, name: str) -> torch.Tensor:
         return self.slice(name)[:]

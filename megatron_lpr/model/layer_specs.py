@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
+from megatron_lpr.model.grouped_experts import GroupedExperts
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.transformer_config import layer_has_experts
@@ -72,6 +73,7 @@ def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     submodules.router = LPRRouter
     if not te:
         submodules_of(submodules.experts).linear_fc1 = ExpertColumnParallelLinear
+        submodules.experts = ModuleSpec(module=GroupedExperts, submodules=submodules_of(submodules.experts))
     return ModuleSpec(
         module=LPRMoELayer,
         submodules=submodules,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import torch_dtype
-from megatron_lpr.model.parameters import is_trainable, padded_vocab_size
+from megatron_lpr.model.parameters import is_trainable
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
 
 Device = Literal["cuda", "cpu"]
@@ -141,7 +141,8 @@ class Activations:
     def frozen_experts(self, below_learns: bool) -> int:
         """Of the tokens that go there; only their outputs where nothing below learns."""
         slots, arch = self.slots(frozen=True), self.arch
-        found = slots * (_INDEX + self.itemsize + 2 * arch.hidden_size * self.itemsize)
+        found = slots * (self.itemsize + 2 * arch.hidden_size * self.itemsize)
+        found += self.recipe.model.num_frozen_experts * self.tokens * _INDEX  # the order in which tokens are chosen
         learns = self.learns(".mlp.frozen_experts.")
         if below_learns or learns:
             found += 3 * slots * arch.ffn_hidden_size * self.itemsize  # both halves, and silu of one
@@ -174,18 +175,3 @@ class Activations:
         model = self.recipe.model
         of_frozen = self.tokens * model.topk * model.num_frozen_experts // model.num_experts
         return of_frozen if frozen else self.tokens * model.topk - of_frozen
-
-    def head(self) -> int:
-        """The last norm, and what an output layer that learns keeps."""
-        return self.norm(True) + (self.hidden if self.learns("output_layer") else 0)
-
-    def logits(self) -> int:
-        """The softmax of the loss in fp32, with its mask and targets."""
-        sizes = self.recipe.parallel
-        columns = padded_vocab_size(self.arch.vocab_size, sizes.tensor) // sizes.tensor
-        return self.wide_tokens * (columns * _FP32 + 1 + _INDEX)
-
-    def logits_in_dtype(self) -> int:
-        """The logits themselves, and in the backward pass their gradient; in fp32 they share the softmax's place."""
-        columns = padded_vocab_size(self.arch.vocab_size, self.recipe.parallel.tensor) // self.recipe.parallel.tensor
-        return 0 if self.itemsize == _FP32 else self.wide_tokens * columns * self.itemsize

@@ -7,11 +7,11 @@ from functools import cached_property
 from megatron_lpr.families import Architecture
 from megatron_lpr.planning.amounts import RankMemory
 from megatron_lpr.planning.hardware import GPU
+from megatron_lpr.planning.moves import Move
 from megatron_lpr.planning.operations import Operations, operations
 from megatron_lpr.planning.planned import PlannedRank
 from megatron_lpr.planning.schedule import micro_batches
 from megatron_lpr.planning.step_time import StepTime, step_time
-from megatron_lpr.planning.traffic import Move
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 
 

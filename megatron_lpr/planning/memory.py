@@ -6,6 +6,7 @@ from megatron_lpr.files.safetensors_io import torch_dtype
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.amounts import RankMemory
 from megatron_lpr.planning.buffers import Bucket
+from megatron_lpr.planning.head import Head
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
@@ -51,7 +52,8 @@ def of_batch(layers: Layers, activations: Activations) -> RankMemory:
         working = max(activations.computed_again(has_experts=kind.has_experts) for kind in layers.kinds)
     logits = 0
     if place.is_last:
-        saved += held[-1] * activations.head()
-        logits = activations.logits()
-        working = max(working, activations.logits_in_dtype())
+        head = Head(activations)
+        saved += held[-1] * head.saved()
+        logits = head.logits()
+        working = max(working, head.working())
     return RankMemory(activations=saved, logits=logits, working=working)

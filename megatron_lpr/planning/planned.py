@@ -10,10 +10,10 @@ from megatron_lpr.planning.activations import Activations, Device
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.buffers import buckets
 from megatron_lpr.planning.layers import Layers
+from megatron_lpr.planning.moves import Move, counted, repeated
 from megatron_lpr.planning.parameters import parameters
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
-from megatron_lpr.planning.traffic import Move
 from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
 
@@ -27,7 +27,7 @@ def planned(
     """
     one = PlannedRank(recipe, arch, world_size, rank)
     assert recipe.train is not None
-    return one.memory(recipe.train, device), traffic.counted(one.moves(recipe.train))
+    return one.memory(recipe.train, device), counted(one.moves(recipe.train))
 
 
 class PlannedRank:
@@ -68,7 +68,7 @@ class PlannedRank:
             self._gathered[key] = weight_traffic.of_frozen_weights(layers, self.chunks, self._itemsize)
         return [
             *traffic.of_batch(layers, self._activations(train)),
-            *traffic.repeated(self._gathered[key], micro_batches(train, self.place)),
+            *repeated(self._gathered[key], micro_batches(train, self.place)),
             *self._of_gradients,
         ]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from megatron_lpr.planning.layout import Layout
 from megatron_lpr.planning.links import OnLinks, on_links
+from megatron_lpr.planning.moves import counted
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.run_plan import RunPlan
-from megatron_lpr.planning.traffic import counted
 
 KINDS = ("frozen", "trained", "gradients", "optimizer", "gathered", "activations", "logits", "working")
 _SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "frozen")

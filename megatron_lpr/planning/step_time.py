@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from megatron_lpr.planning.hardware import GPU
 from megatron_lpr.planning.links import OnLinks, on_links
+from megatron_lpr.planning.moves import Move
 from megatron_lpr.planning.operations import Operations
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
-from megatron_lpr.planning.traffic import Move
 
 _OF_GRADIENTS = ("data", "expert_data")
 

@@ -1,45 +1,21 @@
 """What the collectives of a rank carry of the batch in one optimizer step, in closed form.
 
-A `Move` is one kind of collective: how often, with how many bytes in its inputs, and whether computation waits for it.
 Scalars (the gradient's norm, the metrics of a step) are left out.
 
 Shapes: T tokens of this rank, W of its tensor-parallel group, of one micro-batch; H hidden.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from megatron_lpr.families.table import OUTPUT_LAYER
 from megatron_lpr.planning.activations import Activations
-from megatron_lpr.planning.amounts import Amount, Collective, Group, Traffic
+from megatron_lpr.planning.amounts import Group
+from megatron_lpr.planning.head import Head
 from megatron_lpr.planning.layers import Layers
+from megatron_lpr.planning.moves import Move, in_groups, repeated
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
 
 _FP32, _INT64 = 4, 8
-
-
-@dataclass(frozen=True)
-class Move:
-    """calls: in one step. bytes: of the input of one call.
-
-    purpose: the group by which it is told; `ranks`, by which it is sent, may be another.
-    """
-
-    collective: Collective
-    ranks: Group
-    bytes: int
-    calls: int = 1
-    purpose: Group | None = None
-
-
-def counted(moves: Iterable[Move]) -> Traffic:
-    """Summed by collective and group."""
-    found: dict[tuple[Collective, Group], Amount] = {}
-    for move in moves:
-        key = (move.collective, move.purpose or move.ranks)
-        found[key] = found.get(key, Amount()) + Amount(move.calls, move.calls * move.bytes)
-    return found
 
 
 def of_batch(layers: Layers, activations: Activations) -> list[Move]:
@@ -47,15 +23,6 @@ def of_batch(layers: Layers, activations: Activations) -> list[Move]:
     count = micro_batches(activations.train, layers.place)
     each = [*_of_layers(layers, activations), *_of_ends(layers.place, activations)]
     return in_groups([*_of_pipeline(layers, activations, count), *repeated(each, count)], layers.place)
-
-
-def repeated(moves: Iterable[Move], times: int) -> list[Move]:
-    return [Move(m.collective, m.ranks, m.bytes, m.calls * times, m.purpose) for m in moves]
-
-
-def in_groups(moves: Iterable[Move], place: Place) -> list[Move]:
-    """Those that are made, and that have somebody to send to."""
-    return [move for move in moves if place.size(move.ranks) > 1 and move.calls and move.bytes]
 
 
 def _of_layers(layers: Layers, activations: Activations) -> Iterator[Move]:
@@ -135,10 +102,7 @@ def _of_ends(place: Place, activations: Activations) -> Iterator[Move]:
         yield Move("reduce_scatter", "tensor", activations.wide_hidden)
         yield Move("all_gather", "tensor", activations.hidden, int(activations.learns("embedding.")))
     if place.is_last:
-        yield Move("all_gather", "tensor", activations.hidden, 1 + activations.learns(OUTPUT_LAYER))
-        yield Move("reduce_scatter", "tensor", activations.wide_hidden)
-        # the largest logit, that of the label, and the sum
-        yield Move("all_reduce", "tensor", activations.wide_tokens * _FP32, 3)
+        yield from Head(activations).moves()
 
 
 def _of_pipeline(layers: Layers, activations: Activations, count: int) -> Iterator[Move]:

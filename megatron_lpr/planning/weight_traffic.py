@@ -7,10 +7,10 @@ from megatron_lpr.families.table import EMBEDDING
 from megatron_lpr.planning.amounts import Group
 from megatron_lpr.planning.buffers import Bucket
 from megatron_lpr.planning.layers import Layers
+from megatron_lpr.planning.moves import Move, in_groups
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.shards import held_elements, is_spread
-from megatron_lpr.planning.traffic import Move, in_groups
 
 _FP32 = 4
 Chunks = Sequence[Sequence[Parameter]]
@@ -47,11 +47,13 @@ def of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, items
 
 
 def _of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> Iterator[Move]:
+    # each of Megatron's optimizers, of experts and of the others, gathers all parameters of its model chunks
+    times = 1 if place.sizes.overlap_param_gather else len({bucket.group for bucket in laid_out})
     for bucket in laid_out:
         ranks = place.size(bucket.group)
         if place.sizes.distributed_optimizer:
             yield Move("reduce_scatter", bucket.group, bucket.elements * _FP32)
-            yield Move("all_gather", bucket.group, bucket.elements // ranks * itemsize)
+            yield Move("all_gather", bucket.group, bucket.elements // ranks * itemsize, times)
         else:
             yield Move("all_reduce", bucket.group, bucket.elements * _FP32)
     learning = [parameter for chunk in chunks for parameter in chunk if parameter.learns]

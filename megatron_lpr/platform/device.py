@@ -13,7 +13,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.platform import shims
 
 # What no user of this package can act on: optional packages that are missing, names of torch and of its own that
-# Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type").
+# Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type"), and outputs of sharded
+# modules that are views, which Megatron does not write to.
 MEGATRON_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
@@ -22,6 +23,7 @@ MEGATRON_NOISE = (
     "`load_state_dict` is deprecated",
     "`torch.distributed.[a-z_]+` is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    "FSDP2-wrapped module .* returned a view tensor",
 )
 
 

@@ -21,7 +21,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from megatron_lpr.model.parameters import freeze
 from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
@@ -32,9 +31,7 @@ _IS_ROUTERS = "is_decoupled_lr"
 
 
 def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """Freeze by the recipe's policy and wrap for data parallelism; gradients are summed in fp32, never averaged."""
-    assert recipe.train is not None
-    freeze(chunks, recipe.train.trainable)
+    """Wrap for data parallelism what trains; gradients are summed in fp32, never averaged."""
     config = get_model_config(chunks[0])
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -78,8 +75,9 @@ def _release(wrapped: list[DistributedDataParallel]) -> None:
     """
     for chunk in wrapped:
         for parameter in chunk.parameters():
-            parameter.main_grad = None
-            parameter.data = parameter.data.new_empty(0)
+            if parameter.requires_grad:
+                parameter.main_grad = None
+                parameter.data = parameter.data.new_empty(0)
         vars(chunk).clear()
 
 

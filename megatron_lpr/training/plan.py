@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.base_files import check_base_sizes
 from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
@@ -38,9 +36,9 @@ from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
-from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
+from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 _HOLDS: dict[Content, str] = {
@@ -162,7 +160,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         _check_under(recipe, source)
         origin = source_identity(source)
     else:
-        check_checkpoint(SafetensorsReader(recipe.model.base), arch)
+        check_checkpoint(SafetensorsReader(recipe.model.base), arch, (ranks.rank, ranks.world_size))
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
         held_out = _held_out(recipe, ranks.rank)
@@ -244,15 +242,16 @@ def describe(plan: Plan) -> str:
     start = f"checkpoint {plan.source}" if plan.source else f"base model {recipe.model.base}"
     if plan.resume:
         start = f"step {plan.first_step} of this run ({plan.resume})"
-    settings = {section: value for section, value in _differing(recipe).items() if section not in _NOT_READ}
+    settings = {section: value for section, value in differing(recipe).items() if section not in _NOT_READ}
     return "\n".join(
         [
             f"# what differs from the defaults; {plan.recipe_path()} has every setting",
-            *(f"{section}: {_one_line(value)}" for section, value in settings.items()),
+            *(f"{section}: {one_line(value)}" for section, value in settings.items()),
             "",
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
+            *frozen_lines(recipe, plan.arch, plan.world_size),
             *_checkpoints(plan, size),
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
@@ -268,29 +267,5 @@ def _checkpoints(plan: Plan, size: ModelSize) -> Iterator[str]:
     for label, content in (("checkpoint  ", on_the_way), ("the last one", last)):
         weights, all_of_it = size.weight_bytes[content], size.checkpoint_bytes(content)
         if label == "checkpoint  " or content != on_the_way:
-            yield f"{label} {_size(weights)}, {_size(all_of_it)} with the optimizer's state: {_HOLDS[content]}"
-
-
-def _differing(config: Any) -> dict[str, Any]:
-    """The settings that are not what they are without a word in the recipe, as plain dicts and lists."""
-    tree = {}
-    for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if value != default:
-            tree[field.name] = _differing(value) if dataclasses.is_dataclass(value) else to_tree(value)
-    return tree
-
-
-def _size(number_of_bytes: int) -> str:
-    """In the decimal units that disks are sold in."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number_of_bytes >= size:
-            return f"{number_of_bytes / size:.1f} {unit}"
-    return f"{number_of_bytes / 1e3:.1f} KB"
-
-
-def _one_line(value: Any) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
-    return text.split("\n")[0]
+            sizes = f"{decimal_size(weights)}, {decimal_size(all_of_it)} with the optimizer's state"
+            yield f"{label} {sizes}: {_HOLDS[content]}"

@@ -22,8 +22,9 @@ from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import CheckpointWriter
 from megatron_lpr.errors import Stopped
-from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.load.weights import fill_under, fill_weights
+from megatron_lpr.model.sharding import build_to_train
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.content import NamedBase, agreed_content
@@ -43,6 +44,7 @@ class Trainer:
 
     Attributes:
         chunks: this rank's model chunks, wrapped for data parallelism; `optimizer` and `scheduler` are Megatron's.
+        bytes_read: of the base model's tensors, by this rank at the start.
         step: optimizer steps that the run has made, earlier starts included; `consumed_samples` and `tokens_seen`
             (scored tokens of each language) count along.
         saved_step: of the newest checkpoint; None before the first.
@@ -60,11 +62,11 @@ class Trainer:
         self.plan, self.recipe, recipe = plan, plan.recipe, plan.recipe
         init_model_parallel(recipe.parallel, recipe.cluster.collective_timeout_minutes)
         self.base = NamedBase(plan)
-        chunks = build_model(recipe, plan.arch)
+        chunks = build_to_train(recipe, plan.arch)
         if plan.resume is None:
-            fill_weights(recipe, plan.arch, chunks, plan.source)
+            self.bytes_read = fill_weights(recipe, plan.arch, chunks, plan.source)
         else:
-            fill_under(recipe, plan.arch, chunks, plan.resume)
+            self.bytes_read = fill_under(recipe, plan.arch, chunks, plan.resume)
         self.routers, self.counts = routers(*chunks), global_counts(*chunks)
         self.chunks = wrap(recipe, chunks)
         self.optimizer, self.scheduler = build_optimizer(recipe, self.chunks)

@@ -26,6 +26,7 @@ LAYOUTS = {
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2},
     "expert": {"expert": 2},
+    "sharded": {"frozen": "sharded"},
 }
 SAVED_STEP = 2
 

@@ -4,6 +4,7 @@ One frozen and four new experts; two layers, or four where there are pipeline st
 of the ranks is data parallelism.
 """
 
+import numpy as np
 import pytest
 from layouts import STAGES, Case, Comparison, Part, Sections, run_parts, selected
 
@@ -63,9 +64,36 @@ LAYOUTS = {
         "tp2_cp2_pp2_ep2": {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2},
     },
 }
+# frozen weights gathered when they compute; of eight ranks two layouts are enough
+SHARDED = {
+    2: {
+        "dp2_sharded": {},
+        "tp2_sharded_recompute_full": {"tensor": 2, "recompute": "full"},
+        "ep2_sharded_recompute_selective": {"expert": 2, "recompute": "selective"},
+        "cp2_sharded": {"context": 2},
+    },
+    4: {
+        "dp4_sharded": {},
+        "dp4_sharded_overlap_recompute_full": OVERLAP | {"recompute": "full"},
+        "ep4_sharded": {"expert": 4},
+        "pp2_sharded": {"pipeline": 2},
+        "pp2_vpp2_sharded_recompute_selective": {"pipeline": 2, "virtual_pipeline": 2, "recompute": "selective"},
+        "tp2_ep2_sharded": {"tensor": 2, "expert": 2},
+    },
+    8: {"tp2_pp2_ep2_sharded": {"tensor": 2, "pipeline": 2, "expert": 2}},
+}
+for ranks, layouts in SHARDED.items():
+    LAYOUTS[ranks] |= {name: sizes | {"frozen": "sharded"} for name, sizes in layouts.items()}
+# the same layouts with a copy of the frozen weights on each rank
+REPLICATED = {
+    "dp2_sharded": "dp2",
+    "cp2_sharded": "cp2",
+    "dp4_sharded": "dp4",
+    "ep4_sharded": "as_many_ranks_as_new_experts",
+}
 TRAIN = ("micro_batch_size", "recompute")
 NEEDS_EXPERTS = {"expert", "expert_tensor", "dispatcher"}
-VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer"}
+VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen"}
 
 
 def sections(sizes: dict) -> dict:
@@ -107,6 +135,8 @@ RESUMES = {
     "pp4_to_tp2_etp2_ep2": ("pp4", "tp2_etp2_ep2"),
     "etp4_to_pp2_vpp2": ("etp4", "pp2_vpp2"),
     "pp2_vpp2_to_as_many_ranks_as_new_experts": ("pp2_vpp2", "as_many_ranks_as_new_experts"),
+    "tp2_ep2_sharded_to_pp4": ("tp2_ep2_sharded", "pp4"),
+    "tp2_pp2_to_dp4_sharded": ("tp2_pp2", "dp4_sharded"),
 }
 CASES |= {
     name: (4, Case(stage="stage1", changes=sections(LAYOUTS[4][saved]), resume_at=sections(LAYOUTS[4][read]), steps=3))
@@ -131,6 +161,7 @@ LAYERS |= {name: layers(sizes) for loads in LOADS.values() for name, sizes in lo
 def comparisons(request, on_ranks, tmp_path_factory):
     """By number of layers."""
     root, names = tmp_path_factory.mktemp("layouts"), selected(request)
+    names |= {name.replace(ours, theirs) for name in names for ours, theirs in REPLICATED.items()}
     found = {}
     for depth in (2, 4):
         base = write_toy_model(root / f"base_{depth}", num_hidden_layers=depth, tie_word_embeddings=True)
@@ -155,6 +186,15 @@ def test_same_numbers_as_one_process(comparisons, name):
 @pytest.mark.parametrize("name", [name for loads in LOADS.values() for name in loads])
 def test_same_weights_as_one_process(comparisons, name):
     comparisons[LAYERS[name]].check_loaded(name)
+
+
+@pytest.mark.parametrize("name", [f"{name}-{stage}" for name in REPLICATED for stage in ("stage1", "stage2")])
+def test_sharded_weights_change_no_bit(comparisons, name):
+    layout, stage = name.split("-")
+    ours, theirs = (comparisons[2].outcomes[f"{one}-{stage}"] for one in (layout, REPLICATED[layout]))
+    assert ours.metrics == theirs.metrics[: len(ours.metrics)]
+    for key, gradient in theirs.gradients.items():
+        np.testing.assert_array_equal(ours.gradients[key], gradient, err_msg=key)
 
 
 @pytest.mark.parametrize("depth", [2, 4])

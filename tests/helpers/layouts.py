@@ -135,16 +135,18 @@ def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int
 def loaded_weights(base: Path, changes: Sections) -> list[Piece]:
     """This rank's pieces of the model as it is upcycled from the Hugging Face folder in a layout."""
     from megatron_lpr.families import read_architecture
-    from megatron_lpr.model.builder import build_model, init_model_parallel
+    from megatron_lpr.model.builder import init_model_parallel
     from megatron_lpr.model.load.weights import fill_weights
+    from megatron_lpr.model.sharding import build_to_train
     from megatron_lpr.platform import leave_layout
+    from megatron_lpr.platform.shards import own_part
 
     recipe, arch = recipe_of(base, "stage1", base, changes), read_architecture(base)
     init_model_parallel(recipe.parallel)
-    chunks = build_model(recipe, arch)
+    chunks = build_to_train(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.fill_(np.nan)
+            own_part(parameter).detach().fill_(np.nan)
     fill_weights(recipe, arch, chunks, None)
     pieces = weight_pieces(chunks)
     leave_layout()

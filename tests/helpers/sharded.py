@@ -32,12 +32,19 @@ def _pieces(models: list[torch.nn.Module], values_of: Callable[[torch.nn.Paramet
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 
+    from megatron_lpr.checkpoint.row_shards import sharded_state
+    from megatron_lpr.platform.shards import is_sharded
+
     found = []
     for model in models:
-        values = {p.data_ptr(): values_of(p) for p in model.parameters() if values_of(p) is not None}
-        kept = {}
-        for name, entry in model.sharded_state_dict().items():
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.data_ptr() in values:
+        kept: dict = {}
+        whole = {name: p for name, p in model.named_parameters() if not is_sharded(p)}
+        rows = {name for name, p in model.named_parameters() if name not in whole and values_of(p) is not None}
+        values = {p.data_ptr(): values_of(p) for p in whole.values() if values_of(p) is not None}
+        for name, entry in sharded_state(model).items():
+            if name in rows:
+                kept[name] = entry
+            elif isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.data_ptr() in values:
                 entry.data = values.pop(entry.data.data_ptr())
                 kept[name] = entry
         assert not values, "parameters without a sharded state"

@@ -3,6 +3,7 @@
 There is no second model and no intermediate checkpoint; what each parameter is made of says expansion.py.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,14 +19,20 @@ from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.files.file_tensor import same_bits
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 from megatron_lpr.platform.place import RankPlace
+from megatron_lpr.platform.shards import own_part, own_rows
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-DENSE, ONLY_RANK = Expansion(), RankPlace()
+DENSE, ONLY_RANK, ALL = Expansion(), RankPlace(), (0, 1)
 _InLayer = tuple[str, str, int | None]  # role, weight, expert
+_Filled = dict[tuple[tuple[str, ...], int, int, range, torch.dtype], torch.Tensor]  # by what each is made of
+Share = tuple[int, int]  # of what several ranks do once together: number of a rank, number of ranks
 
 
-def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
-    """UserError unless the checkpoint holds exactly the tensors, shapes and dtype that its config promises."""
+def check_checkpoint(reader: SafetensorsReader, arch: Architecture, share: Share = ALL) -> None:
+    """UserError unless the checkpoint holds exactly the tensors, shapes and dtype that its config promises.
+
+    share: of the values that must be looked at; names and shapes are looked at in any case.
+    """
     family, dtype = family_of(arch), torch_dtype(arch.dtype)
     reader.check_index()
     shapes = family.shapes(arch, arch.num_experts)
@@ -39,7 +46,7 @@ def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
                 f"tensor '{name}' of '{reader.folder}' is {reader.dtype(name)}, but its config says {dtype}: "
                 "correct `dtype` in config.json, or cast the tensor"
             )
-    for name in family.zero_shapes(arch, arch.num_experts):
+    for name in itertools.islice(family.zero_shapes(arch, arch.num_experts), share[0], None, share[1]):
         if reader.get(name).any():
             raise UserError(
                 f"tensor '{name}' of '{reader.folder}' is not zero: a model that was trained with it cannot be "
@@ -51,13 +58,13 @@ def check_checkpoint(reader: SafetensorsReader, arch: Architecture) -> None:
         if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not tied_head:
             raise UserError(f"'{reader.folder}' holds the tensor '{name}', which has no place in a {arch.family} model")
     if arch.tie_word_embeddings and HEAD in reader:
-        _check_tied_head(reader)
+        _check_tied_head(reader, share)
 
 
-def _check_tied_head(reader: SafetensorsReader) -> None:
+def _check_tied_head(reader: SafetensorsReader, share: Share) -> None:
     """A head of its own would be left out, for the config says that the embedding is the head."""
     head, embeddings = reader.slice(HEAD), reader.slice(EMBEDDINGS)
-    if head.dtype != embeddings.dtype or not same_bits(head, embeddings):
+    if head.dtype != embeddings.dtype or not same_bits(head, embeddings, share):
         raise UserError(
             f"'{reader.folder}' holds a '{HEAD}' that is not its '{EMBEDDINGS}', although config.json says "
             "tie_word_embeddings = true: set it to false, or remove the tensor"
@@ -74,6 +81,7 @@ def load_dense(
     place: RankPlace = ONLY_RANK,
     layer_offset: int = 0,
     wanted: Callable[[str], bool] = lambda name: True,
+    share: Share = ALL,
 ) -> list[ParameterName]:
     """Fills this rank's parameters of one model chunk in place; casts to each parameter's dtype.
 
@@ -81,14 +89,16 @@ def load_dense(
         within the chunk; the global layer is that number + `layer_offset`.
     expansion: of the base to the model to fill. A base that has experts already keeps them as the first ones.
     wanted: by the parameter's local name; of the others nothing is read.
+    share: as of `check_checkpoint`.
     Returns the parsed name of every parameter that was met, each once, the wanted ones filled; layers numbered
     globally and new experts by their global index among the new ones. Raises UserError when the checkpoint does not
     hold what its config promises or the new experts cannot be divided over the expert-parallel ranks.
     """
     check_upcycling(arch, expansion)
-    check_checkpoint(reader, arch)
+    check_checkpoint(reader, arch, share)
     own = _own_experts(expansion, place)
     met: list[ParameterName] = []
+    filled: _Filled = {}
     for local_name, parameter in named_parameters:
         name = _globally(parse(local_name), layer_offset=layer_offset, first_new=own.start)
         if not wanted(local_name):
@@ -96,7 +106,7 @@ def load_dense(
         elif name.role == "router":
             _fill_router(parameter, name, reader, arch, expansion)
         else:
-            _fill_from_base(parameter, name, reader, arch, expansion, place)
+            _fill_from_base(parameter, name, reader, arch, expansion, place, filled)
         met.append(name)
     _check_complete(met, arch, expansion, own)
     return met
@@ -128,8 +138,12 @@ def _fill_from_base(
     arch: Architecture,
     expansion: Expansion,
     place: RankPlace,
+    filled: _Filled,
 ) -> None:
-    """Fills one parameter from the base's tensors that it is made of."""
+    """Fills one parameter from the base's tensors that it is made of, or from one that is made of the same.
+
+    filled: the parameters up to this one, which is added.
+    """
     family, expert = family_of(arch), None
     if name.expert is not None:
         expert = source_expert(arch, name.expert + (expansion.num_frozen if name.role == "new_expert" else 0))
@@ -141,14 +155,21 @@ def _fill_from_base(
     whole, new_expert = (0, 1), (place.etp_rank, place.etp_size)
     ranks = {"frozen_expert": whole, "new_expert": new_expert}
     rank, size = ranks.get(name.role, (place.tp_rank, place.tp_size))
+    part, rows, sources = own_part(parameter), own_rows(parameter), tuple(family.hf_names(made_of, expert))
+    alike = filled.setdefault((sources, rank, size, rows, parameter.dtype), part)
+    if alike is not part:  # experts begin as copies
+        part.copy_(alike)
+        return
     fill(
-        parameter,
-        [_Finite(reader, source, parameter.dtype) for source in family.hf_names(made_of, expert)],
+        part,
+        [_Finite(reader, source, parameter.dtype) for source in sources],
         mapping.kind,
         [arch.shape(dims) for dims in mapping.hf.values()],
         groups=arch.num_query_groups,
         rank=rank,
         size=size,
+        rows=parameter.shape[0],
+        first=rows.start,
     )
 
 

@@ -9,6 +9,7 @@ from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.model.builder import named_weights
 from megatron_lpr.model.checksum import tensor_checksums
 from megatron_lpr.platform import device
+from megatron_lpr.platform.shards import own_part
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 
 
@@ -20,11 +21,11 @@ class FrozenWeights(Hook):
 
     def __init__(self, chunks: list[torch.nn.Module]) -> None:
         self._frozen = {name: p for name, p in named_weights(chunks) if not p.requires_grad}
-        self._before = tensor_checksums(self._frozen.values())
+        self._before = self._checksums()
 
     def before_save(self, trainer: RunningTrainer) -> None:
         """Raises UserError, on all ranks, where a frozen weight of any of them has changed."""
-        changed = (tensor_checksums(self._frozen.values()) != self._before).nonzero().flatten().to(device())
+        changed = (self._checksums() != self._before).nonzero().flatten().to(device())
         first_rank = torch.tensor([dist.get_rank() if len(changed) else dist.get_world_size()], device=device())
         dist.all_reduce(first_rank, dist.ReduceOp.MIN)
         rank = int(first_rank)
@@ -39,3 +40,6 @@ class FrozenWeights(Hook):
             "changed in memory, so nothing was saved: start the run again, and test the memory of that machine if this "
             "happens there once more"
         )
+
+    def _checksums(self) -> torch.Tensor:
+        return tensor_checksums(own_part(parameter) for parameter in self._frozen.values())

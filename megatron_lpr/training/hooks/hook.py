@@ -42,6 +42,7 @@ class RunningTrainer(Protocol):
     counts: "GlobalCounts"
     optimizer: "MegatronOptimizer"
     hooks: list["Hook"]
+    bytes_read: int
     step: int
     saved_step: int | None
     skipped_steps: int

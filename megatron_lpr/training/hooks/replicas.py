@@ -13,6 +13,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.model.builder import named_weights
 from megatron_lpr.model.checksum import tensor_checksums
 from megatron_lpr.platform import device
+from megatron_lpr.platform.shards import is_sharded
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.optimizer import gather_parameters
@@ -73,7 +74,7 @@ def find_difference(chunks: Sequence[torch.nn.Module]) -> str | None:
 
     Each group gathers eight bytes for each weight; one number then tells all ranks whether there is anything to tell.
     """
-    weights = list(named_weights(chunks))
+    weights = [(name, p) for name, p in named_weights(chunks) if not is_sharded(p)]  # no copy of what is there once
     experts = [(name, p) for name, p in weights if not getattr(p, "allreduce", True)]
     dense = [(name, p) for name, p in weights if getattr(p, "allreduce", True)]
     groups = (

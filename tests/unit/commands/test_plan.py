@@ -23,6 +23,7 @@ def plan(*words):
     return cli.main(["plan", RECIPE, *words])
 
 
+@pytest.mark.slow
 def test_lines_to_paste_are_a_run(tmp_path, capsys):
     assert plan("--gpus", "16", "--set", "model.base=examples/plan/qwen3-8b") == 0
     printed = capsys.readouterr().out
@@ -35,6 +36,7 @@ def test_lines_to_paste_are_a_run(tmp_path, capsys):
     check_recipe(recipe, read_architecture(recipe.model.base), 16)
 
 
+@pytest.mark.slow
 def test_for_programs(capsys):
     words = ["--set", "model.base=examples/plan/llama-3.2-1b", "--json"]
     assert plan("--gpus", "8", "--gpu", "a100", *words) == 0
@@ -46,6 +48,7 @@ def test_for_programs(capsys):
     assert seconds == sorted(seconds) and all(layout["fits"] for layout in tree["layouts"])
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_first_kind_is_named(capsys):
     assert plan("--gpus", "8", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out

@@ -51,6 +51,22 @@ def test_copy_is_partitioned_along_its_axis(axis):
         assert torch.equal(filled(expected.shape, [whole], Copy(split=axis), rank=rank, size=4), expected)
 
 
+@pytest.mark.parametrize("kind", [QKV(), GateUp(), Copy(split=0, padded=True), Copy(split=1), Copy()], ids=str)
+@pytest.mark.parametrize("number", [3, 4, 7])
+def test_some_rows_of_a_slice(kind, number):
+    sources = {QKV: [randn(16, 6), randn(8, 6), randn(8, 6)], GateUp: [randn(16, 6), randn(16, 6)]}
+    parts, size = sources.get(type(kind), [randn(30, 6)]), 1 if kind == Copy() else 2
+    shape = {QKV: (16, 6), GateUp: (16, 6)}.get(
+        type(kind), (16, 6) if kind.padded else (30, 3) if size > 1 else (30, 6)
+    )
+    for rank in range(size):
+        whole = filled(shape, parts, kind, 2, rank=rank, size=size)
+        for first in range(0, shape[0], number):
+            expected = whole[first : first + number]
+            got = filled(expected.shape, parts, kind, 2, rank=rank, size=size, rows=shape[0], first=first)
+            assert torch.equal(got, expected), (rank, first)
+
+
 def test_copy_without_split_is_whole_on_every_rank():
     assert torch.equal(filled((5,), [randn(5)], Copy(), rank=1, size=2), randn(5))
 

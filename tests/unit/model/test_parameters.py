@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from harness import make_batch, make_plan, make_recipe, unwrapped
+from harness import make_batch, make_plan, make_recipe, make_trainer, unwrapped
 
-from megatron_lpr.model.parameters import POLICIES
+from megatron_lpr.model import parameters
+from megatron_lpr.model.parameters import POLICIES, frozen_bytes, shards_frozen
 
 LAYER = "decoder.layers.3."
 GROUPS = {
@@ -70,3 +71,16 @@ def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megat
 def _masters(optimizer) -> list[torch.Tensor]:
     """The fp32 copies of bf16 parameters."""
     return [m for group in optimizer.shard_fp32_from_float16_groups for m in group]
+
+
+@pytest.mark.parametrize("policy", ["new_experts_and_routers", "routers"])
+def test_large_frozen_weights_are_sharded_where_there_are_ranks(megatron, toy_base, tmp_path, monkeypatch, policy):
+    trainer = make_trainer(toy_base, tmp_path, train={"trainable": policy})
+    recipe, arch = trainer.recipe, trainer.plan.arch
+    held = sum(p.nbytes for p in unwrapped(trainer).parameters() if not p.requires_grad)
+    assert frozen_bytes(recipe, arch) == held
+    assert not shards_frozen(recipe, arch, 2)  # far from 4 GiB
+    monkeypatch.setattr(parameters, "SHARDED_ABOVE", held)
+    assert not shards_frozen(recipe, arch, 2)
+    monkeypatch.setattr(parameters, "SHARDED_ABOVE", held - 1)
+    assert shards_frozen(recipe, arch, 2) and not shards_frozen(recipe, arch, 1)

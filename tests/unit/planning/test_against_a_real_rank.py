@@ -5,6 +5,7 @@ import torch
 from harness import make_trainer
 
 from megatron_lpr.planning.activations import Activations
+from megatron_lpr.planning.head import CHUNK_BYTES, Head
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.planned import PlannedRank, planned
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -80,8 +81,8 @@ def test_saved_tensors(recompute, trainable, bases, tmp_path, megatron):
     activations = Activations(recipe, arch, recipe.train, "cpu")
     layers = Layers(recipe, arch, PlannedRank(recipe, arch, 1, 0).place, recipe.train)
     expected = (
-        activations.head()
-        + activations.logits()
+        Head(activations).saved()
+        + Head(activations).logits()
         + sum(
             number * activations.saved(has_experts=kind.has_experts, below_learns=kind.below_learns)
             for kind, number in layers.kinds.items()
@@ -109,3 +110,10 @@ def saved_bytes(trainer):
         found = sum(storage.nbytes() for storage in storages.values())
     assert losses.requires_grad
     return found
+
+
+@pytest.mark.megatron
+def test_chunks_of_the_loss(megatron_imported):
+    from megatron_lpr.model import output_layer
+
+    assert CHUNK_BYTES == output_layer.CHUNK_BYTES

@@ -4,9 +4,9 @@ import pytest
 
 from megatron_lpr.planning.hardware import GPUS
 from megatron_lpr.planning.links import OnLinks, on_links
+from megatron_lpr.planning.moves import Move
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble, on_their_way
-from megatron_lpr.planning.traffic import Move
 from megatron_lpr.recipe.settings import ParallelConfig
 
 SIZES = ParallelConfig(tensor=2, context=2, pipeline=2, expert=4, expert_tensor=1)

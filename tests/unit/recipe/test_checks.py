@@ -157,6 +157,12 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (1, {"parallel": {"first_stage_layers": 1}}, "first_stage_layers: 1 needs parallel.pipeline above 1"),
         (1, {"parallel": {"last_stage_layers": 1}}, "last_stage_layers: 1 needs parallel.pipeline above 1"),
         (2, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}, "parallel.first_stage_layers: 0; at least 1"),
+        (
+            2,
+            {"parallel": {"frozen": "sharded"}, "train": {"trainable": "all"}},
+            "sharded has no effect with train.trainable",
+        ),
+        (2, {"parallel": {"frozen": "sharded", "pipeline": 2}}, "sharded has no ranks to spread weights over"),
         (1, {"parallel": {"overlap_param_gather": True}}, "needs parallel.overlap_grad_reduce: true"),
         (
             1,

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.errors import UserError
+from megatron_lpr.model.parameters import frozen_bytes
 from megatron_lpr.recipe.reading import from_tree, load_recipe
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_project
 from megatron_lpr.training.cost import model_size
 from megatron_lpr.training.plan import describe, plan_training
+from megatron_lpr.training.plan_lines import decimal_size, frozen_lines
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 
@@ -75,8 +77,20 @@ def test_description_says_how_large_the_model_is(plan, recipe):
     size = model_size(recipe, plan.arch)
     text = describe(plan)
     assert f"parameters   {size.trainable:,}: {size.trainable:,} trainable, 0 frozen" in text
-    weights, all_of_it = size.weight_bytes["whole"] / 1e3, size.checkpoint_bytes("whole") / 1e6
-    assert f"checkpoint   {weights:.1f} KB, {all_of_it:.1f} MB with the optimizer's state: every weight" in text
+    weights, all_of_it = decimal_size(size.weight_bytes["whole"]), decimal_size(size.checkpoint_bytes("whole"))
+    assert f"checkpoint   {weights}, {all_of_it} with the optimizer's state: every weight" in text
+
+
+def test_description_says_where_frozen_weights_lie(recipe, plan):
+    train = dataclasses.replace(recipe.train, trainable="routers")
+    model = dataclasses.replace(recipe.model, num_experts=5)
+    whole = dataclasses.replace(recipe, train=train, model=model)
+    sharded = dataclasses.replace(whole, parallel=dataclasses.replace(whole.parallel, frozen="sharded"))
+    held = frozen_bytes(whole, plan.arch)
+    assert list(frozen_lines(recipe, plan.arch, 4)) == []
+    assert list(frozen_lines(whole, plan.arch, 4)) == [f"frozen       replicated: {decimal_size(held)} on a rank"]
+    (line,) = frozen_lines(sharded, plan.arch, 4)
+    assert line.endswith(f"where a copy is {decimal_size(held)}") and decimal_size(held // 4) in line
 
 
 @pytest.fixture

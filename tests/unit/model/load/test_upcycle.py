@@ -13,7 +13,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion, router_rows
 from megatron_lpr.files.safetensors_io import SafetensorsReader
-from megatron_lpr.model.load.upcycle import load_dense
+from megatron_lpr.model.load.upcycle import check_checkpoint, load_dense
 from megatron_lpr.platform.place import RankPlace
 
 MOE = {"num_frozen": 1, "num_experts": 5}
@@ -158,6 +158,40 @@ def test_layer_offset_reads_the_global_layer(llama, empty_rank):
     expected = load_file(llama / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     assert torch.equal(stage["decoder.layers.0.self_attention.linear_proj.weight"], expected)
     assert {name.layer for name in filled} == {None, 1} and len(filled) == len(stage)
+
+
+def test_experts_are_read_once_and_columns_alone(llama, empty_rank):
+    arch, read = read_architecture(llama), []
+    sizes = {name: tensor.nbytes for name, tensor in load_file(llama / "model.safetensors").items()}
+    for size in (1, 2):
+        for rank in range(size):
+            reader, parameters = SafetensorsReader(llama), empty_rank(arch, tp=size, layers=arch.num_layers, **MOE)
+            place = RankPlace(tp_rank=rank, tp_size=size)
+            load_dense(parameters.items(), reader, arch, Expansion(**MOE), place=place)
+            read.append(reader.bytes_read)
+    on_both = sum(size for name, size in sizes.items() if "norm" in name or ".mlp." in name)
+    assert read[0] == sum(sizes.values())
+    assert read[1] + read[2] == sum(sizes.values()) + on_both
+
+
+def test_ranks_share_the_look_at_a_tied_head(tied, tmp_path, monkeypatch):
+    from megatron_lpr.files import file_tensor
+
+    monkeypatch.setattr(file_tensor, "_BLOCK_BYTES", 4096)
+    tensors = load_file(tied / "model.safetensors")
+    shutil.copytree(tied, tmp_path / "model")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    refused, read = 0, []
+    for rank in range(3):
+        reader = SafetensorsReader(tmp_path / "model")
+        try:
+            check_checkpoint(reader, read_architecture(tmp_path / "model"), (rank, 3))
+        except UserError:
+            refused += 1
+        read.append(reader.bytes_read)
+    assert refused == 1 and sum(read) == 2 * tensors["lm_head.weight"].nbytes
 
 
 def test_tied_head_of_a_last_stage_is_the_embedding(tied):

@@ -1,0 +1,43 @@
+"""A parameter of which this rank holds some rows, the others being on other ranks: FSDP2 leaves it as a DTensor."""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is spread over ranks by its rows."""
+    return isinstance(tensor, DTensor)
+
+
+def mark_group(parameter: Any, group: dist.ProcessGroup) -> None:
+    """Remember which ranks a parameter is spread over.
+
+    Its own mesh does not tell: DTensor takes the mesh of an earlier layout in this process for it, if that had the same
+    ranks, and the groups of that are gone.
+    """
+    parameter.shard_group = group
+
+
+def group_of(parameter: Any) -> dist.ProcessGroup:
+    """The ranks that a sharded parameter is spread over."""
+    return cast(dist.ProcessGroup, parameter.shard_group)
+
+
+@torch.no_grad()
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of it lies on this rank: its own rows, or the whole tensor; the same memory, not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: torch.Tensor) -> range:
+    """Which of its rows lie on this rank: as many on each as on the first, and fewer or none on the last ones."""
+    rows = tensor.shape[0]
+    if not is_sharded(tensor):
+        return range(rows)
+    group = group_of(tensor)
+    each = -(-rows // group.size())
+    first = min(group.rank() * each, rows)
+    return range(first, min(first + each, rows))

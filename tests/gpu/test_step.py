@@ -1,0 +1,41 @@
+"""On a GPU: nothing of ours waits for the device in a step, and grouped products compute what the loop does."""
+
+import warnings
+
+import pytest
+import torch
+from layouts import trainer_of, write_source
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+LOCAL = {"model": {"spec": "local", "dtype": "bfloat16", "num_experts": 5}}
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_no_wait_of_ours(megatron, toy_base, tmp_path, stage):
+    trainer = trainer_of(toy_base, stage, tmp_path, LOCAL)
+    trainer.train_step()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.train_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not [f"{wait.filename}:{wait.lineno}" for wait in waits if "/megatron_lpr/" in wait.filename]
+
+
+def test_grouped_products_are_the_loop(megatron, toy_base, tmp_path, monkeypatch):
+    from megatron_lpr.model import grouped_experts
+    from megatron_lpr.platform import leave_layout
+
+    source = write_source(toy_base, tmp_path / "source")
+    leave_layout()
+    found = []
+    for largest in (grouped_experts.LARGEST, 0):
+        monkeypatch.setattr(grouped_experts, "LARGEST", largest)
+        trainer = trainer_of(toy_base, "stage1", tmp_path / str(largest), LOCAL, source=source)
+        found.append([trainer.train_step() for _ in range(2)])
+        leave_layout()
+    for at_once, one_by_one in zip(*found, strict=True):
+        for name in ("ntp_loss", "balance_loss", "grad_norm"):
+            assert at_once[name] == pytest.approx(one_by_one[name], rel=2e-2), name
