@@ -71,19 +71,23 @@ def publish(writing: Path, folder: Path) -> None:
     durable.write_text(folder.parent / "latest", folder.name)
 
 
-def drop_old(newest: Path, keep: int, keep_every: int = 0) -> None:
-    """Delete what the run has written before the `keep` newest checkpoints up to `newest`; 0 keeps all.
+def drop_old(newest: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Rename what the run has written before the `keep` newest checkpoints up to `newest`; 0 keeps all.
 
-    Incomplete ones, and steps beyond `newest`, are not the run's own work and stay; so do multiples of `keep_every`.
+    Returns the folders, for whoever has time to delete them: they are no checkpoints any more, and the next start would
+    delete them. Incomplete ones, and steps beyond `newest`, are not the run's own work and stay; so do multiples of
+    `keep_every`.
     """
     assert keep >= 0, keep
+    dropped = []
     line = [f for f in step_folders(newest.parent) if step_of(f) <= step_of(newest) and not what_is_missing(f)]
     for folder in line[:-keep] if keep else []:
         if keep_every and step_of(folder) % keep_every == 0:
             continue
         dropping = folder.with_name(f".dropping_{folder.name}")
         folder.rename(dropping)  # half of it deleted, it must not look like a checkpoint
-        shutil.rmtree(dropping)
+        dropped.append(dropping)
+    return dropped
 
 
 def set_aside(root: Path, folders: Iterable[Path], where: Literal["abandoned", "damaged"] = "abandoned") -> Path:

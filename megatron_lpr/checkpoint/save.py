@@ -13,6 +13,7 @@ nothing that could be mistaken for one:
 import pickle
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ class CheckpointWriter:
         self._root, self._keep, self._keep_every = Path(output) / "checkpoints", keep, keep_every
         self._buffers = HostBuffers()
         self._share: ShareWriter | None = None
+        self._deleting: threading.Thread | None = None  # old checkpoints, on rank 0
         self._strategy: FullyParallelSaveStrategyWrapper | None = None  # knows who writes what of
         self._entries: list[Any] = []  # these
         self._told: SavePlan | None = None  # the plan that rank 0 has of this rank
@@ -64,9 +66,9 @@ class CheckpointWriter:
         to_host: copy what is written, so that training can go on; without it nothing may change before `finish`.
         """
         assert self._share is None, "a checkpoint is being written"
-        self._state = state
+        self._state, self._to_host = state, to_host
         self._folder, self._writing = (self._root / f"{prefix}step_{state.step:08d}" for prefix in ("", WRITING))
-        self._on_first_rank(lambda: make_writing_folder(self._writing))
+        self._on_first_rank(self._make_room)
         content = model_state(chunks, state.content)
         items, learned = written_state(optimizer, content) if optimizer is not None else ([], [])
         if scheduler is not None:
@@ -133,6 +135,11 @@ class CheckpointWriter:
         self._on_first_rank(lambda: self._publish(*map(list, zip(*shares, strict=True))))
         return self._folder
 
+    def _make_room(self) -> None:
+        if self._deleting:
+            self._deleting.join()
+        make_writing_folder(self._writing)
+
     def _publish(self, plans: list[bytes | None], shares: list[Written]) -> None:
         if faults := [f"{fault} (rank {rank})" for rank, share in enumerate(shares) for fault in sorted(share.faults)]:
             raise OSError(0, faults[0])
@@ -141,7 +148,11 @@ class CheckpointWriter:
             self._tensors = described(self._plans)
         assert self._tensors is not None
         complete(self._writing, self._folder, self._tensors, shares, self._state)
-        drop_old(self._folder, self._keep, self._keep_every)
+        dropped = drop_old(self._folder, self._keep, self._keep_every)
+        self._deleting = threading.Thread(target=_delete, args=(dropped,), name="deletes checkpoints")
+        self._deleting.start()  # a large one takes seconds to delete
+        if not self._to_host:
+            self._deleting.join()
 
     def _on_first_rank(self, step: Callable[[], None]) -> None:
         """step() on rank 0, which all wait for; an OSError there is a UserError on all."""
@@ -159,3 +170,9 @@ class CheckpointWriter:
                 f"checkpoint {self._folder}: {told[0]}; the checkpoints before it are whole: make room or give the "
                 "right to write there, and start the run again"
             )
+
+
+def _delete(folders: list[Path]) -> None:
+    """What cannot be deleted has no name of a checkpoint any more, and the next start of the run tries again."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

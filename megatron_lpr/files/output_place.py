@@ -40,17 +40,26 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
     for source in sources:
         if out.is_relative_to(resolved(source)):
             raise UserError(f"output folder '{out_dir}' is or lies in '{source}', which is read: choose one outside")
-    place = next(path for path in (out, *out.parents) if path.exists())
+    place = _existing(out)
     if not place.is_dir():
         raise UserError(f"output folder '{out_dir}' cannot be made: '{place}' is a file")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"output folder '{out_dir}' cannot be made: no right to write in '{place}', or it is read-only")
-    free = shutil.disk_usage(place).free
+    free = free_bytes(place)
     if needed > free:
         raise UserError(
             f"output folder '{out_dir}': '{place}' has {free / 1e9:.1f} GB free, the checkpoint needs "
             f"{needed / 1e9:.1f} GB: make room, or choose another folder"
         )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """What can still be written into a folder, there or not."""
+    return shutil.disk_usage(_existing(resolved(folder))).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def resolved(path: str | Path) -> Path:

@@ -34,10 +34,12 @@ class NamedBase:
 
 
 def agreed_content(plan: Plan, finished: bool) -> Content:
-    """What a checkpoint of this moment holds. Collective: a file system may show ranks other things.
+    """What a checkpoint of this moment holds; all ranks call it.
 
-    Routers alone only while every rank still sees the checkpoint in model.load, which another run may have dropped.
+    Routers alone only while the checkpoint in model.load is there, which another run may have dropped: rank 0 looks.
     """
-    own = torch.tensor(CONTENTS.index(plan.content(finished=finished)), device=device())
-    dist.all_reduce(own, dist.ReduceOp.MIN)
-    return CONTENTS[int(own)]
+    index = torch.zeros((), dtype=torch.int64, device=device())
+    if dist.get_rank() == 0:
+        index.fill_(CONTENTS.index(plan.content(finished=finished)))
+    dist.broadcast(index, 0)
+    return CONTENTS[int(index)]

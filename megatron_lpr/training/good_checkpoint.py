@@ -3,11 +3,13 @@ built on it."""
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_lpr.checkpoint.run_state import step_folders
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
-from megatron_lpr.files.output_place import check_place
+from megatron_lpr.files.output_place import check_place, free_bytes
 from megatron_lpr.platform import same_on_all_ranks, together
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.cost import model_size
@@ -43,8 +45,24 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
 def _planned(recipe: Recipe, world_size: int, damaged: dict[str, str]) -> Plan:
     plan = plan_training(recipe, world_size, damaged)
     if not plan.finished:
-        check_place(Path(recipe.output) / "checkpoints", needed=largest_checkpoint(plan))
+        root = Path(recipe.output) / "checkpoints"
+        check_place(root, needed=largest_checkpoint(plan))
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *short_of_room(plan, root)))
     return plan
+
+
+def short_of_room(plan: Plan, root: Path) -> Iterator[str]:
+    """What `checkpoint.keep` takes beyond what is there: the newest ones, and the one that is being written."""
+    settings = plan.recipe.checkpoint
+    saves = settings.every or settings.every_minutes
+    there = sum(file.stat().st_size for folder in step_folders(root) for file in folder.iterdir() if file.is_file())
+    needed = (settings.keep + 1) * largest_checkpoint(plan) - there
+    free = free_bytes(root)
+    if settings.keep and saves and needed > free:
+        yield (
+            f"checkpoint.keep: {settings.keep} checkpoints and the one being written take {needed / 1e9:.1f} GB more "
+            f"in {root}, which has {free / 1e9:.1f} GB free"
+        )
 
 
 def largest_checkpoint(plan: Plan) -> int:

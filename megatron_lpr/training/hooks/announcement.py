@@ -8,6 +8,7 @@ from megatron_lpr.checkpoint.same_run import changed_settings
 from megatron_lpr.platform import device
 from megatron_lpr.platform.shards import own_part
 from megatron_lpr.recipe.reading import to_tree
+from megatron_lpr.reporting.progress import stamped
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 from megatron_lpr.training.starts import record_start
 
@@ -28,7 +29,7 @@ class Announcement(Hook):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
         if plan.state:
-            print(f"resumes at step {trainer.step} from {plan.resume}")
+            print(stamped(f"resumes at step {trainer.step} from {plan.resume}"))
             for change in changed_settings(recipe, plan.state):
                 print(f"  changed: {change}")
         if int(read):

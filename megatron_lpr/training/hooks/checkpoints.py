@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.reporting.progress import stamped
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 
 
@@ -33,7 +34,7 @@ class Checkpoints(Hook):
 
     def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
         if dist.get_rank() == 0:
-            print(f"saved {folder}", flush=True)
+            print(stamped(f"saved {folder}"), flush=True)
 
     def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
         """Alone, a process still finishes what it has begun to write; with others it cannot: they may be gone."""

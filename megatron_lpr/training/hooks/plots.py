@@ -6,6 +6,7 @@ from typing import cast
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.reporting.metrics_log import StepMetrics, each_record
+from megatron_lpr.reporting.progress import stamped
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
 
 
@@ -18,7 +19,7 @@ class Plots(Hook):
         except (UserError, OSError) as error:
             print(f"warning: no plots: {error}", flush=True)
         else:
-            print(f"plots in {folder}", flush=True)
+            print(stamped(f"plots in {folder}"), flush=True)
 
 
 def plot_run(recipe: Recipe) -> Path:
