@@ -18,7 +18,9 @@ POLICIES: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
 }
 VOCAB_DIVISOR = 128
-SHARDED_ABOVE = 4 << 30  # bytes of frozen weights on a rank, from which on `parallel.frozen: auto` shards them
+# Bytes of frozen weights on a rank, above which `parallel.frozen: auto` shards them. So many copies take a fifth of an
+# H100; fewer are cheaper than gathering every layer for every micro-batch (docs/layouts.md).
+SHARDED_ABOVE = 16 << 30
 
 
 def freeze(chunks: Iterable[torch.nn.Module], trainable: str) -> None:

@@ -51,7 +51,7 @@ class ParallelConfig:
     expert_tensor: int = opt(1, "tensor-parallel size inside each new expert", at_least=1)
     dispatcher: Literal["alltoall", "allgather", "flex"] = opt("alltoall", "Megatron token dispatcher")
     frozen: Literal["auto", "replicated", "sharded"] = opt(
-        "auto", "frozen weights: a copy on each rank, or gathered when they compute; `auto` shards more than 4 GiB"
+        "auto", "frozen weights: a copy on each rank, or gathered when they compute; `auto` shards more than 16 GiB"
     )
     distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
