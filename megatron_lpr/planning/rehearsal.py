@@ -1,0 +1,116 @@
+"""Any rank of a run, built and run for one step on this machine, in a process of its own.
+
+torch's `fake` process group answers for all other ranks and fake tensors stand for all memory, so that the real
+builder, the real wrapping and optimizer, and the real pipeline schedule say what a rank holds and sends.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_lpr.families import Architecture
+from megatron_lpr.planning.amounts import Amount, RankMemory, Traffic
+from megatron_lpr.planning.place import Place
+from megatron_lpr.planning.schedule import micro_batches
+from megatron_lpr.recipe.settings import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a rank would hold and send, and what it took to find out.
+
+    Attributes:
+        seconds: that this machine has computed, in one thread.
+        resident: most bytes of this machine's memory at once, torch and Megatron included.
+    """
+
+    memory: RankMemory
+    traffic: Traffic
+    seconds: float
+    resident: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which rank of which run is rehearsed; the recipe has been checked, and says `model.spec: local`.
+
+    device: of the run. On a CPU some modules save more.
+    """
+
+    recipe: Recipe
+    arch: Architecture
+    world_size: int
+    rank: int = 0
+    device: Literal["cuda", "cpu"] = "cuda"
+
+
+def rehearse(parts: Sequence[Part]) -> list[Rehearsal]:
+    """Rehearse one step of each part, in one process of their own, of which nothing stays in this one."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+        return list(process.map(_rehearse_here, parts))
+
+
+def _rehearse_here(part: Part) -> Rehearsal:
+    start = time.process_time()
+    _leave_the_gpu_alone()
+    memory, traffic = _step(part)
+    return Rehearsal(
+        memory=memory,
+        traffic=traffic,
+        seconds=time.process_time() - start,
+        resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _step(part: Part) -> tuple[RankMemory, Traffic]:
+    """Of all micro-batches; from two steps with fewer where they are many.
+
+    With twice as many as there are stages a pipeline is as full as it gets, and each one more sends the same again.
+    """
+    train, stages = part.recipe.train, part.recipe.parallel.pipeline
+    assert train is not None
+    place = Place(part.recipe.parallel, part.world_size, part.rank)
+    count, fewer, more = micro_batches(train, place), 2 * stages, 3 * stages
+    if count <= fewer + more:
+        return _step_of(part, count * train.micro_batch_size * place.data)
+    _, less = _step_of(part, fewer * train.micro_batch_size * place.data)
+    memory, traffic = _step_of(part, more * train.micro_batch_size * place.data)
+    return memory, {
+        key: Amount(*(y + (y - x) * (count - more) // stages for x, y in zip(less[key], traffic[key], strict=True)))
+        for key in traffic
+    }
+
+
+def _step_of(part: Part, samples: int) -> tuple[RankMemory, Traffic]:
+    """Of a step with a global batch of so many samples."""
+    from megatron_lpr.platform.fake_ranks import alone_as
+
+    assert part.recipe.train is not None
+    recipe = dataclasses.replace(part.recipe, train=dataclasses.replace(part.recipe.train, global_batch_size=samples))
+    with alone_as(part.rank, part.world_size):
+        # they import Megatron
+        from megatron_lpr.planning.even_routing import even_routing
+        from megatron_lpr.planning.fake_tensors import fake_tensors
+        from megatron_lpr.planning.like_cuda import like_cuda
+        from megatron_lpr.planning.one_step import count_step
+
+        kernels = like_cuda() if part.device == "cuda" else contextlib.nullcontext()
+        with even_routing(), fake_tensors(), kernels:
+            return count_step(recipe, part.arch)
+
+
+@functools.cache
+def _leave_the_gpu_alone() -> None:
+    """Neither a GPU nor Transformer Engine, whose kernels know no tensors without memory, is seen by this process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]

@@ -1,0 +1,63 @@
+"""A rehearsed rank: what is planned of it, and a run that is far too large for this machine."""
+
+import pytest
+
+from megatron_lpr import cli
+from megatron_lpr.families import read_architecture
+from megatron_lpr.planning.planned import planned
+from megatron_lpr.planning.rehearsal import Part, rehearse
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.testing.toy_models import write_toy_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.megatron]
+# ranks, sizes and batch, of which the second needs two short steps; experts can share the tokens of a rank evenly
+LAYOUTS = {
+    "tensor_and_data": (8, {"tensor": 2}, {"global_batch_size": 4}),
+    "pipeline_and_expert": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),
+}
+STATES = ("frozen", "trained", "gradients", "optimizer")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    base = write_toy_model(tmp_path_factory.mktemp("rehearsal") / "base", num_hidden_layers=4, dtype="bfloat16")
+    arch, parts = read_architecture(base), []
+    for world_size, parallel, train in LAYOUTS.values():
+        tree = {
+            "name": "rehearsal",
+            "output": "none",
+            "model": {"base": str(base), "num_experts": 5, "dtype": "bfloat16", "spec": "local"},
+            "data": {"manifest": "none", "seq_length": 40},
+            "train": {"trainable": "new_experts_and_routers", "steps": 1, "global_batch_size": 8} | train,
+            "balance": {"coeff": 0.1},
+            "parallel": parallel,
+        }
+        recipe = from_tree(Recipe, tree, where="test")
+        parts.append(Part(recipe=recipe, arch=arch, world_size=world_size, rank=world_size // 2))
+    return dict(zip(LAYOUTS, zip(parts, rehearse(parts), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_planned_as_rehearsed(rehearsed, name):
+    part, found = rehearsed[name]
+    memory, traffic = planned(part.recipe, part.arch, part.world_size, part.rank)
+    for kind in STATES:
+        assert getattr(memory, kind) == getattr(found.memory, kind), kind
+    assert memory.activations + memory.logits == pytest.approx(found.memory.activations + found.memory.logits, rel=0.1)
+    # a norm of four bytes is not planned
+    assert dict(traffic) == {key: amount for key, amount in found.traffic.items() if key[1] != "world"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--rank", "3"], "--rank 3: without effect; add --rehearse"),
+        (["--rehearse", "--json"], "--rehearse --json: a rehearsal is printed for people only; give one of the two"),
+        (["--rehearse", "--rank", "8"], "--rank 8: ranks of 8 GPUs are 0 to 7"),
+    ],
+)
+def test_what_cannot_be_rehearsed(words, message, root, capsys):
+    base = "model.base=examples/plan/llama-3.2-1b"
+    assert cli.main(["plan", "examples/recipes/stage1.yaml", "--gpus", "8", "--set", base, *words]) == 2
+    assert message in capsys.readouterr().err
