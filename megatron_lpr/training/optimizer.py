@@ -40,7 +40,7 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
         overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
     if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
+        chunks = [_in_bfloat16(config, chunk) for chunk in chunks]
     wrapped = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -52,6 +52,18 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
         # stages start their reductions together, where each would slow down the others' next pipeline messages
         config.grad_sync_func = _per_chunk([chunk.start_grad_sync for chunk in wrapped])
     return wrapped
+
+
+def _in_bfloat16(config: Any, chunk: torch.nn.Module) -> Float16Module:
+    """Megatron's wrapper, which converts what is bfloat16 already and leaves sharded parameters without their marks.
+
+    torch (2.13) exchanges the contents of a parameter that is no plain tensor, its attributes included.
+    """
+    marks = [(parameter, dict(vars(parameter))) for parameter in chunk.parameters()]
+    module = Float16Module(config, chunk)
+    for parameter, marked in marks:
+        vars(parameter).update(marked)
+    return module
 
 
 def _per_chunk(functions: list[Callable]) -> list[Callable] | Callable:

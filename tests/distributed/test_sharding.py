@@ -6,6 +6,7 @@ from harness import make_plan, make_recipe, mixed_batch
 from safetensors.torch import load_file
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.testing.equal_runs import differences
 
 REVIEW = {
     "model": {"num_experts": 5},
@@ -14,10 +15,10 @@ REVIEW = {
 }
 
 
-def trainer_of(base, folder, frozen: str, world_size: int, hooks=()):
+def trainer_of(base, folder, frozen: str, world_size: int, hooks=(), sections=REVIEW):
     from megatron_lpr.training.train import Trainer
 
-    recipe = make_recipe(base, mixed_batch(), folder / frozen, REVIEW | {"parallel": {"frozen": frozen}})
+    recipe = make_recipe(base, mixed_batch(), folder / frozen, sections | {"parallel": {"frozen": frozen}})
     return Trainer(make_plan(recipe, mixed_batch(), world_size=world_size), hooks)
 
 
@@ -80,3 +81,25 @@ def test_a_flipped_bit_of_a_shard_is_found(on_ranks, toy_base, tmp_path):
     assert first == "a frozen weight has changed on rank 1"
     assert second.startswith("step 1: the frozen weight ") and "on rank 1" in second
     assert not list((tmp_path / "sharded" / "checkpoints").glob("step_*"))
+
+
+def train_both_ways(base, folder, world_size: int, sections) -> None:
+    from megatron_lpr.platform import leave_layout, megatron
+
+    with megatron():
+        for frozen in ("replicated", "sharded"):
+            trainer = trainer_of(base, folder, frozen, world_size, sections=sections)
+            trainer.run()
+            del trainer
+            leave_layout()
+
+
+@pytest.mark.parametrize("trainable", ["routers", "new_experts_and_routers"])
+def test_whole_checkpoints_in_bfloat16_are_the_same_either_way(on_ranks, toy_base, tmp_path, trainable):
+    sections = REVIEW | {
+        "model": {"num_experts": 5, "dtype": "bfloat16"},
+        "train": REVIEW["train"] | {"trainable": trainable},
+        "checkpoint": {"whole": True},
+    }
+    on_ranks(train_both_ways, 2, toy_base, tmp_path, 2, sections)
+    assert not differences(tmp_path / "sharded", tmp_path / "replicated")
