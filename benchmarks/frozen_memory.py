@@ -39,12 +39,12 @@ def fill(base: Path, frozen: str) -> tuple[int, int, int]:
     with megatron():
         from megatron_lpr.model.builder import init_model_parallel
         from megatron_lpr.model.load.weights import fill_weights
-        from megatron_lpr.model.sharding import build_to_train
+        from megatron_lpr.model.sharding import build_frozen
         from megatron_lpr.platform.shards import own_part
 
         init_model_parallel(recipe.parallel)
         before = resident()
-        chunks = build_to_train(recipe, read_architecture(base))
+        chunks = build_frozen(recipe, read_architecture(base))
         read = fill_weights(recipe, read_architecture(base), chunks, None)
         grown = resident() - before
         frozen_weights = [p for chunk in chunks for p in chunk.parameters() if not p.requires_grad]

@@ -18,10 +18,11 @@ from megatron_lpr.evaluation.forward import corpus_nats
 from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
-from megatron_lpr.model.builder import build_model, init_model_parallel, routers
+from megatron_lpr.model.builder import init_model_parallel, routers
 from megatron_lpr.model.load.weights import fill_weights
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
+from megatron_lpr.model.sharding import build_frozen
 from megatron_lpr.platform import device
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
@@ -41,7 +42,7 @@ class MegatronModel:
         self.recipe = recipe = dataclasses.replace(recipe, parallel=parallel, train=None)
         self.arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
         init_model_parallel(recipe.parallel)
-        self.chunks: list[Any] = build_model(recipe, self.arch)  # GPTModels, which ship no types
+        self.chunks: list[Any] = build_frozen(recipe, self.arch)  # GPTModels, which ship no types
         fill(recipe, self.arch, self.chunks)
         for chunk in self.chunks:
             chunk.eval()

@@ -23,9 +23,9 @@ VOCAB_DIVISOR = 128
 SHARDED_ABOVE = 16 << 30
 
 
-def freeze(chunks: Iterable[torch.nn.Module], trainable: str) -> None:
-    """Set `requires_grad` of every parameter by the policy; call it before Megatron's DDP is wrapped around."""
-    learns = POLICIES[trainable]
+def freeze(chunks: Iterable[torch.nn.Module], trainable: str | None) -> None:
+    """Set `requires_grad` of all parameters by the policy (None: none learns), before Megatron's DDP is around them."""
+    learns = POLICIES[trainable] if trainable else lambda name: False
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(learns(name))
@@ -88,7 +88,7 @@ def frozen_bytes(recipe: Recipe, arch: Architecture, *, sharded_over: int = 0) -
         num_frozen=model.num_frozen_experts,
         vocab_size=padded_vocab_size(arch.vocab_size, sizes.tensor),
     ):
-        if recipe.train is None or is_trainable(name, recipe.train.trainable):
+        if recipe.train and is_trainable(name, recipe.train.trainable):
             continue
         copies_over = sizes.tensor
         if ".mlp.frozen_experts." in name:

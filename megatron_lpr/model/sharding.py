@@ -7,7 +7,7 @@ is gathered at once, over the ranks of one pipeline stage that would hold copies
     frozen experts of a layer          all of them: tensor x context x data
     attention, FFN without experts,    context x data; each tensor-parallel rank has a slice of its own
     embedding, output layer
-    new experts (stage 2)              expert data: those that have the same experts
+    new experts (stage 2, evaluation)  expert data: those that have the same experts
 
 Norms and routers are small and stay as they are. All ranks of a group run the units in the same order, whatever tokens
 they have: a frozen expert is called with none too.
@@ -41,20 +41,23 @@ class Unit(NamedTuple):
     kind: Literal["attention", "ffn", "frozen experts", "new experts", "vocabulary"]
 
 
-def build_to_train(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
-    """`build_model`, frozen by the recipe's policy, and frozen weights sharded where the recipe says so."""
-    assert recipe.train is not None
+def build_frozen(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
+    """`build_model`, frozen by the recipe's policy, and frozen weights sharded where the recipe says so.
+
+    Where the recipe trains nothing, every weight is frozen.
+    """
+    trainable, recompute = (recipe.train.trainable, recipe.train.recompute) if recipe.train else (None, "none")
     if not shards_frozen(recipe, arch, dist.get_world_size()):
         chunks = build_model(recipe, arch)
-        freeze(chunks, recipe.train.trainable)
+        freeze(chunks, trainable)
         return chunks
     with _parameters_without_memory():
         chunks = build_model(recipe, arch)
     on_leave(functools.partial(_release, chunks))
-    freeze(chunks, recipe.train.trainable)
+    freeze(chunks, trainable)
     for chunk in chunks:
         marks = {name: dict(vars(parameter)) for name, parameter in chunk.named_parameters()}
-        units = _shard(chunk, recipe.train.recompute)
+        units = _shard(chunk, recompute)
         chunk._apply(_with_memory)
         for name, parameter in chunk.named_parameters():
             vars(parameter).update(marks[name])  # Megatron's, of tensor and expert parallelism

@@ -24,7 +24,7 @@ from megatron_lpr.checkpoint.save import CheckpointWriter
 from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.load.weights import fill_under, fill_weights
-from megatron_lpr.model.sharding import build_to_train
+from megatron_lpr.model.sharding import build_frozen
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.training.content import NamedBase, agreed_content
@@ -62,7 +62,7 @@ class Trainer:
         self.plan, self.recipe, recipe = plan, plan.recipe, plan.recipe
         init_model_parallel(recipe.parallel, recipe.cluster.collective_timeout_minutes)
         self.base = NamedBase(plan)
-        chunks = build_to_train(recipe, plan.arch)
+        chunks = build_frozen(recipe, plan.arch)
         if plan.resume is None:
             self.bytes_read = fill_weights(recipe, plan.arch, chunks, plan.source)
         else:

@@ -24,6 +24,8 @@ LAYOUTS = {
     "etp2": {"expert_tensor": 2},
     "cp2": {"context": 2},
     "tp2_ep2": {"tensor": 2, "expert": 2},
+    "dp2_sharded": {"frozen": "sharded"},
+    "tp2_ep2_sharded": {"tensor": 2, "expert": 2, "frozen": "sharded"},
 }
 
 

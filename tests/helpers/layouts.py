@@ -137,13 +137,13 @@ def loaded_weights(base: Path, changes: Sections) -> list[Piece]:
     from megatron_lpr.families import read_architecture
     from megatron_lpr.model.builder import init_model_parallel
     from megatron_lpr.model.load.weights import fill_weights
-    from megatron_lpr.model.sharding import build_to_train
+    from megatron_lpr.model.sharding import build_frozen
     from megatron_lpr.platform import leave_layout
     from megatron_lpr.platform.shards import own_part
 
     recipe, arch = recipe_of(base, "stage1", base, changes), read_architecture(base)
     init_model_parallel(recipe.parallel)
-    chunks = build_to_train(recipe, arch)
+    chunks = build_frozen(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
             own_part(parameter).detach().fill_(np.nan)
