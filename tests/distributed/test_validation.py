@@ -16,7 +16,7 @@ from megatron_lpr.testing.toy_models import write_toy_model
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS = {
     "dp2_overlap": OVERLAP,
-    "tp2_ep2": {"tensor": 2, "expert": 2},
+    "tp2_ep2_sharded": {"tensor": 2, "expert": 2, "frozen": "sharded"},
     "pp2_vpp2_overlap": {"pipeline": 2, "virtual_pipeline": 2} | OVERLAP,
     "cp2": {"context": 2},
 }
