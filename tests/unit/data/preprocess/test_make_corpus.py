@@ -181,7 +181,9 @@ def test_a_killed_worker_is_told(write_text, hf_tokenizer, tmp_path, small_block
     def kill_a_worker(*arguments, **options):
         for number, block in enumerate(read_blocks(*arguments, **options)):
             if number == 8:
-                max(set(psutil.Process().children()) - others, key=lambda child: child.create_time()).kill()
+                max(
+                    set(psutil.Process().children()) - others, key=lambda child: (child.create_time(), child.pid)
+                ).kill()
             yield block
 
     monkeypatch.setattr(make_corpus, "read_blocks", kill_a_worker)
