@@ -1,6 +1,6 @@
 """One step of a rank as a run makes it, on made-up tokens, and what is counted of it.
 
-The ranks may be real or not (platform/fake_ranks.py), and so may the tensors (fake_tensors.py).
+The ranks may be real or not (platform/fake_ranks.py), and so may the tensors (shapes_only.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.families import Architecture
 from megatron_lpr.model import attention
-from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.parameters import padded_vocab_size
+from megatron_lpr.model.sharding import build_to_train
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.counted_collectives import CountedCollectives
 from megatron_lpr.planning.saved_tensors import SavedTensors
@@ -32,14 +33,14 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
     """Build this rank's part of the run, make a step without its metrics, and count; the weights are zero."""
     assert recipe.train is not None
     init_model_parallel(recipe.parallel)
-    chunks = build_model(recipe, arch)
+    chunks = build_to_train(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.zero_()  # what memory happens to hold may be no number
     found, counts = routers(*chunks), global_counts(*chunks)
     counts.num_languages = LANGUAGES
     for router in found:
-        router.stats.num_languages = LANGUAGES
+        router.stats.is_wanted = False
     wrapped = wrap(recipe, chunks)
     optimizer, _ = build_optimizer(recipe, wrapped)
     for chunk in wrapped:
