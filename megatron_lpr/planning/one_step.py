@@ -20,7 +20,9 @@ from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.sharding import build_to_train
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.counted_collectives import CountedCollectives
+from megatron_lpr.planning.gathered_weights import GatheredWeights
 from megatron_lpr.planning.saved_tensors import SavedTensors
+from megatron_lpr.platform.shards import own_part
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.optimizer import build_optimizer, update, wrap
 from megatron_lpr.training.plan import Plan
@@ -36,7 +38,7 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
     chunks = build_to_train(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.zero_()  # what memory happens to hold may be no number
+            own_part(parameter).detach().zero_()  # what memory happens to hold may be no number
     found, counts = routers(*chunks), global_counts(*chunks)
     counts.num_languages = LANGUAGES
     for router in found:
@@ -47,10 +49,14 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    parameters = [parameter for chunk in wrapped for parameter in chunk.parameters()]
+    parameters = [own_part(parameter) for chunk in wrapped for parameter in chunk.parameters()]
     vocabulary = padded_vocab_size(arch.vocab_size, recipe.parallel.tensor) // recipe.parallel.tensor
-    with CountedCollectives() as collectives, mock.patch.object(attention, "causal_lower_right", _plainly_causal):
-        with SavedTensors(parameters, vocabulary) as saved:
+    with (
+        GatheredWeights() as gathered,
+        CountedCollectives(gathered) as collectives,
+        mock.patch.object(attention, "causal_lower_right", _plainly_causal),
+    ):
+        with SavedTensors(parameters, gathered, vocabulary) as saved:
             batches = [_batches(recipe) for _ in wrapped]
             # a step reads of a plan how much it is, and no corpus
             plan = cast(Plan, SimpleNamespace(train=recipe.train, data=recipe.data))
@@ -65,6 +71,7 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
         ),
         optimizer=_bytes(_optimizer_tensors(optimizer, learns)),
         activations=saved.peaks["activations"],
+        gathered=gathered.peak,
         logits=saved.peaks["logits"],
         working=saved.peaks["working"],
     )

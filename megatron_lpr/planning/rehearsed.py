@@ -17,13 +17,9 @@ def rehearsed(plan: RunPlan, rank: int | None) -> str:
     rank: None is the fullest.
 
     Raises:
-        UserError: no layout fits, or it has no such rank, or shards frozen weights.
+        UserError: no layout fits, or it has no such rank.
     """
     layout = _layout(plan)
-    if layout.rank.place.spread:
-        raise UserError(
-            "--rehearse: the layout shards frozen weights, which is not rehearsed; set parallel.frozen to replicated"
-        )
     if rank is None:
         rank = layout.rank.place.rank
     elif not 0 <= rank < plan.world_size:

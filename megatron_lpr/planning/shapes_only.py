@@ -18,6 +18,8 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,6 +57,8 @@ class _ShapesOnly(TorchDispatchMode):
         self._results: dict[Any, tuple] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # a DTensor, which asks again for its part
         kwargs = kwargs or {}
         tensors = [x for x in _leaves(args, kwargs) if isinstance(x, Tensor)]
         if not any(x.is_meta for x in tensors):
@@ -128,6 +132,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False,
 def _need_no_values() -> None:
     """What reads values for shapes is exchanged, for good: a rehearsal is for processes that do nothing else."""
     _keep_dispatchers_real()
+    # FSDP2 (torch 2.13) takes a parameter without memory for one that was forgotten
+    setattr(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)  # noqa: B010
     # Megatron (0.16.1 to 0.19.2) makes one tensor of a list of norms, whose values it reads one by one
     clip_grads.l2_norm_impl = lambda chunk, overflow, lists, *rest: (lists[0][0].norm(), None)
 
