@@ -17,7 +17,7 @@ class RankMemory:
     gradients: DDP's buffers.
     optimizer: fp32 weights and moments.
     activations: what is saved for the backward passes of all micro-batches that are on their way.
-    gathered: whole weights of the sharded layers that compute, or are about to.
+    gathered: whole weights of the sharded layers that compute, or are about to, and what they are copied from.
     logits: what the loss saves, which the backward pass of one micro-batch needs.
     working: what comes and goes: a layer that is computed again, the logits before the loss. No saved tensors.
     """

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lpr.planning.amounts import Amount, Collective, Group
+from megatron_lpr.planning.gathered_weights import GatheredWeights
 
 # operator of torch.ops.c10d: its name here, and which argument the rank's input is
 _KINDS: Mapping[str, tuple[Collective, int]] = {
@@ -36,8 +37,9 @@ class CountedCollectives(TorchDispatchMode):
         traffic: what has been counted so far; several tensors that go as one collective are one call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gathered: GatheredWeights) -> None:
         super().__init__()
+        self._gathered = gathered
         self.traffic: dict[tuple[Collective, Group], Amount] = defaultdict(Amount)
         self._names = _group_names()
 
@@ -55,9 +57,13 @@ class CountedCollectives(TorchDispatchMode):
         kind, place = _KINDS[operator]
         tensors = [x for x in pytree.tree_leaves(args[place]) if isinstance(x, torch.Tensor)]
         size = sum(x.numel() * x.element_size() for x in tensors)
+        self.traffic[kind, self._name(kind, group)] += Amount(1, size)
+
+    def _name(self, kind: Collective, group: dist.ProcessGroup) -> Group:
+        if self._gathered.is_sending:
+            return "frozen"
         # of two stages Megatron sends one way through the world's group, so that both ways overlap
-        name = "pipeline" if kind == "send" else self._names[group.group_name]
-        self.traffic[kind, name] += Amount(1, size)
+        return "pipeline" if kind == "send" else self._names[group.group_name]
 
 
 def _group_names() -> dict[str, Group]:

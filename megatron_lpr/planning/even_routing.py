@@ -10,9 +10,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.planning.shapes_only import real_tensors
 
 
 def even_choice(tokens: int, experts: int, topk: int) -> Tensor:
@@ -30,7 +30,7 @@ def even_routing() -> Iterator[None]:
 
     def forward(self: LPRRouter, *args, **kwargs) -> tuple[Tensor, Tensor]:
         probs_TE, chosen_TE = route(self, *args, **kwargs)
-        with unset_fake_temporarily():  # values, where everything around has shapes only
+        with real_tensors():  # values, where everything around has shapes only
             return probs_TE, even_choice(len(chosen_TE), chosen_TE.shape[1], self.topk)
 
     with mock.patch.object(LPRRouter, "forward", forward):

@@ -1,6 +1,6 @@
 """One step of a rank as a run makes it, on made-up tokens, and what is counted of it.
 
-The ranks may be real or not (platform/fake_ranks.py), and so may the tensors (fake_tensors.py).
+The ranks may be real or not (platform/fake_ranks.py), and so may the tensors (shapes_only.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.families import Architecture
 from megatron_lpr.model import attention
-from megatron_lpr.model.builder import build_model, global_counts, init_model_parallel, routers
+from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.parameters import padded_vocab_size
+from megatron_lpr.model.sharding import build_to_train
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.counted_collectives import CountedCollectives
+from megatron_lpr.planning.gathered_weights import GatheredWeights
 from megatron_lpr.planning.saved_tensors import SavedTensors
+from megatron_lpr.platform.shards import own_part
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.optimizer import build_optimizer, update, wrap
 from megatron_lpr.training.plan import Plan
@@ -32,24 +35,28 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
     """Build this rank's part of the run, make a step without its metrics, and count; the weights are zero."""
     assert recipe.train is not None
     init_model_parallel(recipe.parallel)
-    chunks = build_model(recipe, arch)
+    chunks = build_to_train(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.zero_()  # what memory happens to hold may be no number
+            own_part(parameter).detach().zero_()  # what memory happens to hold may be no number
     found, counts = routers(*chunks), global_counts(*chunks)
     counts.num_languages = LANGUAGES
     for router in found:
-        router.stats.num_languages = LANGUAGES
+        router.stats.is_wanted = False
     wrapped = wrap(recipe, chunks)
     optimizer, _ = build_optimizer(recipe, wrapped)
     for chunk in wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    parameters = [parameter for chunk in wrapped for parameter in chunk.parameters()]
+    parameters = [own_part(parameter) for chunk in wrapped for parameter in chunk.parameters()]
     vocabulary = padded_vocab_size(arch.vocab_size, recipe.parallel.tensor) // recipe.parallel.tensor
-    with CountedCollectives() as collectives, mock.patch.object(attention, "causal_lower_right", _plainly_causal):
-        with SavedTensors(parameters, vocabulary) as saved:
+    with (
+        GatheredWeights() as gathered,
+        CountedCollectives(gathered) as collectives,
+        mock.patch.object(attention, "causal_lower_right", _plainly_causal),
+    ):
+        with SavedTensors(parameters, gathered, vocabulary) as saved:
             batches = [_batches(recipe) for _ in wrapped]
             # a step reads of a plan how much it is, and no corpus
             plan = cast(Plan, SimpleNamespace(train=recipe.train, data=recipe.data))
@@ -64,6 +71,7 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
         ),
         optimizer=_bytes(_optimizer_tensors(optimizer, learns)),
         activations=saved.peaks["activations"],
+        gathered=gathered.peak,
         logits=saved.peaks["logits"],
         working=saved.peaks["working"],
     )

@@ -75,20 +75,22 @@ def _rehearse_here(part: Part) -> Rehearsal:
 def _step(part: Part) -> tuple[RankMemory, Traffic]:
     """Of all micro-batches; from two steps with fewer where they are many.
 
-    With twice as many as there are stages a pipeline is as full as it gets, and each one more sends the same again.
+    A pipeline is full with as many as it has stages, interleaved with twice as many; each further one sends the same.
     """
-    train, stages = part.recipe.train, part.recipe.parallel.pipeline
+    train, sizes = part.recipe.train, part.recipe.parallel
     assert train is not None
-    place = Place(part.recipe.parallel, part.world_size, part.rank)
-    count, fewer, more = micro_batches(train, place), 2 * stages, 3 * stages
+    place = Place(sizes, part.world_size, part.rank)
+    unit = sizes.pipeline if sizes.virtual_pipeline > 1 else 1  # Megatron interleaves whole rounds only
+    count, fewer, more = micro_batches(train, place), unit, max(2 * unit, sizes.pipeline)
     if count <= fewer + more:
         return _step_of(part, count * train.micro_batch_size * place.data)
     _, less = _step_of(part, fewer * train.micro_batch_size * place.data)
     memory, traffic = _step_of(part, more * train.micro_batch_size * place.data)
-    return memory, {
-        key: Amount(*(y + (y - x) * (count - more) // stages for x, y in zip(less[key], traffic[key], strict=True)))
-        for key in traffic
-    }
+    return memory, {key: _further(less[key], traffic[key], (count - more) / (more - fewer)) for key in traffic}
+
+
+def _further(less: Amount, more: Amount, by: float) -> Amount:
+    return Amount(*(round(y + (y - x) * by) for x, y in zip(less, more, strict=True)))
 
 
 def _step_of(part: Part, samples: int) -> tuple[RankMemory, Traffic]:
@@ -100,12 +102,12 @@ def _step_of(part: Part, samples: int) -> tuple[RankMemory, Traffic]:
     with alone_as(part.rank, part.world_size):
         # they import Megatron
         from megatron_lpr.planning.even_routing import even_routing
-        from megatron_lpr.planning.fake_tensors import fake_tensors
         from megatron_lpr.planning.like_cuda import like_cuda
         from megatron_lpr.planning.one_step import count_step
+        from megatron_lpr.planning.shapes_only import shapes_only
 
         kernels = like_cuda() if part.device == "cuda" else contextlib.nullcontext()
-        with even_routing(), fake_tensors(), kernels:
+        with even_routing(), shapes_only(), kernels:
             return count_step(recipe, part.arch)
 
 

@@ -7,6 +7,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from megatron_lpr.planning.gathered_weights import GatheredWeights
+
 Kind = Literal["activations", "logits", "working"]
 
 
@@ -17,14 +19,16 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         peaks: most bytes at once: of the logits, of what a backward pass has computed again, and of everything else.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], vocabulary: int) -> None:
+    def __init__(self, parameters: Iterable[Tensor], gathered: GatheredWeights, vocabulary: int) -> None:
         """
         Args:
             parameters: which lie there anyway, and everything else in their storages.
+            gathered: which is counted for itself.
             vocabulary: columns of the logits on this rank; a tensor with rows of so many is theirs.
         """
         super().__init__(lambda tensor: _Saved(self, tensor), lambda saved: saved.tensor)
         self._not_counted = {_storage(parameter) for parameter in parameters}
+        self._gathered = gathered
         self._vocabulary = vocabulary
         self._times: Counter[int] = Counter()  # that a storage is saved
         self._kinds: dict[int, Kind] = {}  # of a storage
@@ -38,7 +42,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     def add(self, tensor: Tensor) -> None:
         """One more reference to the tensor's storage."""
         storage = _storage(tensor)
-        if storage in self._not_counted:
+        if storage in self._not_counted or storage in self._gathered.storages:
             return
         self._times[storage] += 1
         if self._times[storage] == 1:
@@ -49,7 +53,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     def remove(self, tensor: Tensor) -> None:
         """One reference less."""
         storage = _storage(tensor)
-        if storage in self._not_counted:
+        if storage in self._not_counted or storage in self._gathered.storages:
             return
         self._times[storage] -= 1
         if not self._times[storage]:

@@ -3,14 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from megatron_lpr.families.table import EMBEDDING
+from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.planning.amounts import Group
 from megatron_lpr.planning.buffers import Bucket
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, in_groups
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
-from megatron_lpr.planning.shards import held_elements, is_spread
+from megatron_lpr.planning.shards import held_elements, is_spread, unit
 
 _FP32 = 4
 Chunks = Sequence[Sequence[Parameter]]
@@ -19,26 +19,28 @@ Chunks = Sequence[Sequence[Parameter]]
 def of_frozen_weights(layers: Layers, chunks: Chunks, itemsize: int) -> list[Move]:
     """Gathered for the forward pass of a micro-batch, and again for its backward pass."""
     place = layers.place
-    modules: Counter[tuple[str, Group, int]] = Counter()
+    tied = place.is_last and all(parameter.name != OUTPUT_LAYER for chunk in chunks for parameter in chunk)
+    units: Counter[tuple[str, Group, int]] = Counter()
     for parameter in (p for chunk in chunks for p in chunk if is_spread(p, place)):
-        module, passes = _module(parameter, layers)
-        modules[module, parameter.copies, passes] += held_elements(parameter, place) * itemsize
-    alike = Counter((ranks, passes, size) for (_, ranks, passes), size in modules.items())
+        key = unit(parameter), parameter.copies, _passes(parameter, layers, tied)
+        units[key] += held_elements(parameter, place) * itemsize
+    alike = Counter((ranks, passes, size) for (_, ranks, passes), size in units.items())
     return [
         Move("all_gather", ranks, size, number * passes, purpose="frozen")
         for (ranks, passes, size), number in alike.items()
     ]
 
 
-def _module(parameter: Parameter, layers: Layers) -> tuple[str, int]:
-    """What is gathered at once, and how often for each micro-batch."""
+def _passes(parameter: Parameter, layers: Layers, tied: bool) -> int:
+    """How often it is gathered for each micro-batch.
+
+    tied: the output layer computes with the embedding's weight.
+    """
     if parameter.name == EMBEDDING:
-        return EMBEDDING, 1
+        return 1 + tied
     if not parameter.name.startswith("decoder.layers."):
-        return parameter.name, 2
-    _, _, number, rest = parameter.name.split(".", 3)
-    module = ".".join(rest.split(".")[:2])  # all frozen experts of a layer are gathered at once
-    return f"{number}.{module}", 1 + layers.below_learns[int(number)]
+        return 2
+    return 1 + layers.below_learns[int(parameter.name.split(".")[2])]
 
 
 def of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> list[Move]:

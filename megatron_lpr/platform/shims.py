@@ -33,7 +33,7 @@ class _CudaTypeNames(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
+            return "torch.cuda." + func(*args).split(".")[-1]
         return func(*args, **(kwargs or {}))
 
 

@@ -15,6 +15,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.megatron]
 LAYOUTS = {
     "tensor_and_data": (8, {"tensor": 2}, {"global_batch_size": 4}),
     "pipeline_and_expert": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),
+    "sharded": (8, {"tensor": 2, "frozen": "sharded"}, {}),
+    "interleaved_and_sharded": (
+        16,
+        {"pipeline": 2, "virtual_pipeline": 2, "frozen": "sharded"},
+        {"global_batch_size": 64},
+    ),
+    "recomputed_review": (4, {"frozen": "sharded"}, {"trainable": "routers", "recompute": "full"}),
 }
 STATES = ("frozen", "trained", "gradients", "optimizer")
 
