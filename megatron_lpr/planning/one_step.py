@@ -17,7 +17,7 @@ from megatron_lpr.families import Architecture
 from megatron_lpr.model import attention
 from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.parameters import padded_vocab_size
-from megatron_lpr.model.sharding import build_to_train
+from megatron_lpr.model.sharding import build_frozen
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.counted_collectives import CountedCollectives
 from megatron_lpr.planning.gathered_weights import GatheredWeights
@@ -35,7 +35,7 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
     """Build this rank's part of the run, make a step without its metrics, and count; the weights are zero."""
     assert recipe.train is not None
     init_model_parallel(recipe.parallel)
-    chunks = build_to_train(recipe, arch)
+    chunks = build_frozen(recipe, arch)
     for chunk in chunks:
         for parameter in chunk.parameters():
             own_part(parameter).detach().zero_()  # what memory happens to hold may be no number
