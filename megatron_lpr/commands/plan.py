@@ -27,9 +27,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.rank is not None and not options.rehearse:
         raise UserError(f"--rank {options.rank}: without effect; add --rehearse")
-    plan = plan_run(typed_recipe(options), options.gpus, options.gpu)
     if options.rehearse and options.json:
         raise UserError("--rehearse --json: a rehearsal is printed for people only; give one of the two")
+    plan = plan_run(typed_recipe(options), options.gpus, options.gpu)
     print(json.dumps(tree(plan), indent=2) if options.json else text(plan), flush=True)
     if options.rehearse:
         print(f"\n{rehearsed(plan, options.rank)}")

@@ -103,8 +103,9 @@ class Activations:
         queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
         repeated = keys if self.te else queries
         # queries, keys, values, the output, the logarithm of each softmax's sum
-        core = wide // tensor * (2 * (queries + repeated) * size + arch.num_attention_heads * _FP32)
-        if queries == keys and not self.te:
+        core = wide // tensor * (2 * queries * size + arch.num_attention_heads * _FP32)
+        core += wide // tensor * 2 * repeated * size * self._seen_by_queries(is_repeated=queries != keys) // 2
+        if queries == keys and not self.te and self.recipe.parallel.context == 1:
             core += wide // tensor * 2 * queries * size  # the values are a view of what queries and keys were part of
         rotations = 4 * wide * arch.head_dim * size  # cosines and sines, for queries and keys
         if self.train.micro_batch_size > 1:
@@ -118,6 +119,25 @@ class Activations:
         if learns:
             found += self.hidden + wide // tensor * queries * size
         return found
+
+    def _seen_by_queries(self, *, is_repeated: bool) -> int:
+        """Keys that are kept, in halves of a context-parallel rank's own.
+
+        Of c ranks one has chunks r and 2c - 1 - r of 2c, and gathers for each what comes before (model/attention.py).
+        """
+        context = self.recipe.parallel.context
+        if context == 1 or self.te:
+            return 2
+        return 2 * context + 1 if is_repeated else 2 * context
+
+    def handed_over(self) -> int:
+        """Tags, which full recomputation keeps for the layers of a model chunk."""
+        return self.wide_tokens * _INDEX if self.train.recompute == "full" else 0
+
+    def angles(self) -> int:
+        """Of rotary embeddings, which it keeps once."""
+        positions = self.wide_tokens // self.train.micro_batch_size
+        return positions * self.arch.head_dim * _FP32 if self.train.recompute == "full" else 0
 
     def ffn(self, *, has_experts: bool, below_learns: bool) -> int:
         if self.recipe.model.num_experts and has_experts:

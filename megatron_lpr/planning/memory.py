@@ -47,6 +47,7 @@ def of_batch(layers: Layers, activations: Activations) -> RankMemory:
         for chunk, count in enumerate(held)
         for kind, number in layers.kinds_of(chunk).items()
     )
+    saved += sum(held) * activations.handed_over() + len(held) * activations.angles()
     working = 0
     if train.recompute != "none":
         working = max(activations.computed_again(has_experts=kind.has_experts) for kind in layers.kinds)

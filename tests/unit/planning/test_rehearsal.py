@@ -11,17 +11,26 @@ from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.megatron]
-# ranks, sizes and batch, of which the second needs two short steps; experts can share the tokens of a rank evenly
+# ranks, sizes, and what trains; experts can share the tokens of a rank evenly
 LAYOUTS = {
-    "tensor_and_data": (8, {"tensor": 2}, {"global_batch_size": 4}),
-    "pipeline_and_expert": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),
+    "tensor_and_data": (8, {"tensor": 2}, {"micro_batch_size": 2}),
+    "tensor_inside_experts": (4, {"tensor": 2, "expert_tensor": 2, "distributed_optimizer": False}, {}),
+    "all_gather_of_tokens": (4, {"expert": 4, "dispatcher": "allgather"}, {"trainable": "routers"}),
+    "context": (4, {"context": 2, "tensor": 2}, {}),
+    "many_micro_batches": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),
+    "everything": (16, {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}, {"recompute": "selective"}),
+    "interleaved": (
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        {"recompute": "full", "global_batch_size": 32},
+    ),
     "sharded": (8, {"tensor": 2, "frozen": "sharded"}, {}),
-    "interleaved_and_sharded": (
+    "sharded_and_interleaved": (
         16,
         {"pipeline": 2, "virtual_pipeline": 2, "frozen": "sharded"},
         {"global_batch_size": 64},
     ),
-    "recomputed_review": (4, {"frozen": "sharded"}, {"trainable": "routers", "recompute": "full"}),
+    "sharded_review": (4, {"frozen": "sharded"}, {"trainable": "routers", "recompute": "full"}),
 }
 STATES = ("frozen", "trained", "gradients", "optimizer")
 
@@ -36,7 +45,8 @@ def rehearsed(tmp_path_factory):
             "output": "none",
             "model": {"base": str(base), "num_experts": 5, "dtype": "bfloat16", "spec": "local"},
             "data": {"manifest": "none", "seq_length": 40},
-            "train": {"trainable": "new_experts_and_routers", "steps": 1, "global_batch_size": 8} | train,
+            "train": {"trainable": "new_experts_and_routers", "steps": 1, "global_batch_size": 8, "micro_batch_size": 1}
+            | train,
             "balance": {"coeff": 0.1},
             "parallel": parallel,
         }
@@ -51,7 +61,9 @@ def test_planned_as_rehearsed(rehearsed, name):
     memory, traffic = planned(part.recipe, part.arch, part.world_size, part.rank)
     for kind in STATES:
         assert getattr(memory, kind) == getattr(found.memory, kind), kind
-    assert memory.activations + memory.logits == pytest.approx(found.memory.activations + found.memory.logits, rel=0.1)
+    assert memory.activations + memory.logits == pytest.approx(found.memory.activations + found.memory.logits, rel=0.05)
+    # a last stage gathers nothing ahead of its output layer
+    assert found.memory.gathered <= memory.gathered <= 1.35 * found.memory.gathered
     # a norm of four bytes is not planned
     assert dict(traffic) == {key: amount for key, amount in found.traffic.items() if key[1] != "world"}
 
