@@ -63,11 +63,17 @@ class CountedCollectives(TorchDispatchMode):
         if self._gathered.is_sending:
             return "frozen"
         # of two stages Megatron sends one way through the world's group, so that both ways overlap
-        return "pipeline" if kind == "send" else self._names[group.group_name]
+        if kind == "send":
+            return "pipeline"
+        return self._names.get(group.group_name) or self._names[_ranks_of(group.group_name)]
+
+
+def _ranks_of(name: Any) -> str:
+    return str(dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(name)))
 
 
 def _group_names() -> dict[str, Group]:
-    """The kind of each of Megatron's groups, by its name in torch."""
+    """The kind of each of Megatron's groups, by its name in torch, and by its ranks: 0.19.2 has several of the same."""
     tensor, expert = (
         take() > 1
         for take in (
@@ -92,5 +98,7 @@ def _group_names() -> dict[str, Group]:
         ("expert_tensor", parallel_state.get_expert_tensor_parallel_group),
         ("expert_data", parallel_state.get_expert_data_parallel_group),
     ]
-    groups = [(kind, take()) for kind, take in kinds]
-    return {group.group_name: kind for kind, group in groups if isinstance(group, dist.ProcessGroup)}
+    taken = [(kind, take()) for kind, take in kinds]
+    groups = [(kind, group.group_name) for kind, group in taken if isinstance(group, dist.ProcessGroup)]
+    by_ranks = {_ranks_of(name): kind for kind, name in reversed(groups)}
+    return by_ranks | {name: kind for kind, name in groups}
