@@ -29,7 +29,7 @@ from megatron_lpr.families import Architecture
 from megatron_lpr.model.builder import build_model
 from megatron_lpr.model.parameters import freeze, shards_frozen
 from megatron_lpr.platform import device, on_leave
-from megatron_lpr.platform.shards import mark_group
+from megatron_lpr.platform.shards import mark_group, marks_kept
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -56,11 +56,9 @@ def build_frozen(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
     on_leave(functools.partial(_release, chunks))
     freeze(chunks, trainable)
     for chunk in chunks:
-        marks = {name: dict(vars(parameter)) for name, parameter in chunk.named_parameters()}
-        units = _shard(chunk, recompute)
-        chunk._apply(_with_memory)
-        for name, parameter in chunk.named_parameters():
-            vars(parameter).update(marks[name])  # Megatron's, of tensor and expert parallelism
+        with marks_kept(chunk):
+            units = _shard(chunk, recompute)
+            chunk._apply(_with_memory)
         for unit in units:
             for module in unit.modules:
                 for parameter in module.parameters():

@@ -1,5 +1,7 @@
 """A parameter of which this rank holds some rows, the others being on other ranks: FSDP2 leaves it as a DTensor."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,19 @@ def mark_group(parameter: Any, group: dist.ProcessGroup) -> None:
     ranks, and the groups of that are gone.
     """
     parameter.shard_group = group
+
+
+@contextlib.contextmanager
+def marks_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Inside it parameters may be exchanged for others of the same names, which get the attributes of those before.
+
+    Megatron's marks of parallelism, and `mark_group`'s, are attributes. Sharding puts other parameters in place, and a
+    conversion of sharded ones (torch 2.13) exchanges all that they are, even where it has nothing to convert.
+    """
+    marks = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
+    yield
+    for name, parameter in module.named_parameters():
+        vars(parameter).update(marks[name])
 
 
 def group_of(parameter: Any) -> dist.ProcessGroup:

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from megatron_lpr.platform import on_leave
+from megatron_lpr.platform.shards import marks_kept
 from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
@@ -55,15 +56,9 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
 
 
 def _in_bfloat16(config: Any, chunk: torch.nn.Module) -> Float16Module:
-    """Megatron's wrapper, which converts what is bfloat16 already and leaves sharded parameters without their marks.
-
-    torch (2.13) exchanges the contents of a parameter that is no plain tensor, its attributes included.
-    """
-    marks = [(parameter, dict(vars(parameter))) for parameter in chunk.parameters()]
-    module = Float16Module(config, chunk)
-    for parameter, marked in marks:
-        vars(parameter).update(marked)
-    return module
+    """Megatron's wrapper, which converts what is bfloat16 already."""
+    with marks_kept(chunk):
+        return Float16Module(config, chunk)
 
 
 def _per_chunk(functions: list[Callable]) -> list[Callable] | Callable:
