@@ -18,6 +18,12 @@ class RankPlace:
     etp_rank: int = 0
     etp_size: int = 1
 
+    def cut(self, role: str) -> tuple[int, int]:
+        """Which slice of a parameter is this rank's, and of how many; role: as families/mappings.py has it."""
+        if role == "frozen_expert":
+            return 0, 1
+        return (self.etp_rank, self.etp_size) if role == "new_expert" else (self.tp_rank, self.tp_size)
+
     @classmethod
     def of_this_rank(cls) -> "RankPlace":
         """As Megatron's process groups have it, which must be there."""

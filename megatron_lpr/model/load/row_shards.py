@@ -48,8 +48,7 @@ def _fill(
 ) -> None:
     mapping = family_of(arch).mapping(name)
     assert mapping is not None, name
-    ranks = {"frozen_expert": (0, 1), "new_expert": (place.etp_rank, place.etp_size)}
-    rank, size = ranks.get(name.role, (place.tp_rank, place.tp_size))
+    rank, size = place.cut(name.role)
     shapes = [arch.shape(dims) for dims in mapping.hf.values()]
     total, kind = sum(shape[mapping.kind.axis] for shape in shapes), mapping.kind
     expected = list(shapes[0])

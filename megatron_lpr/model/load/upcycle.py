@@ -152,9 +152,7 @@ def _fill_from_base(
     made_of = replace(name, weight=EMBEDDING) if tied_head else name
     mapping = family.mapping(made_of)
     assert mapping is not None, f"the {family.name} table has no {name.role} parameter '{name.weight}'"
-    whole, new_expert = (0, 1), (place.etp_rank, place.etp_size)
-    ranks = {"frozen_expert": whole, "new_expert": new_expert}
-    rank, size = ranks.get(name.role, (place.tp_rank, place.tp_size))
+    rank, size = place.cut(name.role)
     part, rows, sources = own_part(parameter), own_rows(parameter), tuple(family.hf_names(made_of, expert))
     alike = filled.setdefault((sources, rank, size, rows, parameter.dtype), part)
     if alike is not part:  # experts begin as copies
