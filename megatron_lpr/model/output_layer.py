@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 28  # of a chunk's logits in fp32; a product of less would no longer keep a GPU busy
+from megatron_lpr.model.loss_chunks import CHUNK_BYTES, rows_at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class OutputLayer(ColumnParallelLinear):
         weight_VH = self.weight if weight is None else weight
         tokens = 0 if self.labels_BS is None else self.labels_BS.numel()
         columns = len(weight_VH)
-        if 4 * columns * tokens <= CHUNK_BYTES:
+        rows = rows_at_once(tokens, columns, CHUNK_BYTES)
+        if rows == tokens:
             return super().forward(input_, weight, *args, **kwargs)
         assert self.labels_BS is not None
         first = self.tp_group.rank() * columns
@@ -52,7 +53,7 @@ class OutputLayer(ColumnParallelLinear):
             weight_VH,
             self.labels_BS.t().flatten(),
             shard,
-            max(1, CHUNK_BYTES // (4 * columns)),
+            rows,
             torch.is_grad_enabled(),
         ).view(input_.shape[:2])
         return losses_SB.t().contiguous(), None

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_lpr.families.table import OUTPUT_LAYER
+from megatron_lpr.model.loss_chunks import rows_at_once
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.moves import Move
 
-CHUNK_BYTES = 1 << 28  # as in model/output_layer.py, whose module imports Megatron
 _FP32, _LABEL = 4, 8
 
 
@@ -27,8 +27,7 @@ class Head:
     @property
     def rows(self) -> int:
         """Tokens whose logits are there at once."""
-        tokens, a_row = self.activations.wide_tokens, _FP32 * self.columns
-        return tokens if a_row * tokens <= CHUNK_BYTES else max(1, CHUNK_BYTES // a_row)
+        return rows_at_once(self.activations.wide_tokens, self.columns)
 
     @property
     def in_chunks(self) -> bool:
