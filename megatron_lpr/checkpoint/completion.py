@@ -11,7 +11,7 @@ the run does it (`complete_saves`), from what each rank has left beside its shar
 import json
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ class Written:
     results: list[WriteResult] = field(default_factory=list)
     checksums: dict[str, Checksum] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+
+_Told = tuple[list[SavePlan], list[Written], RunState]
 
 
 def make_writing_folder(writing: Path) -> None:
@@ -96,29 +99,34 @@ def complete_saves(output: str) -> list[str]:
         return []
     completed = []
     with run_lock(output):
-        for place in cut_off(root):
-            if found := _whole(place):
-                name = place.name.removeprefix(WRITING)
-                plans, shares, state = found
-                try:
-                    writing = place.rename(root / f"{WRITING}{name}")
-                    complete(writing, root / name, described(plans), shares, state)
-                except OSError as error:
-                    raise UserError(
-                        f"checkpoint {root / name}: a crash has cut off its save, which cannot be completed: "
-                        f"{error.strerror}; make room or give the right to write there, or delete {place}"
-                    ) from error
-                completed.append(name)
+        for place, (plans, shares, state) in _cut_off(root):
+            name = place.name.removeprefix(WRITING)
+            try:
+                writing = place.rename(root / f"{WRITING}{name}")
+                complete(writing, root / name, described(plans), shares, state)
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint {root / name}: a crash has cut off its save, which cannot be completed: "
+                    f"{error.strerror}; make room or give the right to write there, or delete {place}"
+                ) from error
+            completed.append(name)
     return completed
 
 
 def cut_off(root: Path) -> list[Path]:
     """Saves of which every share is written, in a folder `checkpoints`: without their names, or named but not `latest`
     yet."""
-    return sorted(place.parent for place in root.glob(f"*/{SHARES}") if _whole(place.parent))
+    return [place for place, _ in _cut_off(root)]
 
 
-def _whole(writing: Path) -> tuple[list[SavePlan], list[Written], RunState] | None:
+def _cut_off(root: Path) -> Iterator[tuple[Path, _Told]]:
+    """What the shares of each tell too: every rank's is read, once."""
+    for place in sorted(shares.parent for shares in root.glob(f"*/{SHARES}")):
+        if told := _whole(place):
+            yield place, told
+
+
+def _whole(writing: Path) -> _Told | None:
     try:
         first = _share(writing, 0)
         if first["after"] != named_by_latest(writing.parent):

@@ -121,6 +121,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
     Optimizer and generator states are passed over. UserError when the folder is no torch_dist checkpoint.
 
     Attributes:
+        metadata: what `read_metadata` has found.
         optimizer_keys: the tensors of the optimizer's state, by what each is (exp_avg, exp_avg_sq, param) and of which
             tensor of the weights.
     """
@@ -128,11 +129,11 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._reader = FileSystemReader(self.folder)
-        self._metadata = read_metadata(self.folder)
+        self.metadata = read_metadata(self.folder)
         self._opened: dict[MetadataIndex, FileTensor] = {}
         self._tensors = {
             key: tensor
-            for key, tensor in self._metadata.state_dict_metadata.items()
+            for key, tensor in self.metadata.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
         }
         self._places = {
@@ -183,7 +184,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         """A chunk where it lies in its file; in memory if it was saved transposed. UserError when it is damaged."""
         if index in self._opened:
             return self._opened[index]
-        info = self._metadata.storage_data[index]
+        info = self.metadata.storage_data[index]
         path = self.folder / info.relative_path
         try:
             if path.stat().st_size < info.offset + info.length:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.checkpoint.content import Chunks, model_state
-from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint, read_metadata
+from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
 from megatron_lpr.checkpoint.holding import holds
 from megatron_lpr.checkpoint.optimizer_state import load_state
 from megatron_lpr.checkpoint.run_state import read_run_state
@@ -38,7 +38,8 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     content = model_state(chunks, held)
     for index in range(len(chunks)):
         content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
-    _check_common_state(folder, read_metadata(folder))  # refuses what would run code in Megatron's hands
+    stored = DistCheckpoint(folder)
+    _check_common_state(folder, stored.metadata)  # refuses what would run code in Megatron's hands
     try:
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
@@ -58,7 +59,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     if optimizer is not None:
         # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
         scheduler.load_state_dict(loaded["scheduler"])
-        load_state(optimizer, model_state(chunks, held), DistCheckpoint(folder), step=scheduler.num_steps)
+        load_state(optimizer, model_state(chunks, held), stored, step=scheduler.num_steps)
 
 
 def _check_common_state(folder: Path, metadata: Metadata) -> None:

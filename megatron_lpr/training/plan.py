@@ -25,7 +25,7 @@ from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_
 from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.special_tokens import special_tokens
-from megatron_lpr.data.text.tokenize import load_tokenizer
+from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
 from megatron_lpr.evaluation.windows import Text
@@ -139,7 +139,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     check_recipe(recipe, arch, world_size)
     assert data is not None
     manifest = Manifest.load(data.manifest)
-    _check_tokenizer(recipe, arch, manifest)
+    tokenizer = _checked_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
@@ -163,7 +163,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         check_checkpoint(SafetensorsReader(recipe.model.base), arch, (ranks.rank, ranks.world_size))
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
-        held_out = _held_out(recipe, ranks.rank)
+        held_out = _held_out(recipe, tokenizer, ranks.rank)
     replay = replay_budget(train, data, sampler, origin["tokens"] if origin else None)
     if replay:
         replay.check()
@@ -187,12 +187,11 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     )
 
 
-def _held_out(recipe: Recipe, rank: int) -> tuple[Text, ...]:
+def _held_out(recipe: Recipe, tokenizer: Tokenizer, rank: int) -> tuple[Text, ...]:
     """What the run validates on; every rank looks at the settings, rank 0 at the text."""
     if not recipe.evaluation.every:
         return ()
     check_evaluation(recipe.evaluation, recipe.model.base)
-    tokenizer = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
     return tuple(read_held_out(recipe.evaluation, tokenizer)) if rank == 0 else ()
 
 
@@ -204,7 +203,8 @@ def _check_under(recipe: Recipe, checkpoint: Path) -> None:
         check_base_sizes(recipe.model.base, state.base, lowest)
 
 
-def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> None:
+def _checked_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> Tokenizer:
+    """The base's; UserError unless the corpora were made with the same."""
     assert recipe.data is not None
     tokenizer = manifest.tokenizer
     base = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
@@ -215,6 +215,7 @@ def _check_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> 
             f"({base.vocab_size} tokens, sha256 {base.sha256[:12]}); preprocess the corpora with the model's tokenizer"
         )
     check_trained_alike(f"data.manifest: {recipe.data.manifest}", tokenizer, record_of(base))
+    return base
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
