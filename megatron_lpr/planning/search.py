@@ -118,7 +118,7 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
 
 def _batches(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> Iterator[TrainConfig]:
     """Micro-batches from one sample on, each with every mode of recomputation; the cheapest mode that fits will win."""
-    data = world_size // (sizes.tensor * sizes.pipeline * sizes.context)
+    data = Place(sizes, world_size, 0).data
     for samples in _divisors(max(1, train.global_batch_size // data), _MOST_SAMPLES):
         for recompute in ("none", "selective", "full"):
             batch = dataclasses.replace(train, micro_batch_size=samples, recompute=recompute)
