@@ -80,9 +80,7 @@ def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
     Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
     spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
     """
-    return {
-        name: entry for name, entry in model.items() if not _is_extra_state(name) and not isinstance(entry, list)
-    }
+    return {name: entry for name, entry in model.items() if not _is_extra_state(name) and not isinstance(entry, list)}
 
 
 def _is_extra_state(name: str) -> bool:
