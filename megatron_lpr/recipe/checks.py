@@ -161,8 +161,3 @@ def _check_attention(recipe: Recipe, data: DataConfig) -> None:
         return
     if data.windows == "document":
         raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")
-    if use_transformer_engine(recipe.model.spec):
-        raise UserError(
-            "data.reset_attention: true is not written for Transformer Engine's attention; set model.spec: local, or "
-            "data.windows: document"
-        )

@@ -35,7 +35,7 @@ def assert_close(got, expected, tolerance: float, what: str) -> None:
     assert (got - expected).norm() <= tolerance * expected.norm(), what
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_computes_what_pytorch_does(name, dtype, tolerance):
     module = MODULES[name]({"dtype": dtype, "device": "cpu"})
