@@ -30,9 +30,9 @@ def with_spec(spec: str, dtype: str) -> dict:
 def source(megatron, toy_base, tmp_path):
     from megatron_lpr.platform import leave_layout
 
-    written = write_source(toy_base, tmp_path / "source")
+    folder = write_source(toy_base, tmp_path / "source")
     leave_layout()
-    return written
+    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
