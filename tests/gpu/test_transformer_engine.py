@@ -20,7 +20,11 @@ def with_spec(spec: str, dtype: str) -> dict:
 
 @pytest.fixture
 def source(megatron, toy_base, tmp_path):
-    return write_source(toy_base, tmp_path / "source")
+    from megatron_lpr.platform import leave_layout
+
+    folder = write_source(toy_base, tmp_path / "source")
+    leave_layout()
+    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
