@@ -247,9 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{case.shape}: {case.layers} of {shape.whole} layers, {case.experts} experts, top {shape.topk}; a step "
             f"has {case.samples} samples of {case.seq_length} tokens, {case.micro_batch} at once"
         )
-    print("memory: frozen weights + weights that learn + gradients + optimizer state", flush=True)
+    print("memory: frozen weights + weights that learn + gradients + optimizer state\n", flush=True)
     rows = run(options)
-    print("\n" + "\n".join(found := ratios(rows)))
+    found = ratios(rows)
+    print("\n" + "\n".join(f"* {line}" for line in found))
     if options.json:
         tree = around | {"rows": [row.tree() for row in rows], "ratios": found}
         options.json.write_text(json.dumps(tree, indent=1) + "\n")
