@@ -52,6 +52,18 @@ def test_rows(tmp_path, capsys, megatron_imported):
     assert f"tiny, stage1, fp32: {full['seconds'] / stage1['seconds']:.2f}x moe_full" in "".join(tree["ratios"])
 
 
+def test_a_row_that_fails_is_said(capsys, monkeypatch, megatron_imported):
+    import train_step
+
+    def measure(entries, folder, options):
+        raise RuntimeError("it broke\nin two lines")
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    assert train_step.main(["--shapes", "tiny", "--methods", "stage1", "dense", "--no-baseline"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("not run: RuntimeError: it broke |") == 2 and "Traceback" in printed.err
+
+
 @pytest.mark.parametrize("method", ["stage1", "stage2", "dense"])
 def test_baseline_is_the_method(tmp_path, megatron, method):
     from step_cases import SHAPES, Case, plan_of
