@@ -78,10 +78,13 @@ def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
     """Ask for weights alone, not for the extra state (FP8 scales), which no recipe makes use of, nor for sharded ones.
 
     Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
-    spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
+    spec would not load with the other. And Transformer Engine unpickles it, whatever it is. Of grouped experts it is
+    numbered from the second on.
     """
     return {
-        name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE) and not isinstance(entry, list)
+        name: entry
+        for name, entry in model.items()
+        if not name.rstrip("0123456789").endswith(EXTRA_STATE) and not isinstance(entry, list)
     }
 
 
