@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-CONFIG = SimpleNamespace(hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True)
+CONFIG = SimpleNamespace(
+    hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True, fp8=None
+)
 
 
 @pytest.fixture
