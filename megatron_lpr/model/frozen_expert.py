@@ -5,13 +5,13 @@ weights alone, and its tokens never enter the dispatcher: expert-parallel ranks 
 every original-language token here. Shapes: T tokens of this rank, H hidden, F FFN width.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_lpr.platform.to_host import ToHost
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -65,18 +65,18 @@ class FrozenExpert(MegatronModule):
 
 
 def add_frozen_experts(
-    experts: torch.nn.ModuleList, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor, counts_J: Sequence[int]
+    experts: torch.nn.ModuleList, counts_J: ToHost, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor
 ) -> Tensor:
     """sum over frozen experts j of probs[:, j] * FFN_j(x), computed for the tokens that chose j. Returns [T, H].
 
     Args:
+        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
         x_TH: FFN inputs of this rank's tokens.
         probs_TJ: renormalised routing weights of the frozen experts, zero where not chosen.
         chosen_TJ: bool.
-        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
     """
     output_TH = torch.zeros_like(x_TH)
-    for j, (expert, count) in enumerate(zip(experts, counts_J, strict=True)):
+    for j, (expert, count) in enumerate(zip(experts, counts_J.read().tolist(), strict=True)):
         # those that chose it, in their order; `nonzero` would wait for the device to tell how many there are
         tokens = chosen_TJ[:, j].to(torch.uint8).argsort(descending=True, stable=True)[:count]
         weight_T1 = probs_TJ[:, j].index_select(0, tokens)[:, None].to(x_TH.dtype)
