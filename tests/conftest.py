@@ -2,6 +2,7 @@
 
 `make test-fast` runs the unit tests that need neither Megatron-Core nor processes of their own nor seconds:
 `pytest -m fast tests/unit`. What uses Megatron-Core has the mark `megatron`: CI repeats that on the newest version.
+`make test-te` runs what needs Transformer Engine, on the emulation in tests/helpers/te_on_cpu.
 """
 
 import os
@@ -14,11 +15,14 @@ from pathlib import Path
 from types import CodeType
 
 import pytest
+import te_on_cpu
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
+te_on_cpu.install_on_import()  # where the environment says so, before Megatron-Core is imported
+
 TESTS = Path(__file__).parent
-FOLDERS = ("distributed", "e2e", "gpu", "unit/model", "unit/training", "unit/platform")
+FOLDERS = ("distributed", "e2e", "gpu", "te", "unit/model", "unit/training", "unit/platform")
 WITH_MEGATRON = {TESTS / folder for folder in FOLDERS}
 SLOW = {TESTS / "unit/conversion"}  # whole models are written and read, small as they are
 PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_lpr.losses import one_hot_languages
+from megatron_lpr.platform import device
 
 TOKENS, P_FROZEN, LPR_LOSS, SLOTS = 0, 1, 2, 3
 
@@ -50,8 +51,9 @@ class RouterStats:
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         """The sums [L, 3 + E] (fp64), the balance and the LPR loss [] since the last call; starts again from zero."""
         sums_LC = self.sums_LC
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device())  # from the host they would be waited for
         if sums_LC is None:
-            sums_LC = torch.zeros(self.num_languages, SLOTS + self.num_experts, dtype=torch.float64)
-        balance, lpr = (torch.as_tensor(loss, dtype=torch.float64) for loss in (self.balance, self.lpr))
+            sums_LC = zeros(self.num_languages, SLOTS + self.num_experts)
+        balance, lpr = zeros(()) + self.balance, zeros(()) + self.lpr
         self.sums_LC, self.balance, self.lpr = None, 0.0, 0.0
         return sums_LC, balance, lpr

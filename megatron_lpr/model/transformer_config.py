@@ -50,6 +50,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         **_architecture(arch),
         **_parallel(recipe),
         **_recompute(recipe),
+        **_fp8(recipe),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -149,6 +150,24 @@ def _recompute(recipe: Recipe) -> dict:
         modules = ["moe"] if recipe.model.num_experts else ["mlp"]
         return dict(recompute_granularity="selective", recompute_modules=modules)
     return {}
+
+
+def _fp8(recipe: Recipe) -> dict:
+    """Megatron's own block enters Transformer Engine's FP8 context for each layer by these; only training has it.
+
+    Parameters stay bfloat16 (`fp8_param`): those in FP8 would be filled slice by slice, each with another scale.
+    """
+    settings = recipe.fp8
+    if settings.recipe == "none" or recipe.train is None:
+        return {}
+    own = "hybrid" if settings.recipe == "tensorwise" else "e4m3"
+    return dict(
+        fp8=own if settings.format == "auto" else settings.format,
+        fp8_recipe=settings.recipe,
+        first_last_layers_bf16=settings.bf16_layers_at_start + settings.bf16_layers_at_end > 0,
+        num_layers_at_start_in_bf16=settings.bf16_layers_at_start,
+        num_layers_at_end_in_bf16=settings.bf16_layers_at_end,
+    )
 
 
 def _leave_empty(weight: torch.Tensor) -> torch.Tensor:

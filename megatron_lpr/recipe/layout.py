@@ -48,9 +48,7 @@ def check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture)
     if sizes.context > 1:
         parts, of = 2 * sizes.context * parts, f"2 x parallel.context ({sizes.context}) x {of}"
     if seq_length % parts:
-        raise UserError(
-            f"data.seq_length: {seq_length} is no multiple of {of}; {_nearest_multiples(seq_length, parts)}"
-        )
+        raise UserError(f"data.seq_length: {seq_length} is no multiple of {of}; {nearest_multiples(seq_length, parts)}")
     positions = arch.max_position_embeddings
     if seq_length > positions:
         way_out = f"choose {positions // parts * parts} at most" if parts <= positions else "use smaller sizes"
@@ -67,13 +65,13 @@ def check_batch(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> N
     if train.global_batch_size % samples:
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
-            f"size = {train.micro_batch_size} x {data_parallel}; {_nearest_multiples(train.global_batch_size, samples)}"
+            f"size = {train.micro_batch_size} x {data_parallel}; {nearest_multiples(train.global_batch_size, samples)}"
         )
     if sizes.virtual_pipeline > 1 and (train.global_batch_size // samples) % sizes.pipeline:
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
             f"size x pipeline = {train.micro_batch_size} x {data_parallel} x {sizes.pipeline}, as "
-            f"parallel.virtual_pipeline needs; {_nearest_multiples(train.global_batch_size, samples * sizes.pipeline)}"
+            f"parallel.virtual_pipeline needs; {nearest_multiples(train.global_batch_size, samples * sizes.pipeline)}"
         )
 
 
@@ -180,7 +178,7 @@ def _check_dispatcher(recipe: Recipe) -> None:
         raise UserError("parallel.dispatcher: flex needs parallel.expert or expert_tensor above 1; use alltoall")
 
 
-def _nearest_multiples(number: int, multiple: int) -> str:
+def nearest_multiples(number: int, multiple: int) -> str:
     """The multiples on either side of a number, as the end of a sentence."""
     below = number // multiple * multiple
     found = [n for n in (below, below + multiple) if n > 0]

@@ -114,9 +114,9 @@ class StatsOfStep:
         for router in trainer.routers:
             sums_LC, balance, lpr = router.stats.take()
             n = moe_layers.index(router.layer_number - 1)
-            sums_NLC[n] += sums_LC.to(packed.device)
-            balance_N[n] += balance.to(packed.device)
-            lpr_N[n] += lpr.to(packed.device)
+            sums_NLC[n] += sums_LC
+            balance_N[n] += balance
+            lpr_N[n] += lpr
         self._votes.fill(said)
         dist.all_reduce(packed)
         self._packed = ToHost(packed)

@@ -132,7 +132,8 @@ def scramble(module: torch.nn.Module, *, seed: int = 0) -> None:
             if ".mlp.router." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
             elif "experts." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.add_(noise.to(parameter.device))
 
 
 def upcycle_base(recipe: Recipe, arch: Architecture, chunks: list[torch.nn.Module]) -> None:

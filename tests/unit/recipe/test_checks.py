@@ -50,14 +50,6 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
-def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    resetting = {"data": {"reset_attention": True}}
-    check_recipe(recipe(**resetting, model={"spec": "local"}), arch, 1)
-    with pytest.raises(UserError, match="Transformer Engine's attention; set model.spec: local"):
-        check_recipe(recipe(**resetting), arch, 1)
-
-
 def test_transformer_engine_that_is_not_there(arch, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not use_transformer_engine("auto")
