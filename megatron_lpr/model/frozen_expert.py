@@ -5,7 +5,7 @@ weights alone, and its tokens never enter the dispatcher: expert-parallel ranks 
 every original-language token here. Shapes: T tokens of this rank, H hidden, F FFN width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_lpr.platform.to_host import ToHost
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -74,19 +76,19 @@ class FrozenExpert(MegatronModule):
 
 
 def add_frozen_experts(
-    experts: Iterable[Any], x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor, counts_J: Sequence[int]
+    experts: Iterable[Any], counts_J: ToHost, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor
 ) -> Tensor:
     """sum over frozen experts j of probs[:, j] * FFN_j(x), computed for the tokens that chose j. Returns [T, H].
 
     Args:
         experts: FrozenExperts (to torch's ModuleList they are any modules).
+        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
         x_TH: FFN inputs of this rank's tokens.
         probs_TJ: renormalised routing weights of the frozen experts, zero where not chosen.
         chosen_TJ: bool.
-        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
     """
     output_TH = torch.zeros_like(x_TH)
-    for j, (expert, count) in enumerate(zip(experts, counts_J, strict=True)):
+    for j, (expert, count) in enumerate(zip(experts, counts_J.read().tolist(), strict=True)):
         # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows that
         # FP8 wants beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
         rows = expert.rows_for(count)
