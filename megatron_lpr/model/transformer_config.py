@@ -20,6 +20,7 @@ class LPRTransformerConfig(TransformerConfig):
     balance_per_sequence: bool = True
     lpr_coeff: float = 0.0
     lpr_double_softmax: bool = False
+    overlap_frozen: bool = False
 
     @property
     def num_moe_layers(self) -> int:
@@ -81,6 +82,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         balance_per_sequence=recipe.balance.group == "sequence",
         lpr_coeff=recipe.lpr.coeff,
         lpr_double_softmax=recipe.lpr.loss == "double_softmax",
+        overlap_frozen=_overlaps_frozen(recipe),
     )
 
 
@@ -129,6 +131,15 @@ def _parallel(recipe: Recipe) -> dict:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _overlaps_frozen(recipe: Recipe) -> bool:
+    sizes = recipe.parallel
+    if sizes.overlap_frozen != "auto":
+        return sizes.overlap_frozen == "on"
+    tokens_travel = sizes.expert * sizes.expert_tensor > 1
+    trains_all = recipe.train is not None and recipe.train.trainable == "all"
+    return torch.cuda.is_available() and tokens_travel and not trains_all
 
 
 def _recompute(recipe: Recipe) -> dict:

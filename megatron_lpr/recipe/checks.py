@@ -78,6 +78,7 @@ def _check_experts(recipe: Recipe) -> None:
             ("model.mlp_only_layers", model.mlp_only_layers, ()),
             ("parallel.expert", sizes.expert, 1),
             ("parallel.expert_tensor", sizes.expert_tensor, 1),
+            ("parallel.overlap_frozen", sizes.overlap_frozen, "auto"),
             ("optimizer.router_lr", recipe.optimizer.router_lr, None),
             ("balance.coeff", recipe.balance.coeff, 0),
             ("lpr.coeff", recipe.lpr.coeff, 0),

@@ -37,6 +37,8 @@ def check_layout(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _check_frozen(recipe, world_size)
     _check_dispatcher(recipe)
     _check_overlap(sizes)
+    if sizes.overlap_frozen == "on":
+        _check_overlap_frozen(recipe)
 
 
 def check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture) -> None:
@@ -136,6 +138,18 @@ def _check_overlap(sizes: ParallelConfig) -> None:
         for field in ("distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(sizes, field):
                 raise UserError(f"parallel.overlap_param_gather: true needs parallel.{field}: true")
+
+
+def _check_overlap_frozen(recipe: Recipe) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("parallel.overlap_frozen: on needs CUDA, whose streams run beside each other; leave it out")
+    if recipe.train is not None and recipe.train.trainable == "all":
+        raise UserError("parallel.overlap_frozen: on is not written for train.trainable: all; leave it out")
+    if recipe.parallel.frozen != "replicated":
+        raise UserError(
+            "parallel.overlap_frozen: on needs parallel.frozen: replicated, for what is gathered is let go of before "
+            "a second stream is done with it; set that, or leave it out"
+        )
 
 
 def _check_frozen(recipe: Recipe, world_size: int) -> None:

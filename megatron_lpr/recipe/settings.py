@@ -56,6 +56,9 @@ class ParallelConfig:
     distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = opt(False, "gather updated parameters while the next forward pass runs")
+    overlap_frozen: Literal["auto", "on", "off"] = opt(
+        "auto", "compute frozen experts on a second CUDA stream; `auto`: where tokens travel to new experts meanwhile"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
