@@ -67,7 +67,7 @@ check: $(STAMP)
 	$(MAKE) test-fast
 
 # Transformer Engine's Python alone, in a folder of its own: tests/helpers/te_on_cpu/README.md says why.
-TE_TESTS := tests/te tests/gpu/test_transformer_engine.py
+TE_TESTS := tests/te tests/gpu
 
 test-te: $(STAMP) .te-$(TE)/.installed
 	TE_ON_CPU=.te-$(TE) $(VENV)/bin/python -m pytest -q $(TE_TESTS) $(PYTEST_ARGS)

@@ -50,8 +50,17 @@ class LPRMoELayer(MoELayer):
         assert intermediate_tensors is None, "partial CUDA graphs of the MoE layer are not supported"
         tags_SB = tags_of_layer(arguments, len(hidden_states), self.attn_tp_group)
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB), None
+            return self._recomputed(hidden_states, tags_SB), None
         return self._forward(hidden_states, tags_SB), None
+
+    def _recomputed(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB)
+        # it computes again as it did before: Megatron's own would leave the FP8 context out, and say nothing
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(self._forward, False, tracker, self.attn_tp_group, hidden_states, tags_SB)
 
     def _forward(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
         probs_TE, chosen_TE = self.route(hidden_states, tags_SB)

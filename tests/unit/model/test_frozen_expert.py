@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from megatron_lpr.platform.to_host import ToHost
 
-CONFIG = SimpleNamespace(hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True)
+CONFIG = SimpleNamespace(
+    hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True, fp8=None
+)
 
 
 @pytest.fixture
