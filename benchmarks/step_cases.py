@@ -39,7 +39,7 @@ DOCUMENTS, CORPUS_TOKENS = 1024, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's config.json, and how much of it one 80 GB GPU (or two CPU cores) can train all of.
+    """A model's config.json, and how many of its layers one 80 GB GPU (or two CPU cores) can train all of.
 
     whole: layers of the model itself.
     """
@@ -50,7 +50,10 @@ class Shape:
     layers_on_cpu: int
     experts: int
     topk: int = 2
-    router_std: float = 0.02
+
+    def vocabulary(self, layers: int) -> int:
+        """Cut as the layers are, so that the output layer weighs what it weighs in the whole model."""
+        return max(1, round(self.config["vocab_size"] * layers / self.whole / 128)) * 128
 
 
 def _config(family: dict, hidden: int, ffn: int, heads: int, groups: int, vocab: int, **fields: Any) -> dict[str, Any]:
@@ -77,7 +80,7 @@ SHAPES = {
     # Qwen1.5-1.8B, the paper's
     "1.8B": Shape(config=_config(_QWEN, 2048, 5504, 16, 16, 151936), whole=24, layers=10, layers_on_cpu=1, experts=6),
     # Llama 3 8B
-    "8B": Shape(config=_config(_LLAMA, 4096, 14336, 32, 8, 128256), whole=32, layers=3, layers_on_cpu=1, experts=3),
+    "8B": Shape(config=_config(_LLAMA, 4096, 14336, 32, 8, 128256), whole=32, layers=4, layers_on_cpu=1, experts=3),
     # many small experts: SmolLM2-135M with an FFN of 128 channels, 8 of 64 experts for each token
     "small-experts": Shape(
         config=_SMOLLM | {"intermediate_size": 128}, whole=30, layers=30, layers_on_cpu=4, experts=64, topk=8
@@ -95,6 +98,7 @@ class Case:
     method: str
     precision: str
     layers: int
+    vocabulary: int
     experts: int
     spec: str = "auto"
     samples: int = 32
@@ -117,7 +121,7 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
         "name": case.name,
         "output": str(folder / "none"),
         "model": {
-            "base": str(folder / f"{case.shape}-{case.layers}"),
+            "base": str(folder / f"{case.shape}-{case.layers}-{case.vocabulary}"),
             "num_experts": case.experts,
             "topk": shape.topk,
             "dtype": "float32" if case.precision == "fp32" else "bfloat16",
@@ -147,9 +151,10 @@ def plan_of(case: Case, folder: Path) -> RandomPlan:
     """
     recipe = recipe_of(case, folder)
     assert recipe.data is not None and recipe.train is not None
-    shape, base = SHAPES[case.shape], Path(recipe.model.base)
+    base = Path(recipe.model.base)
     base.mkdir(exist_ok=True)
-    (base / "config.json").write_text(json.dumps(shape.config | {"num_hidden_layers": case.layers}))
+    size = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
+    (base / "config.json").write_text(json.dumps(SHAPES[case.shape].config | size))
     arch = read_architecture(base)
     check_recipe(recipe, arch, 1)
     check_fp8_here(recipe)

@@ -6,9 +6,10 @@ fixed shapes x methods x precisions, beside a plain Hugging Face style implement
     python benchmarks/train_step.py --shapes 135M --methods stage1 --precision bf16 --profile trace.json
 
 Nothing is read: weights and tokens are random. Models are cut in layers (--layers) until one 80 GB GPU holds all of
-`moe_full`. Operations are those of the matrix products of weights, from the closed form that the tests compare with
-PyTorch's counter, with the routing of each step; attention scores are left out. MFU is their share of the GPU's dense
-bf16 peak, in FP8 rows too. Parts are timed in one further step, under the profiler (step_parts.py).
+`moe_full`, and in their vocabulary as much, so that the output layer keeps its weight among the others. Operations are
+those of the matrix products of weights, from the closed form that the tests compare with PyTorch's counter, with the
+routing of each step; attention scores are left out. MFU is their share of the GPU's dense bf16 peak, in FP8 rows too.
+Parts are timed in one further step, under the profiler (step_parts.py).
 """
 
 import argparse
@@ -94,14 +95,16 @@ class Row:
 def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     for shape in options.shapes:
         known = SHAPES[shape]
-        layers = known.layers if device().type == "cuda" else known.layers_on_cpu
+        layers = options.layers or (known.layers if device().type == "cuda" else known.layers_on_cpu)
+        whole = known.config["vocab_size"]
         for precision in options.precision:
             for method in options.methods:
                 yield Case(
                     shape=shape,
                     method=method,
                     precision=precision,
-                    layers=options.layers or layers,
+                    layers=layers,
+                    vocabulary=whole if options.whole_vocabulary else known.vocabulary(layers),
                     experts=options.experts or known.experts,
                     spec=options.spec,
                     samples=options.samples,
@@ -226,6 +229,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precision, help="or a recipe of FP8")
     parser.add_argument("--spec", choices=("auto", "te", "local"), default="auto")
     parser.add_argument("--layers", type=int, help="of each model; without it as many as fit")
+    parser.add_argument("--whole-vocabulary", action="store_true", help="do not cut it along with the layers")
     parser.add_argument("--experts", type=int, help="frozen one included; without it 6, of 8B 3")
     parser.add_argument("--samples", type=int, default=32 if on_gpu else 8, help="of a step")
     parser.add_argument("--micro-batch", type=int, default=8 if on_gpu else 1, help="samples at once")
@@ -250,8 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in {case.shape: case for case in cases_of(options)}.values():
         shape = SHAPES[case.shape]
         print(
-            f"{case.shape}: {case.layers} of {shape.whole} layers, {case.experts} experts, top {shape.topk}; a step "
-            f"has {case.samples} samples of {case.seq_length} tokens, {case.micro_batch} at once"
+            f"{case.shape}: {case.layers} of {shape.whole} layers, {case.vocabulary:,} of "
+            f"{shape.config['vocab_size']:,} tokens of the vocabulary, {case.experts} experts, top {shape.topk}; a "
+            f"step has {case.samples} samples of {case.seq_length} tokens, {case.micro_batch} at once"
         )
     print("memory: frozen weights + weights that learn + gradients + optimizer state\n", flush=True)
     rows = run(options)

@@ -23,7 +23,12 @@ def test_rows(tmp_path, capsys, megatron_imported):
 
     results = tmp_path / "results.json"
     asked = ["--shapes", "tiny", "--methods", "stage1", "moe_full", "dense", "--precision", "fp32", "mxfp8"]
-    assert train_step.main([*asked, "--seq-length", str(LENGTH), "--rounds", "1", "--json", str(results)]) == 0
+    assert (
+        train_step.main(
+            [*asked, "--samples", "2", "--seq-length", str(LENGTH), "--rounds", "1", "--json", str(results)]
+        )
+        == 0
+    )
     tree = json.loads(results.read_text())
     assert tree["versions"]["torch"] == torch.__version__
     rows = {(row["case"]["method"], row["case"]["precision"], row["by"]): row for row in tree["rows"]}
@@ -64,6 +69,14 @@ def test_a_row_that_fails_is_said(capsys, monkeypatch, megatron_imported):
     assert printed.out.count("not run: RuntimeError: it broke |") == 2 and "Traceback" in printed.err
 
 
+def test_cut_models_keep_their_proportions():
+    from step_cases import SHAPES
+
+    for shape in SHAPES.values():
+        assert shape.vocabulary(shape.whole) == shape.config["vocab_size"]
+    assert SHAPES["8B"].vocabulary(4) == 128256 // 8 // 128 * 128
+
+
 @pytest.mark.parametrize("method", ["stage1", "stage2", "dense"])
 def test_baseline_is_the_method(tmp_path, megatron, method):
     from step_cases import SHAPES, Case, plan_of
@@ -72,13 +85,21 @@ def test_baseline_is_the_method(tmp_path, megatron, method):
     from megatron_lpr.training.optimizer import trainable_parameters
     from megatron_lpr.training.train import Trainer
 
-    write_toy_model(tmp_path / "tiny-2", dtype="bfloat16", **SHAPES["tiny"].config | {"num_hidden_layers": 2})
+    write_toy_model(tmp_path / "tiny-2-256", dtype="bfloat16", **SHAPES["tiny"].config | {"num_hidden_layers": 2})
     case = Case(
-        shape="tiny", method=method, precision="fp32", layers=2, experts=4, samples=4, micro_batch=2, seq_length=LENGTH
+        shape="tiny",
+        method=method,
+        precision="fp32",
+        layers=2,
+        vocabulary=256,
+        experts=4,
+        samples=4,
+        micro_batch=2,
+        seq_length=LENGTH,
     )
     plan = plan_of(case, tmp_path)
     trainer, plain = Trainer(plan), Plain(case, plan)
-    base = load_file(tmp_path / "tiny-2" / "model.safetensors")
+    base = load_file(tmp_path / "tiny-2-256" / "model.safetensors")
     with torch.no_grad():
         for name, parameter in plain.model.named_parameters():
             if ".gate." not in name:
