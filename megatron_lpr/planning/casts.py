@@ -1,7 +1,8 @@
 """FP8 copies of weights, which the linear layers multiply by: one byte of each number, and another of it transposed.
 
-The second is what a gradient of the layer's input reads: nothing of it is there where nothing below learns. They stay
-from step to step; those of frozen weights are all that there is of these with `fp8.frozen_weights: fp8`. A sharded
+The second is what a gradient of the layer's input reads: nothing of it is there where nothing below learns, but of a
+linear layer with the norm before it, which casts both ways whatever is asked, unless the copy is all there is. They
+stay from step to step; those of frozen weights are all that there is of these with `fp8.frozen_weights: fp8`. A sharded
 weight is cast whenever it is gathered, and its copy does not stay.
 """
 
@@ -39,7 +40,12 @@ def cast_bytes(recipe: Recipe, chunks: Sequence[Sequence[Parameter]], layers: La
     """What a rank keeps of all its weights, scales included."""
     in_fp8, place = layers_in_fp8(recipe, arch), layers.place
     return sum(
-        of_weight(recipe.fp8.recipe, parameter, transposed=_has_input_gradient(parameter, layers))
+        of_weight(
+            recipe.fp8.recipe,
+            parameter,
+            transposed=_has_input_gradient(parameter, layers)
+            or (_has_norm(parameter) and not has_no_other(recipe, parameter, in_fp8)),
+        )
         for parameter in _kept(chunks, in_fp8, place)
     )
 
@@ -52,6 +58,10 @@ def _has_input_gradient(parameter: Parameter, layers: Layers) -> bool:
     # the router's weights, which learn, come before the second layer of a new expert
     above_router = ".mlp.experts." in parameter.name and ".linear_fc2." in parameter.name
     return above_router or layers.below_learns[int(parameter.name.split(".")[2])]
+
+
+def _has_norm(parameter: Parameter) -> bool:
+    return ".linear_qkv." in parameter.name or parameter.name.endswith(".mlp.linear_fc1.weight")
 
 
 def of_weight(recipe: str, parameter: Parameter, *, transposed: bool) -> int:

@@ -9,22 +9,22 @@ from megatron_lpr.testing.toy_models import write_toy_model
 STEPS = {"ntp_loss": 2e-2, "balance_loss": 5e-2, "grad_norm": 0.15}
 
 
-def in_fp8(recipe: str, recompute: str = "none", **parallel: int) -> dict:
+def in_fp8(recipe: str, recompute: str = "none", frozen_weights: str = "bf16", **parallel: int | str) -> dict:
     return {
         "model": {"spec": "te", "dtype": "bfloat16"},
         # 32 tokens of a pass, 16 of them on each of two tensor-parallel ranks
         "train": {"micro_batch_size": 2, "recompute": recompute},
-        "fp8": {"recipe": recipe},
+        "fp8": {"recipe": recipe, "frozen_weights": frozen_weights},
         "parallel": parallel,
     }
 
 
 CASES = {
     "tensorwise": [
-        (in_fp8("tensorwise", tensor=2), in_fp8("tensorwise", expert=2)),
-        (in_fp8("tensorwise", expert=2), in_fp8("tensorwise", "selective", tensor=2, expert=2)),
+        (in_fp8("tensorwise", tensor=2), in_fp8("tensorwise", expert=2, frozen="sharded")),
+        (in_fp8("tensorwise", expert=2), in_fp8("tensorwise", "selective", "fp8", tensor=2, expert=2)),
     ],
-    "blockwise": [(in_fp8("blockwise", expert=2), in_fp8("blockwise", "full", pipeline=2))],
+    "blockwise": [(in_fp8("blockwise", expert=2), in_fp8("blockwise", "full", "fp8", pipeline=2))],
 }
 
 
