@@ -39,7 +39,7 @@ def te_duplicated_linear(input_size: int, output_size: int, *, config: Transform
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
 
-    return TEDuplicatedLinear(
+    linear = TEDuplicatedLinear(
         input_size,
         output_size,
         parallel_mode="duplicated",
@@ -49,6 +49,9 @@ def te_duplicated_linear(input_size: int, output_size: int, *, config: Transform
         skip_bias_add=False,
         skip_weight_param_allocation=False,
     )
+    # Transformer Engine marks every weight as a part of one; Megatron would count it once for each tensor-parallel rank
+    linear.weight.tensor_model_parallel = False
+    return linear
 
 
 class FrozenExpert(MegatronModule):

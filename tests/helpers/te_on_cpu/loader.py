@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,9 +51,20 @@ def install(te_path: str | os.PathLike) -> None:
     del os.environ["NVTE_PROJECT_BUILDING"]
     importlib.import_module("transformer_engine.pytorch")
     _answer_capability_checks()
-    distributed = importlib.import_module("transformer_engine.pytorch.distributed")
-    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # for its checkpoint()
-    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _replace(
+        _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),  # for TE's checkpoint()
+        _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        canonicalize_device=lambda device: torch.device("meta" if str(device) == "meta" else "cpu"),
+    )
+
+
+def _replace(**functions: Callable) -> None:
+    """In every module of TE that has imported them."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformer_engine.")]
+    for name, function in functions.items():
+        for module in modules:
+            if name in vars(module):
+                setattr(module, name, function)
 
 
 def _load_nothing(framework: str) -> None:
