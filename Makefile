@@ -5,6 +5,7 @@
 #                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
 #   MEGATRON         version of megatron-core, as 0.19.2; without it what pip chooses for this Python: 0.16.1 for 3.11.
 #                    Give such an environment a folder of its own: make test MEGATRON=0.19.2 VENV=.venv-megatron-0.19
+#   TE               version of Transformer Engine whose compiled part `make test-te` emulates
 #   TESTS            what `make test` runs, as tests/unit
 #   WORKERS          processes that `make test` runs the unit tests in
 #   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
@@ -17,6 +18,7 @@ VENV ?= .venv
 VENV4 := .venv-transformers4
 TORCH ?= torch==2.13.0
 MEGATRON ?=
+TE ?= 2.11.0
 TESTS ?= tests
 WORKERS ?= 2
 TRANSFORMERS4 ?= transformers==4.57.6
@@ -29,13 +31,14 @@ comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv venv-transformers4 quickstart test test-fast check fuzz clean
+.PHONY: help venv venv-transformers4 quickstart test test-fast test-te check fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
 	@echo "make test-fast   run the unit tests that need neither Megatron-Core nor seconds (a minute)"
 	@echo "make check       style, types and test-fast: what CI looks at first"
 	@echo "make test        run the tests"
+	@echo "make test-te     run the tests that need Transformer Engine, with its compiled part emulated on the CPU"
 	@echo "make fuzz        feed corrupt corpora to the C++ sampler, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
 	@echo "make venv-transformers4  install transformers 4 into $(VENV4), for the tests that read exports with it"
@@ -62,6 +65,19 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
 	$(MAKE) test-fast
+
+# Transformer Engine's Python alone, in a folder of its own: tests/helpers/te_on_cpu/README.md says why.
+TE_TESTS := tests/te tests/gpu
+
+test-te: $(STAMP) .te-$(TE)/.installed
+	TE_ON_CPU=.te-$(TE) $(VENV)/bin/python -m pytest -q $(TE_TESTS) $(PYTEST_ARGS)
+
+.te-$(TE)/.installed: | $(STAMP)
+	@rm -rf $(@D)
+	$(VENV)/bin/python -m pip install --no-deps --target $(@D) "transformer_engine==$(TE)" || \
+	    { echo "make test-te needs the package transformer_engine $(TE), which pip could not fetch: unpack its wheel" \
+	    "into $(@D) and touch $@" >&2; exit 1; }
+	@touch $@
 
 # clang++ makes a libFuzzer target, which finds its own way; any other compiler the driver with mutations of its own.
 fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))
@@ -97,5 +113,5 @@ $(VENV4)/.installed:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV4) .venv-megatron-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV4) .venv-megatron-* .te-* build *.egg-info megatron_lpr/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find megatron_lpr tests tools examples -name __pycache__ -prune -exec rm -rf {} +

@@ -2,23 +2,29 @@
 
 `make test-fast` runs the unit tests that need neither Megatron-Core nor processes of their own nor seconds:
 `pytest -m fast tests/unit`. What uses Megatron-Core has the mark `megatron`: CI repeats that on the newest version.
+`make test-te` runs what needs Transformer Engine, on the emulation in tests/helpers/te_on_cpu.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; tiny tensors gain nothing from threads
 
+import functools
 import gc
 import sys
 from pathlib import Path
 from types import CodeType
 
 import pytest
+import te_on_cpu
 
+from megatron_lpr.testing.run_distributed import RankProcesses
 from megatron_lpr.testing.toy_models import write_toy_model
 
+te_on_cpu.install_on_import()  # where the environment says so, before Megatron-Core is imported
+
 TESTS = Path(__file__).parent
-FOLDERS = ("distributed", "e2e", "gpu", "unit/model", "unit/training", "unit/platform")
+FOLDERS = ("distributed", "e2e", "gpu", "te", "unit/model", "unit/training", "unit/platform")
 WITH_MEGATRON = {TESTS / folder for folder in FOLDERS}
 SLOW = {TESTS / "unit/conversion"}  # whole models are written and read, small as they are
 PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}
@@ -108,3 +114,13 @@ def toy_base(tmp_path_factory):
 def toy_tied(tmp_path_factory):
     """The same size with tied embeddings."""
     return write_toy_model(tmp_path_factory.mktemp("toy") / "tied", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def on_ranks():
+    """on_ranks(func, world_size, *args): as `run_distributed`, in processes that stay for the next test.
+
+    Importing torch and Megatron costs seconds in each.
+    """
+    with RankProcesses() as processes:
+        yield functools.partial(processes.run, timeout_seconds=900.0)

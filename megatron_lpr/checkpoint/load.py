@@ -53,7 +53,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         model = unwrap_model(chunk)
         others = {name for name, parameter in model.named_parameters() if is_sharded(parameter)}
         differing = model.load_state_dict(own, strict=False)
-        weights = [key for keys in differing for key in keys if holds(held, key) and not key.endswith(EXTRA_STATE)]
+        weights = [key for keys in differing for key in keys if holds(held, key) and not _is_extra_state(key)]
         weights = [key for key in weights if key not in others]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
@@ -80,9 +80,12 @@ def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:
     Transformer Engine's modules have one where the local ones have none, as in norms: a checkpoint written with one
     spec would not load with the other. And Transformer Engine unpickles it, whatever it is.
     """
-    return {
-        name: entry for name, entry in model.items() if not name.endswith(EXTRA_STATE) and not isinstance(entry, list)
-    }
+    return {name: entry for name, entry in model.items() if not _is_extra_state(name) and not isinstance(entry, list)}
+
+
+def _is_extra_state(name: str) -> bool:
+    """Of a module, or of one of the experts of a grouped one, which are numbered from the second on."""
+    return name.rpartition(".")[2].startswith(EXTRA_STATE)
 
 
 def _reason(error: BaseException) -> str:

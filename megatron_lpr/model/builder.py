@@ -16,6 +16,7 @@ from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel
+from megatron_lpr.platform import on_leave
 from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
@@ -46,6 +47,8 @@ def init_model_parallel(sizes: ParallelConfig, timeout_minutes: float = 30.0) ->
 def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
     """Build the chunks of this pipeline rank with uninitialised weights: load_dense or a checkpoint fills them."""
     te = use_transformer_engine(recipe.model.spec)
+    if te:
+        _forget_fp8_with_the_layout()
     config = transformer_config(recipe, arch, te)
     virtual = recipe.parallel.virtual_pipeline
     counts = GlobalCounts()
@@ -74,6 +77,13 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
             chunk.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         chunks.append(chunk)
     return chunks
+
+
+def _forget_fp8_with_the_layout() -> None:
+    """Transformer Engine keeps FP8 maxima of every module that ever ran, and would reduce them in groups now gone."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    on_leave(FP8GlobalStateManager.reset)
 
 
 def named_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:

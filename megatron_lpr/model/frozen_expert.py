@@ -5,13 +5,17 @@ weights alone, and its tokens never enter the dispatcher: expert-parallel ranks 
 every original-language token here. Shapes: T tokens of this rank, H hidden, F FFN width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_lpr.platform.to_host import ToHost
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -35,7 +39,7 @@ def te_duplicated_linear(input_size: int, output_size: int, *, config: Transform
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
 
-    return TEDuplicatedLinear(
+    linear = TEDuplicatedLinear(
         input_size,
         output_size,
         parallel_mode="duplicated",
@@ -45,6 +49,9 @@ def te_duplicated_linear(input_size: int, output_size: int, *, config: Transform
         skip_bias_add=False,
         skip_weight_param_allocation=False,
     )
+    # Transformer Engine marks every weight as a part of one; Megatron would count it once for each tensor-parallel rank
+    linear.weight.tensor_model_parallel = False
+    return linear
 
 
 class FrozenExpert(MegatronModule):
@@ -63,22 +70,33 @@ class FrozenExpert(MegatronModule):
         gate_TF, up_TF = self.linear_fc1(x_TH).chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate_TF) * up_TF)
 
+    def rows_for(self, tokens: int) -> int:
+        """Rows of its products for so many tokens: in FP8 a multiple of 16 (MXFP8: 32), and never none."""
+        if not self.config.fp8:
+            return tokens
+        multiple = get_align_size_for_quantization(self.config)
+        return max(1, -(-tokens // multiple)) * multiple
+
 
 def add_frozen_experts(
-    experts: torch.nn.ModuleList, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor, counts_J: Sequence[int]
+    experts: Iterable[Any], counts_J: ToHost, x_TH: Tensor, probs_TJ: Tensor, chosen_TJ: Tensor
 ) -> Tensor:
     """sum over frozen experts j of probs[:, j] * FFN_j(x), computed for the tokens that chose j. Returns [T, H].
 
     Args:
+        experts: FrozenExperts (to torch's ModuleList they are any modules).
+        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
         x_TH: FFN inputs of this rank's tokens.
         probs_TJ: renormalised routing weights of the frozen experts, zero where not chosen.
         chosen_TJ: bool.
-        counts_J: how many tokens chose each; the host must know, for the products are of so many rows.
     """
     output_TH = torch.zeros_like(x_TH)
-    for j, (expert, count) in enumerate(zip(experts, counts_J, strict=True)):
-        # those that chose it, in their order; `nonzero` would wait for the device to tell how many there are
-        tokens = chosen_TJ[:, j].to(torch.uint8).argsort(descending=True, stable=True)[:count]
+    for j, (expert, count) in enumerate(zip(experts, counts_J.read().tolist(), strict=True)):
+        # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows that
+        # FP8 wants beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
+        rows = expert.rows_for(count)
+        assert rows <= len(x_TH), f"{len(x_TH)} tokens are too few for {rows} rows"
+        tokens = chosen_TJ[:, j].to(torch.uint8).argsort(descending=True, stable=True)[:rows]
         weight_T1 = probs_TJ[:, j].index_select(0, tokens)[:, None].to(x_TH.dtype)
         output_TH = output_TH.index_add(0, tokens, expert(x_TH.index_select(0, tokens)) * weight_T1)
     return output_TH

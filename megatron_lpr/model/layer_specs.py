@@ -63,8 +63,12 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def _te_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
+    from megatron_lpr.model.te_attention import TEDocumentAttention
+
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=True) if has_experts else {}
-    return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts))
+    layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts))
+    layer.submodules.self_attention.submodules.core_attention = TEDocumentAttention
+    return layer
 
 
 def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:

@@ -3,6 +3,8 @@
 Shapes: S positions of this rank, B sequences, T = S*B, H hidden, E experts, J frozen experts.
 """
 
+from functools import partial
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -13,6 +15,7 @@ from megatron_lpr.model.dispatchers import DISPATCHERS
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, FrozenExpert, add_frozen_experts
 from megatron_lpr.model.passengers import tags_of_layer
 from megatron_lpr.model.transformer_config import LPRTransformerConfig
+from megatron_lpr.platform.side_stream import Beside, InTurn
 from megatron_lpr.platform.to_host import ToHost
 
 
@@ -47,25 +50,32 @@ class LPRMoELayer(MoELayer):
         assert intermediate_tensors is None, "partial CUDA graphs of the MoE layer are not supported"
         tags_SB = tags_of_layer(arguments, len(hidden_states), self.attn_tp_group)
         if self.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB), None
+            return self._recomputed(hidden_states, tags_SB), None
         return self._forward(hidden_states, tags_SB), None
+
+    def _recomputed(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(self._forward, False, hidden_states, tags_SB)
+        # it computes again as it did before: Megatron's own would leave the FP8 context out, and say nothing
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(self._forward, False, tracker, self.attn_tp_group, hidden_states, tags_SB)
 
     def _forward(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
         probs_TE, chosen_TE = self.route(hidden_states, tags_SB)
         frozen = len(self.frozen_experts)
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         counts = ToHost(chosen_TE[:, :frozen].sum(0))
+        schedule = Beside if self.config.overlap_frozen else InTurn
+        frozen_work = schedule(x_TH, probs_TE[:, :frozen], chosen_TE[:, :frozen])
         dispatched, probs = self.preprocess(
             hidden_states, probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
         )
         dispatched, probs = self.dispatch(dispatched, probs)
+        # Beside the main stream the frozen experts begin now, while tokens travel; in turn they are computed last.
+        # Their counts are read when the dispatcher has waited for the device (that of all-gathers is about to).
+        frozen_work.start(partial(add_frozen_experts, self.frozen_experts, counts))
         routed, _ = self.routed_experts_compute(dispatched, probs)
-        # every dispatcher has waited for the device by now, to know how many tokens its experts compute
-        frozen_TH = add_frozen_experts(
-            self.frozen_experts,
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            probs_TE[:, :frozen],
-            chosen_TE[:, :frozen],
-            counts.read().tolist(),
-        )
         routed = self.postprocess(self.combine(routed), None)
-        return routed + frozen_TH.view_as(routed)
+        return routed + frozen_work.output().view_as(routed)

@@ -6,19 +6,34 @@ first, the document numbers that of the second. Only this module knows. Shapes: 
 
     tags       int64: 0 padding, > 0 original language, < 0 expanded; language + 1 is the absolute value. None: nothing
                is collected and no loss is attached, as in inference.
-    documents  integers, of the whole sequence on every context-parallel rank; None: attention is causal and no more.
+    documents  None: attention is causal and no more. Else what `for_attention` makes of their numbers.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def passengers(tags_BS: Tensor | None, documents_BS: Tensor | None = None) -> dict[str, Tensor | None]:
+def passengers(tags_BS: Tensor | None, documents: Tensor | None = None) -> dict[str, Tensor | None]:
     """The keyword arguments of a GPTModel that carry both. The core attention gets the documents by position."""
-    return {"padding_mask": tags_BS, "attention_mask": documents_BS}
+    return {"padding_mask": tags_BS, "attention_mask": documents}
+
+
+def for_attention(documents_BS: np.ndarray, *, te: bool, context_parallel: int) -> np.ndarray:
+    """What the core attention knows documents by.
+
+    torch's takes their numbers [B, S], of the whole sequence on every context-parallel rank. Transformer Engine's takes
+    the places where they begin in the sequences laid end to end, and the end: int32 [K + 1] of K documents. These are
+    found here, on the host: to find them on the device would be to wait for it.
+    """
+    if not te or context_parallel > 1:
+        return documents_BS
+    begins_BS = np.ones(documents_BS.shape, bool)
+    begins_BS[:, 1:] = documents_BS[:, 1:] != documents_BS[:, :-1]
+    return np.append(np.flatnonzero(begins_BS), documents_BS.size).astype(np.int32)
 
 
 def tags_of_layer(arguments: Mapping[str, Any], positions: int, group: ProcessGroup) -> Tensor | None:

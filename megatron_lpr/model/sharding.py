@@ -14,6 +14,7 @@ they have: a frozen expert is called with none too.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -52,8 +53,10 @@ def build_frozen(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         chunks = build_model(recipe, arch)
         freeze(chunks, trainable)
         return chunks
+    # FSDP2 lets go of gathered weights on the main stream, while a side stream may still compute with them
+    parallel = dataclasses.replace(recipe.parallel, overlap_frozen="off")
     with _parameters_without_memory():
-        chunks = build_model(recipe, arch)
+        chunks = build_model(dataclasses.replace(recipe, parallel=parallel), arch)
     on_leave(functools.partial(_release, chunks))
     freeze(chunks, trainable)
     for chunk in chunks:

@@ -20,6 +20,7 @@ class LPRTransformerConfig(TransformerConfig):
     balance_per_sequence: bool = True
     lpr_coeff: float = 0.0
     lpr_double_softmax: bool = False
+    overlap_frozen: bool = False
 
     @property
     def num_moe_layers(self) -> int:
@@ -49,6 +50,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         **_architecture(arch),
         **_parallel(recipe),
         **_recompute(recipe),
+        **_fp8(recipe),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -80,6 +82,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         balance_per_sequence=recipe.balance.group == "sequence",
         lpr_coeff=recipe.lpr.coeff,
         lpr_double_softmax=recipe.lpr.loss == "double_softmax",
+        overlap_frozen=_overlaps_frozen(recipe),
     )
 
 
@@ -130,6 +133,15 @@ def _parallel(recipe: Recipe) -> dict:
     )
 
 
+def _overlaps_frozen(recipe: Recipe) -> bool:
+    sizes = recipe.parallel
+    if sizes.overlap_frozen != "auto":
+        return sizes.overlap_frozen == "on"
+    tokens_travel = sizes.expert * sizes.expert_tensor > 1
+    trains_all = recipe.train is not None and recipe.train.trainable == "all"
+    return torch.cuda.is_available() and tokens_travel and not trains_all
+
+
 def _recompute(recipe: Recipe) -> dict:
     mode = recipe.train.recompute if recipe.train else "none"
     if mode == "full":
@@ -138,6 +150,24 @@ def _recompute(recipe: Recipe) -> dict:
         modules = ["moe"] if recipe.model.num_experts else ["mlp"]
         return dict(recompute_granularity="selective", recompute_modules=modules)
     return {}
+
+
+def _fp8(recipe: Recipe) -> dict:
+    """Megatron's own block enters Transformer Engine's FP8 context for each layer by these; only training has it.
+
+    Parameters stay bfloat16 (`fp8_param`): those in FP8 would be filled slice by slice, each with another scale.
+    """
+    settings = recipe.fp8
+    if settings.recipe == "none" or recipe.train is None:
+        return {}
+    own = "hybrid" if settings.recipe == "tensorwise" else "e4m3"
+    return dict(
+        fp8=own if settings.format == "auto" else settings.format,
+        fp8_recipe=settings.recipe,
+        first_last_layers_bf16=settings.bf16_layers_at_start + settings.bf16_layers_at_end > 0,
+        num_layers_at_start_in_bf16=settings.bf16_layers_at_start,
+        num_layers_at_end_in_bf16=settings.bf16_layers_at_end,
+    )
 
 
 def _leave_empty(weight: torch.Tensor) -> torch.Tensor:

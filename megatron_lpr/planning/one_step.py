@@ -64,12 +64,12 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
         update(optimizer)
     learns = [parameter for parameter in parameters if parameter.requires_grad]
     memory = RankMemory(
-        frozen=_bytes(parameter for parameter in parameters if not parameter.requires_grad),
-        trained=_bytes(learns),
-        gradients=_bytes(
+        frozen=bytes_of(parameter for parameter in parameters if not parameter.requires_grad),
+        trained=bytes_of(learns),
+        gradients=bytes_of(
             buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
         ),
-        optimizer=_bytes(_optimizer_tensors(optimizer, learns)),
+        optimizer=bytes_of(optimizer_tensors(optimizer, learns)),
         activations=saved.peaks["activations"],
         gathered=gathered.peak,
         logits=saved.peaks["logits"],
@@ -85,11 +85,11 @@ def _plainly_causal(queries: int, keys: int) -> None:
     """
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _optimizer_tensors(optimizer: MegatronOptimizer, weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def optimizer_tensors(optimizer: MegatronOptimizer, weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     """fp32 weights that are not the model's own, and moments; a count of steps is no moment."""
     model = {weight.untyped_storage()._cdata for weight in weights}
     for one in optimizer.chained_optimizers:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.families.expansion import Expansion, check_upcycling
+from megatron_lpr.recipe.fp8 import check_fp8
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import DataConfig, LoggingConfig, ModelConfig, Recipe, TrainConfig
@@ -34,6 +35,7 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         check_seq_length(recipe.data.seq_length, recipe.parallel, arch)
         check_batch(recipe.train, recipe.parallel, world_size)
         check_logging(recipe.logging, steps=recipe.train.steps, world_size=world_size)
+    check_fp8(recipe, arch)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
@@ -76,6 +78,7 @@ def _check_experts(recipe: Recipe) -> None:
             ("model.mlp_only_layers", model.mlp_only_layers, ()),
             ("parallel.expert", sizes.expert, 1),
             ("parallel.expert_tensor", sizes.expert_tensor, 1),
+            ("parallel.overlap_frozen", sizes.overlap_frozen, "auto"),
             ("optimizer.router_lr", recipe.optimizer.router_lr, None),
             ("balance.coeff", recipe.balance.coeff, 0),
             ("lpr.coeff", recipe.lpr.coeff, 0),
@@ -161,8 +164,3 @@ def _check_attention(recipe: Recipe, data: DataConfig) -> None:
         return
     if data.windows == "document":
         raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")
-    if use_transformer_engine(recipe.model.spec):
-        raise UserError(
-            "data.reset_attention: true is not written for Transformer Engine's attention; set model.spec: local, or "
-            "data.windows: document"
-        )

@@ -37,6 +37,8 @@ def check_layout(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     _check_frozen(recipe, world_size)
     _check_dispatcher(recipe)
     _check_overlap(sizes)
+    if sizes.overlap_frozen == "on":
+        _check_overlap_frozen(recipe)
 
 
 def check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture) -> None:
@@ -46,9 +48,7 @@ def check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture)
     if sizes.context > 1:
         parts, of = 2 * sizes.context * parts, f"2 x parallel.context ({sizes.context}) x {of}"
     if seq_length % parts:
-        raise UserError(
-            f"data.seq_length: {seq_length} is no multiple of {of}; {_nearest_multiples(seq_length, parts)}"
-        )
+        raise UserError(f"data.seq_length: {seq_length} is no multiple of {of}; {nearest_multiples(seq_length, parts)}")
     positions = arch.max_position_embeddings
     if seq_length > positions:
         way_out = f"choose {positions // parts * parts} at most" if parts <= positions else "use smaller sizes"
@@ -65,13 +65,13 @@ def check_batch(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> N
     if train.global_batch_size % samples:
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
-            f"size = {train.micro_batch_size} x {data_parallel}; {_nearest_multiples(train.global_batch_size, samples)}"
+            f"size = {train.micro_batch_size} x {data_parallel}; {nearest_multiples(train.global_batch_size, samples)}"
         )
     if sizes.virtual_pipeline > 1 and (train.global_batch_size // samples) % sizes.pipeline:
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} is no multiple of micro_batch_size x data-parallel "
             f"size x pipeline = {train.micro_batch_size} x {data_parallel} x {sizes.pipeline}, as "
-            f"parallel.virtual_pipeline needs; {_nearest_multiples(train.global_batch_size, samples * sizes.pipeline)}"
+            f"parallel.virtual_pipeline needs; {nearest_multiples(train.global_batch_size, samples * sizes.pipeline)}"
         )
 
 
@@ -140,6 +140,18 @@ def _check_overlap(sizes: ParallelConfig) -> None:
                 raise UserError(f"parallel.overlap_param_gather: true needs parallel.{field}: true")
 
 
+def _check_overlap_frozen(recipe: Recipe) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("parallel.overlap_frozen: on needs CUDA, whose streams run beside each other; leave it out")
+    if recipe.train is not None and recipe.train.trainable == "all":
+        raise UserError("parallel.overlap_frozen: on is not written for train.trainable: all; leave it out")
+    if recipe.parallel.frozen != "replicated":
+        raise UserError(
+            "parallel.overlap_frozen: on needs parallel.frozen: replicated, for what is gathered is let go of before "
+            "a second stream is done with it; set that, or leave it out"
+        )
+
+
 def _check_frozen(recipe: Recipe, world_size: int) -> None:
     if recipe.parallel.frozen != "sharded" or recipe.train is None:
         return
@@ -166,7 +178,7 @@ def _check_dispatcher(recipe: Recipe) -> None:
         raise UserError("parallel.dispatcher: flex needs parallel.expert or expert_tensor above 1; use alltoall")
 
 
-def _nearest_multiples(number: int, multiple: int) -> str:
+def nearest_multiples(number: int, multiple: int) -> str:
     """The multiples on either side of a number, as the end of a sentence."""
     below = number // multiple * multiple
     found = [n for n in (below, below + multiple) if n > 0]

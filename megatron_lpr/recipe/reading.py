@@ -143,8 +143,9 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return _convert(next(a for a in arguments if a is not type(None)), value, where, name)
     if origin is typing.Literal:
         if isinstance(value, bool):
-            # YAML reads the words true and off as bools
-            value = "off" if value is False and "off" in arguments else str(value).lower()
+            # YAML reads the words true, on and off as bools
+            word = "on" if value else "off"
+            value = word if word in arguments else str(value).lower()
         if value not in arguments:
             raise UserError(f"{where}: {name}: unknown value '{value}'{nearest(str(value), arguments)}")
         return value

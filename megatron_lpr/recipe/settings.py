@@ -56,6 +56,24 @@ class ParallelConfig:
     distributed_optimizer: bool = opt(True, "shard optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = opt(False, "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = opt(False, "gather updated parameters while the next forward pass runs")
+    overlap_frozen: Literal["auto", "on", "off"] = opt(
+        "auto", "compute frozen experts on a second CUDA stream; `auto`: where tokens travel to new experts meanwhile"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Config:
+    """Linear layers that multiply 8-bit numbers while a model trains; whatever else there is stays as it is."""
+
+    recipe: Literal["none", "tensorwise", "blockwise", "mxfp8"] = opt(
+        "none", "what shares a scale: a tensor, 128 numbers of it (weights: 128 x 128), or 32 (Blackwell); none: no FP8"
+    )
+    format: Literal["auto", "hybrid", "e4m3"] = opt(
+        "auto", "`hybrid` has gradients in e5m2, all else in e4m3; `auto` is hybrid for tensorwise, e4m3 otherwise"
+    )
+    bf16_layers_at_start: int = opt(0, "first layers of the model that stay in bfloat16", at_least=0)
+    bf16_layers_at_end: int = opt(0, "last layers of the model that do", at_least=0)
+    frozen_weights: Literal["bf16", "fp8"] = opt("bf16", "what frozen weights of linear layers are held in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +249,7 @@ class Recipe:
     data: DataConfig | None = opt(None, "training data")
     train: TrainConfig | None = opt(None, "training")
     parallel: ParallelConfig = opt(ParallelConfig(), "parallel sizes")
+    fp8: Fp8Config = opt(Fp8Config(), "8-bit products")
     balance: BalanceConfig = opt(BalanceConfig(), "load-balancing loss")
     lpr: LPRConfig = opt(LPRConfig(), "Language Priors Routing loss")
     optimizer: OptimizerConfig = opt(OptimizerConfig(), "optimizer and learning-rate schedule")

@@ -36,6 +36,7 @@ from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.fp8 import check_fp8_here
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
 from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
@@ -137,6 +138,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     world_size = ranks.world_size if world_size is None else world_size
     arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
+    check_fp8_here(recipe)
     assert data is not None
     manifest = Manifest.load(data.manifest)
     tokenizer = _checked_tokenizer(recipe, arch, manifest)

@@ -4,7 +4,7 @@ Shapes: B samples, S positions of a micro-batch, L languages.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_lpr.data.sampler.batches import MicroBatches, RankLayout
 from megatron_lpr.data.sampler.replay_sampler import Batch
 from megatron_lpr.losses import GlobalCounts, next_token_loss, token_loss_sums
-from megatron_lpr.model.passengers import passengers
+from megatron_lpr.model.passengers import for_attention, passengers
 from megatron_lpr.platform import device
+from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.training.plan import Plan
 
 
@@ -36,8 +37,13 @@ def forward_backward(
     """Accumulate the gradients of this rank's micro-batches of a step; returns this rank's part of the losses."""
     sizes = plan.train
     data_parallel = parallel_state.get_data_parallel_world_size()
+    of_documents = functools.partial(
+        for_attention,
+        te=use_transformer_engine(plan.recipe.model.spec),
+        context_parallel=plan.recipe.parallel.context,
+    )
     reported = get_forward_backward_func()(
-        forward_step_func=functools.partial(_forward_step, counts),
+        forward_step_func=functools.partial(_forward_step, counts, of_documents),
         data_iterator=batches if len(chunks) > 1 else batches[0],
         model=chunks,
         num_microbatches=sizes.global_batch_size // (sizes.micro_batch_size * data_parallel),
@@ -70,14 +76,20 @@ def micro_batches(plan: Plan, consumed_samples: int) -> MicroBatches:
     return MicroBatches(plan.sampler, layout, consumed_samples=consumed_samples, read_ahead=plan.data.read_ahead)
 
 
-def _forward_step(counts: GlobalCounts, batches: Iterator[Batch], model: torch.nn.Module):
+def _forward_step(
+    counts: GlobalCounts,
+    of_documents: Callable[[np.ndarray], np.ndarray],
+    batches: Iterator[Batch],
+    model: torch.nn.Module,
+):
     batch = next(batches)
     tags_BS = _on_device(batch.tags_BS)
+    documents = None if batch.documents_BS is None else _on_device(of_documents(batch.documents_BS))
     token_loss_BS = model(
         input_ids=_on_device(batch.tokens_BS),
         position_ids=None,  # rotary embeddings count for themselves
         labels=_on_device(batch.labels_BS),
-        **passengers(tags_BS, None if batch.documents_BS is None else _on_device(batch.documents_BS)),
+        **passengers(tags_BS, documents),
     )
     return token_loss_BS, functools.partial(_loss, counts, _on_device(batch.loss_mask_BS), tags_BS)
 

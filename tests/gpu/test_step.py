@@ -34,7 +34,11 @@ def test_grouped_products_are_the_loop(megatron, toy_base, tmp_path, monkeypatch
     for largest in (grouped_experts.LARGEST, 0):
         monkeypatch.setattr(grouped_experts, "LARGEST", largest)
         trainer = trainer_of(toy_base, "stage1", tmp_path / str(largest), LOCAL, source=source)
+        modules = [module for chunk in trainer.chunks for module in chunk.modules()]
+        experts = [module for module in modules if isinstance(module, grouped_experts.GroupedExperts)]
+        assert experts and all(module.is_grouped == bool(largest) for module in experts)
         found.append([trainer.train_step() for _ in range(2)])
+        del trainer, modules, experts
         leave_layout()
     for at_once, one_by_one in zip(*found, strict=True):
         for name in ("ntp_loss", "balance_loss", "grad_norm"):

@@ -205,7 +205,10 @@ def selected(request) -> set[str]:
 
 
 class Comparison:
-    """Cases and loads on any number of ranks against one process, which takes the whole batch at once."""
+    """Cases and loads on any number of ranks against one process, which takes the whole batch at once.
+
+    Without Transformer Engine: what is compared with it may have it.
+    """
 
     def __init__(self, base: Path, folder: Path, cases: dict[str, Case]) -> None:
         from megatron_lpr.platform import leave_layout, megatron
@@ -215,7 +218,7 @@ class Comparison:
         self.expected: dict[str, Outcome] = {}
         self.loaded: dict[str, dict[str, np.ndarray]] = {}
         self.cases = cases
-        whole = {"train": {"micro_batch_size": len(unfair_batch().tags_BS)}}
+        whole = {"train": {"micro_batch_size": len(unfair_batch().tags_BS)}, "model": {"spec": "local"}}
         with megatron():
             self.source = write_source(base, folder)
             leave_layout()

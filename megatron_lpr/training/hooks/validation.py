@@ -88,16 +88,17 @@ def evaluating(wrapped: Sequence[Any]) -> Iterator[list[torch.nn.Module]]:
     config, chunks = get_model_config(wrapped[0]), [unwrap_model(chunk) for chunk in wrapped]
     hooked = [chunk for chunk in wrapped if chunk.ddp_config.overlap_param_gather]
     modes = [chunk.training for chunk in chunks]
-    no_sync_func = config.no_sync_func
+    no_sync_func, fp8 = config.no_sync_func, config.fp8
     for chunk in hooked:
         chunk.disable_forward_pre_hook()  # gathers the newest parameters, which the next step then has already
     for chunk in chunks:
         chunk.eval()
     config.no_sync_func = None  # it would hold back gradients, and schedules leave it only after a backward pass
+    config.fp8 = None  # held-out text is scored as after the run: in the dtype of the weights
     try:
         yield chunks
     finally:
-        config.no_sync_func = no_sync_func
+        config.no_sync_func, config.fp8 = no_sync_func, fp8
         for chunk, mode in zip(chunks, modes, strict=True):
             chunk.train(mode)
         for chunk in hooked:

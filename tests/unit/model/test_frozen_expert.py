@@ -6,7 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-CONFIG = SimpleNamespace(hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True)
+from megatron_lpr.platform.to_host import ToHost
+
+CONFIG = SimpleNamespace(
+    hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True, fp8=None
+)
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def test_sum_over_the_experts_that_a_token_chose(experts):
     probs = torch.rand(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * chosen
     probs.requires_grad_()
     expected = sum(probs[:, j, None] * ffn(expert, x) for j, expert in enumerate(experts))
-    output = add_frozen_experts(experts, x, probs, chosen, chosen.sum(0).tolist())
+    output = add_frozen_experts(experts, ToHost(chosen.sum(0)), x, probs, chosen)
     torch.testing.assert_close(output, expected)
     (x_grad, probs_grad), (x_expected, probs_expected) = (
         torch.autograd.grad(y.sin().sum(), [x, probs]) for y in (output, expected)
@@ -48,7 +52,7 @@ def test_no_token_chose_a_frozen_expert(experts):
 
     x = torch.ones(3, 8, dtype=torch.float64)
     none = torch.zeros(3, 2, dtype=torch.bool)
-    assert not add_frozen_experts(experts, x, none.double(), none, [0, 0]).any()
+    assert not add_frozen_experts(experts, ToHost(none.sum(0)), x, none.double(), none).any()
 
 
 def test_weights_ask_for_no_gradient(experts):

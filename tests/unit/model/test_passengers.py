@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_lpr.model.passengers import passengers, tags_of_layer
+from megatron_lpr.model.passengers import for_attention, passengers, tags_of_layer
 
 TAGS_BS = torch.tensor([[1, 2, 0, 0], [-1, -1, 3, 3]])
 
@@ -31,3 +32,11 @@ def test_no_tags():
 def test_tags_of_another_length_are_a_bug():
     with pytest.raises(AssertionError, match="other lengths"):
         tags_of_layer(passengers(TAGS_BS), 3, group(0, 1))
+
+
+def test_transformer_engine_knows_documents_by_their_borders():
+    numbers_BS = np.array([[0, 0, 1, 2], [0, 1, 1, -1]], np.int32)
+    borders = for_attention(numbers_BS, te=True, context_parallel=1)
+    assert borders.dtype == np.int32 and borders.tolist() == [0, 2, 3, 4, 5, 7, 8]
+    assert for_attention(numbers_BS, te=False, context_parallel=1) is numbers_BS
+    assert for_attention(numbers_BS, te=True, context_parallel=2) is numbers_BS

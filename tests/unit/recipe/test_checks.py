@@ -50,14 +50,6 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
-def test_transformer_engine_keeps_no_documents_apart(arch, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    resetting = {"data": {"reset_attention": True}}
-    check_recipe(recipe(**resetting, model={"spec": "local"}), arch, 1)
-    with pytest.raises(UserError, match="Transformer Engine's attention; set model.spec: local"):
-        check_recipe(recipe(**resetting), arch, 1)
-
-
 def test_transformer_engine_that_is_not_there(arch, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not use_transformer_engine("auto")
@@ -163,6 +155,8 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
             "sharded has no effect with train.trainable",
         ),
         (2, {"parallel": {"frozen": "sharded", "pipeline": 2}}, "sharded has no ranks to spread weights over"),
+        (1, {"parallel": {"overlap_frozen": "on"}}, "parallel.overlap_frozen: on needs CUDA"),
+        (1, {"model": {"num_experts": 0}, "parallel": {"overlap_frozen": "off"}}, "overlap_frozen: off has no effect"),
         (1, {"parallel": {"overlap_param_gather": True}}, "needs parallel.overlap_grad_reduce: true"),
         (
             1,
@@ -241,6 +235,25 @@ def test_flex_dispatcher(arch, monkeypatch, cuda, deep_ep, sizes, expected):
         return check_recipe(checked, arch, 2)
     with pytest.raises(UserError, match="parallel.dispatcher: flex") as error:
         check_recipe(checked, arch, 2)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "trainable, frozen, expected",
+    [
+        ("routers", "replicated", None),
+        ("all", "replicated", "parallel.overlap_frozen: on is not written for train.trainable: all"),
+        ("routers", "auto", "parallel.overlap_frozen: on needs parallel.frozen: replicated"),
+    ],
+)
+def test_overlap_frozen(arch, monkeypatch, trainable, frozen, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    checked = recipe(train={"trainable": trainable}, parallel={"overlap_frozen": True, "frozen": frozen})
+    assert checked.parallel.overlap_frozen == "on"  # what YAML makes of the word
+    if expected is None:
+        return check_recipe(checked, arch, 1)
+    with pytest.raises(UserError) as error:
+        check_recipe(checked, arch, 1)
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 

@@ -1,0 +1,40 @@
+"""What this machine can compute in FP8."""
+
+import importlib
+import importlib.util
+
+import torch
+
+from megatron_lpr.platform.device import device
+
+_ASKED = {
+    "tensorwise": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
+}
+
+
+def lacking_for_fp8(recipe: str) -> str | None:
+    """Why an FP8 recipe cannot be computed with here, as Transformer Engine says it; None where it can.
+
+    It knows the GPUs and versions of CUDA that each recipe needs, and they differ from version to version.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed: pip install 'megatron-lpr[te]'"
+    try:
+        can_say = getattr(_state_manager(), _ASKED[recipe], None)
+        if can_say is None:
+            return f"the installed Transformer Engine has no recipe {recipe}"
+        if device().type == "cuda":
+            torch.cuda.set_device(device())
+        available, reason = can_say()
+    except (RuntimeError, AssertionError, ImportError, OSError) as error:  # no GPU, or no core library
+        return str(error).strip().splitlines()[0]
+    return None if available else reason.rstrip(".")
+
+
+def _state_manager():
+    try:
+        return importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager
+    except ModuleNotFoundError:  # its name until 2.8
+        return importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager

@@ -1,0 +1,80 @@
+"""On a GPU: the frozen experts on a side stream give the same numbers, to the bit, as in turn."""
+
+import importlib.util
+
+import pytest
+import torch
+from harness import gradients
+from layouts import trainer_of, write_source
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+HAS_TE = importlib.util.find_spec("transformer_engine") is not None
+SPECS = ["local", pytest.param("te", marks=pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine"))]
+
+
+@pytest.fixture
+def source(megatron, toy_base, tmp_path):
+    from megatron_lpr.platform import leave_layout
+
+    folder = write_source(toy_base, tmp_path / "source")
+    leave_layout()
+    return folder
+
+
+def run(base, stage, output, source, *, spec, recompute, overlap):
+    from megatron_lpr.platform import leave_layout
+
+    changes = {
+        "model": {"spec": spec, "dtype": "bfloat16"},
+        "train": {"recompute": recompute},
+        "parallel": {"overlap_frozen": overlap, "frozen": "replicated"},
+    }
+    torch.use_deterministic_algorithms(True, warn_only=True)  # index_add adds in no order otherwise
+    try:
+        trainer = trainer_of(base, stage, output, changes, source=source)
+        losses = [trainer.train_step() for _ in range(3)]
+        grads = {name: gradient.clone() for name, gradient in gradients(trainer).items()}
+        del trainer
+    finally:
+        torch.use_deterministic_algorithms(False)
+        leave_layout()
+    return [{name: step[name] for name in ("ntp_loss", "grad_norm")} for step in losses], grads
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("stage, recompute", [("stage1", "none"), ("stage1", "full"), ("stage2", "selective")])
+def test_same_to_the_bit(source, toy_base, tmp_path, stage, recompute, spec):
+    runs = [
+        run(toy_base, stage, tmp_path / name, source, spec=spec, recompute=recompute, overlap=overlap)
+        for name, overlap in (("in turn", "off"), ("again", "off"), ("beside", "on"))
+    ]
+    in_turn, again, beside = runs
+    assert in_turn[0] == again[0], "not the same twice, and so this shows nothing"
+    assert in_turn[0] == beside[0]
+    for name in in_turn[1]:
+        assert torch.equal(in_turn[1][name], beside[1][name]), name
+
+
+def test_large_enough_to_run_at_once(megatron):
+    """Layers of a size that keeps both streams busy, many times: a race would show."""
+    from megatron_lpr.platform.side_stream import Beside, InTurn
+
+    x, a, b = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) / 45 for _ in range(3))
+    x.requires_grad_()
+
+    def layer(schedule, x):
+        work = schedule(x, x[:, :1])
+        main = x @ a
+        work.start(lambda x, weight: (x @ b) * weight)
+        main = main @ a
+        return x + main + work.output()
+
+    found = []
+    for schedule in (InTurn, Beside):
+        y = x
+        for _ in range(24):
+            y = layer(schedule, y)
+            y = y / y.detach().abs().max()
+        found.append((y.detach(), *torch.autograd.grad(y.float().square().mean(), [x])))
+    for in_turn, beside in zip(*found, strict=True):
+        assert torch.equal(in_turn, beside)
