@@ -11,6 +11,7 @@
 #   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
+#   REPORT_ARGS      arguments of benchmarks/train_step.py for `make gpu-report`, as "--shapes 1.8B"
 #   FUZZ_RUNS        corrupt corpora that `make fuzz` makes; FUZZ_CXX names another compiler (clang++ for libFuzzer)
 
 PYTHON ?= python3
@@ -24,6 +25,7 @@ WORKERS ?= 2
 TRANSFORMERS4 ?= transformers==4.57.6
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
+REPORT_ARGS ?=
 FUZZ_RUNS ?= 1000000
 FUZZ_CXX ?= g++
 
@@ -31,7 +33,7 @@ comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv venv-transformers4 quickstart test test-fast test-te check fuzz clean
+.PHONY: help venv venv-transformers4 quickstart test test-fast test-te check gpu-report fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine: train, evaluate, export (15 minutes)"
@@ -39,6 +41,7 @@ help:
 	@echo "make check       style, types and test-fast: what CI looks at first"
 	@echo "make test        run the tests"
 	@echo "make test-te     run the tests that need Transformer Engine, with its compiled part emulated on the CPU"
+	@echo "make gpu-report  on a machine with a GPU: run its tests, time training steps, write benchmarks/results/"
 	@echo "make fuzz        feed corrupt corpora to the C++ sampler, under AddressSanitizer and UBSan"
 	@echo "make venv        only install, into $(VENV)"
 	@echo "make venv-transformers4  install transformers 4 into $(VENV4), for the tests that read exports with it"
@@ -78,6 +81,9 @@ test-te: $(STAMP) .te-$(TE)/.installed
 	    { echo "make test-te needs the package transformer_engine $(TE), which pip could not fetch: unpack its wheel" \
 	    "into $(@D) and touch $@" >&2; exit 1; }
 	@touch $@
+
+gpu-report: $(STAMP)
+	$(VENV)/bin/python benchmarks/gpu_report.py $(REPORT_ARGS)
 
 # clang++ makes a libFuzzer target, which finds its own way; any other compiler the driver with mutations of its own.
 fuzz: FUZZER := $(if $(findstring clang,$(FUZZ_CXX)),fuzzer$(comma))

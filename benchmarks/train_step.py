@@ -21,6 +21,7 @@ import platform as machine
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -50,6 +51,7 @@ class Row:
     memory: Memory | None = None
     parts: dict[str, float] | None = None
     skipped: str | None = None
+    failed: bool = False  # though nothing says that it cannot be run here
 
     @property
     def tflops(self) -> float | None:
@@ -171,8 +173,12 @@ def run(options: argparse.Namespace) -> list[Row]:
         for group in groups_of(list(cases_of(options)), options.baseline):
             try:
                 found = measure(group, Path(folder), options)
-            except torch.OutOfMemoryError:
-                found = [Row(case=case, by=kind.name, skipped="out of memory") for case, kind in group]
+            except Exception as error:  # the other rows are worth having, and what went wrong is said
+                failed = not isinstance(error, torch.OutOfMemoryError)
+                if failed:
+                    traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                found = [Row(case=case, by=kind.name, skipped=reason, failed=failed) for case, kind in group]
             leave()
             rows += found
             for row in found:
@@ -247,13 +253,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{case.shape}: {case.layers} of {shape.whole} layers, {case.experts} experts, top {shape.topk}; a step "
             f"has {case.samples} samples of {case.seq_length} tokens, {case.micro_batch} at once"
         )
-    print("memory: frozen weights + weights that learn + gradients + optimizer state", flush=True)
+    print("memory: frozen weights + weights that learn + gradients + optimizer state\n", flush=True)
     rows = run(options)
-    print("\n" + "\n".join(found := ratios(rows)))
+    found = ratios(rows)
+    print("\n" + "\n".join(f"* {line}" for line in found))
     if options.json:
         tree = around | {"rows": [row.tree() for row in rows], "ratios": found}
         options.json.write_text(json.dumps(tree, indent=1) + "\n")
-    return 0
+    return int(any(row.failed for row in rows))
 
 
 if __name__ == "__main__":

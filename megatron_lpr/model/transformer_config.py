@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import torch_dtype
+from megatron_lpr.model.fused_kernels import fused_kernels
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -45,12 +46,13 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
 
     With Transformer Engine (`te`) the new experts of a rank run as one grouped GEMM.
     """
-    dtype = torch_dtype(recipe.model.dtype)
+    dtype, fused = torch_dtype(recipe.model.dtype), fused_kernels(recipe, te)
     common = dict(
         **_architecture(arch),
         **_parallel(recipe),
         **_recompute(recipe),
         **_fp8(recipe),
+        apply_rope_fusion=fused.rope,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -78,6 +80,8 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",  # the balance loss is ours, over frozen and new experts
         moe_token_dispatcher_type=recipe.parallel.dispatcher,
+        moe_router_fusion=fused.router,
+        moe_permute_fusion=fused.permutation,
         balance_coeff=recipe.balance.coeff,
         balance_per_sequence=recipe.balance.group == "sequence",
         lpr_coeff=recipe.lpr.coeff,
@@ -124,12 +128,10 @@ def _parallel(recipe: Recipe) -> dict:
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         batch_p2p_comm=on_gpu,  # gloo has no batched point-to-point
-        # fused CUDA kernels; the local linear's fused gradient accumulation needs NVIDIA's Apex
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # fused_kernels.py turns it on for the weights that train
         bias_dropout_fusion=on_gpu,
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
     )
 
 

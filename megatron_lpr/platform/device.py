@@ -46,9 +46,9 @@ def prepare() -> None:
     """Make Megatron-Core importable and runnable here. Call it before anything of Megatron is imported.
 
     Raises:
-        UserError: an importable `apex` is not NVIDIA's, or Transformer Engine is half installed.
+        UserError: an importable `apex` is not NVIDIA's or has no kernels, or Transformer Engine is half installed.
     """
-    _refuse_foreign_apex()
+    _refuse_wrong_apex()
     for message in MEGATRON_NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
@@ -68,7 +68,7 @@ def prepare() -> None:
     shims.mend_megatron(on_cpu)
 
 
-def _refuse_foreign_apex() -> None:
+def _refuse_wrong_apex() -> None:
     """PyPI's `apex` is a web toolkit; Megatron would take it for NVIDIA's and fail much later."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -77,3 +77,8 @@ def _refuse_foreign_apex() -> None:
     if not any(os.path.isdir(os.path.join(folder, "multi_tensor_apply")) for folder in folders):
         place = folders[0] if folders else spec.origin
         raise UserError(f"the package `apex` in {place} is not NVIDIA's Apex and breaks Megatron: pip uninstall apex")
+    if importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            f"NVIDIA's Apex in {folders[0]} was built without its CUDA extensions, and Megatron would take it for a "
+            "whole one: build it again with --cpp_ext --cuda_ext, or uninstall it"
+        )

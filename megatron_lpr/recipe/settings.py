@@ -35,6 +35,9 @@ class ModelConfig:
     router_init_seed: int = opt(0, "seed of the same", at_least=0)
     dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
+    fused_kernels: Literal["auto", "off"] = opt(
+        "auto", "Transformer Engine's and Apex's kernels for router, permutation, RoPE and gradients, where installed"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

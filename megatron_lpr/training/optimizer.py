@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
+from megatron_lpr.model.fused_kernels import fuse_gradient_accumulation
 from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.shards import marks_kept
 from megatron_lpr.platform.shims import cuda_type_names
@@ -46,6 +47,8 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if recipe.model.fused_kernels == "auto":
+        fuse_gradient_accumulation(wrapped)
     on_leave(functools.partial(_release, wrapped))
     config.finalize_model_grads_func = _sum_gradients
     if recipe.parallel.overlap_grad_reduce:

@@ -52,6 +52,18 @@ def test_rows(tmp_path, capsys, megatron_imported):
     assert f"tiny, stage1, fp32: {full['seconds'] / stage1['seconds']:.2f}x moe_full" in "".join(tree["ratios"])
 
 
+def test_a_row_that_fails_is_said(capsys, monkeypatch, megatron_imported):
+    import train_step
+
+    def measure(entries, folder, options):
+        raise RuntimeError("it broke\nin two lines")
+
+    monkeypatch.setattr(train_step, "measure", measure)
+    assert train_step.main(["--shapes", "tiny", "--methods", "stage1", "dense", "--no-baseline"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("not run: RuntimeError: it broke |") == 2 and "Traceback" in printed.err
+
+
 @pytest.mark.parametrize("method", ["stage1", "stage2", "dense"])
 def test_baseline_is_the_method(tmp_path, megatron, method):
     from step_cases import SHAPES, Case, plan_of
@@ -77,6 +89,37 @@ def test_baseline_is_the_method(tmp_path, megatron, method):
     assert plain.ntp_loss == pytest.approx(trainer.train_step()["ntp_loss"], rel=1e-5)
     del trainer
     leave()
+
+
+def test_report(tmp_path, capsys, monkeypatch):
+    """Tests and figures in two files named after day and hardware; without a GPU a sentence."""
+    import gpu_report
+
+    if not torch.cuda.is_available():
+        assert gpu_report.main([]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip()\n"
+    )
+
+    def measure(arguments):
+        assert arguments[0] == "--no-parts"
+        print("the table")
+        Path(arguments[-1]).write_text('{"rows": []}')
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        gpu_report.train_step, "surroundings", lambda: {"date": "2026-11-26", "hardware": "NVIDIA H100"}
+    )
+    monkeypatch.setattr(gpu_report.train_step, "main", measure)
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_report, "TESTS", ".")
+    assert gpu_report.main(["--no-parts"]) == 1  # a test has failed
+    page, figures = (tmp_path / f"2026-11-26-nvidia-h100.{suffix}" for suffix in ("md", "json"))
+    assert "1 passed, 1 failed, 1 skipped" in page.read_text() and "* failed: test_it::test_b" in page.read_text()
+    assert "the table" in page.read_text() and "the table" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
 
 
 def _of_base(name: str) -> str:

@@ -17,6 +17,7 @@ class Announcement(Hook):
     """Writes the resolved recipe, and prints what a resumed run changes, what was read, and what this rank learns."""
 
     def start(self, trainer: RunningTrainer) -> None:
+        from megatron_lpr.model.fused_kernels import description
         from megatron_lpr.model.grouped_experts import GroupedExperts
         from megatron_lpr.training.optimizer import optimizer_parameters, trainable_parameters
 
@@ -45,6 +46,8 @@ class Announcement(Hook):
         modules = (module for chunk in trainer.chunks for module in chunk.modules())
         if experts := next((module for module in modules if isinstance(module, GroupedExperts)), None):
             print(f"new experts {'in grouped products' if experts.is_grouped else 'one after the other'}", flush=True)
+        if torch.cuda.is_available():
+            print(description(trainer.chunks), flush=True)
 
 
 class Starts(Hook):

@@ -16,6 +16,21 @@ def test_foreign_apex_is_refused(tmp_path):
     assert f"UserError: the package `apex` in {tmp_path}/apex is not NVIDIA's Apex" in result.stderr
 
 
+def test_apex_without_its_kernels_is_refused(tmp_path):
+    """Its optimizer imports, and raises at the first step."""
+    (tmp_path / "apex/multi_tensor_apply").mkdir(parents=True)
+    (tmp_path / "apex/__init__.py").touch()
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom megatron_lpr.platform import device\n"
+        "sys.modules['transformer_engine'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'transformer_engine' else find(name)\n"
+        "from megatron_lpr.platform import prepare; prepare()"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Apex in" in result.stderr and "without its CUDA extensions" in result.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are for machines without CUDA")
 def test_cuda_means_the_cpu(megatron):
     assert torch.empty(2, device="cuda").device.type == "cpu"

@@ -1,0 +1,131 @@
+"""Which fused kernels a model has, and that Apex's add the gradients that PyTorch computes."""
+
+import pytest
+import torch
+from apex_stand_in import apex
+from harness import gradients
+from layouts import recipe_of, trainer_of, write_source
+
+
+@pytest.fixture
+def installed(megatron, monkeypatch):
+    """On a GPU, with all of Transformer Engine's kernels."""
+    from megatron.core.extensions import transformer_engine
+
+    from megatron_lpr.model import fused_kernels
+
+    for name in ("fused_topk_with_score_function", "fused_apply_rotary_pos_emb", *fused_kernels._PERMUTATION):
+        monkeypatch.setattr(transformer_engine, name, object(), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return fused_kernels.fused_kernels
+
+
+@pytest.mark.parametrize(
+    "sections, permutation",
+    [
+        ({}, True),
+        ({"model": {"topk": 1}}, False),  # all of a token's slots may be the frozen expert's
+        ({"model": {"num_frozen_experts": 2}}, False),
+        ({"parallel": {"dispatcher": "allgather"}}, False),
+    ],
+)
+def test_no_kernel_is_given_no_rows(installed, toy_base, tmp_path, sections, permutation):
+    found = installed(recipe_of(toy_base, "stage1", tmp_path, sections), te=True)
+    assert found.router and found.rope and found.permutation == permutation
+
+
+def test_without_them(installed, toy_base, tmp_path, monkeypatch):
+    from megatron.core.extensions import transformer_engine
+
+    recipe = recipe_of(toy_base, "stage1", tmp_path, {})
+    assert not any(vars(installed(recipe, te=False)).values())
+    off = recipe_of(toy_base, "stage1", tmp_path, {"model": {"fused_kernels": "off"}})
+    assert not any(vars(installed(off, te=True)).values())
+    monkeypatch.setattr(transformer_engine, "fused_unpermute", None)
+    assert vars(installed(recipe, te=True)) == {"router": True, "permutation": False, "rope": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not any(vars(installed(recipe, te=True)).values())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "moe_full"])
+def test_apex_adds_the_same_gradients(megatron, toy_base, tmp_path, monkeypatch, stage):
+    from megatron_lpr.model.fused_kernels import description
+    from megatron_lpr.platform import leave_layout
+
+    source = write_source(toy_base, tmp_path / "source")
+    leave_layout()
+    plain = trainer_of(toy_base, stage, tmp_path / "plain", source=source)
+    expected = [plain.train_step()["grad_norm"], plain.train_step()["grad_norm"]]
+    expected_gradients = {name: gradient.clone() for name, gradient in gradients(plain).items()}
+    assert "fused kernels: none; Adam of PyTorch" == description(plain.chunks)
+    del plain
+    leave_layout()
+    with apex(monkeypatch) as shapes:
+        trainer = trainer_of(toy_base, stage, tmp_path / "fused", source=source)
+        assert [trainer.train_step()["grad_norm"] for _ in range(2)] == pytest.approx(expected, rel=1e-5)
+        found = gradients(trainer)
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert ("gradient accumulation" in description(trainer.chunks)) == bool(shapes) == (stage != "stage2")
+        own = {gradient.shape for gradient in found.values()}
+        assert set(shapes) <= own
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_apex_updates_and_resumes(megatron, toy_base, tmp_path, monkeypatch, distributed):
+    """Its Adam counts steps in the group where PyTorch's does in each state."""
+    from megatron_lpr.model.fused_kernels import description
+    from megatron_lpr.platform import leave_layout
+
+    def losses(trainer, steps=2):
+        return [trainer.train_step()["ntp_loss"] for _ in range(steps)]
+
+    changes = {"parallel": {"distributed_optimizer": distributed}, "checkpoint": {"final_optimizer": True}}
+    expected = losses(trainer_of(toy_base, "stage1", tmp_path / "plain", changes), 3)
+    leave_layout()
+    with apex(monkeypatch):
+        trainer = trainer_of(toy_base, "stage1", tmp_path, changes)
+        assert description(trainer.chunks).endswith("Adam of Apex")
+        first = losses(trainer, 1)
+        trainer.save()
+        rest = losses(trainer)
+        assert [*first, *rest] == pytest.approx(expected, rel=1e-4)
+        del trainer
+        leave_layout()
+        resumed = trainer_of(toy_base, "stage1", tmp_path, changes, resume=tmp_path / "checkpoints/step_00000001")
+        assert losses(resumed) == rest
+
+
+def test_only_weights_that_train_alone(megatron, toy_base, tmp_path, monkeypatch):
+    from megatron_lpr.model.fused_kernels import fuse_gradient_accumulation
+    from megatron_lpr.model.grouped_experts import GroupedExperts
+
+    def fused(trainer):
+        modules = [(n, m) for n, m in trainer.chunks[0].named_modules() if hasattr(m, "gradient_accumulation_fusion")]
+        return {name for name, module in modules if module.gradient_accumulation_fusion}
+
+    with apex(monkeypatch):
+        trainer = trainer_of(toy_base, "stage1", tmp_path)
+        assert fused(trainer) and all(".mlp.experts.local_experts." in name for name in fused(trainer))
+        for module in trainer.chunks[0].modules():
+            if hasattr(module, "gradient_accumulation_fusion"):
+                module.gradient_accumulation_fusion = False
+        monkeypatch.setattr(GroupedExperts, "is_grouped", True)
+        fuse_gradient_accumulation(trainer.chunks)
+        assert not fused(trainer)
+
+
+def test_transformer_engines_modules():
+    from megatron_lpr.model.fused_kernels import fuse_gradient_accumulation
+
+    class Linear(torch.nn.Module):
+        fuse_wgrad_accumulation = False
+
+        def __init__(self, *trains: bool) -> None:
+            super().__init__()
+            for number, train in enumerate(trains):
+                setattr(self, f"weight{number}", torch.nn.Parameter(torch.ones(1), requires_grad=train))
+
+    linears = [Linear(True, True), Linear(False, False), Linear(True, False), Linear()]
+    fuse_gradient_accumulation([torch.nn.ModuleList(linears)])
+    assert [linear.fuse_wgrad_accumulation for linear in linears] == [True, False, False, False]
