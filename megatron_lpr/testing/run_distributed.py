@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import time
@@ -131,7 +132,12 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at, for ranks that take seconds until they do.
+
+    The kernel gives none of these (it begins at 32768) to whoever asks for any port in the meantime.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
