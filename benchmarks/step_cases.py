@@ -75,7 +75,7 @@ SHAPES = {
     # SmolLM2-135M
     "135M": Shape(config=_SMOLLM, whole=30, layers=30, layers_on_cpu=4, experts=6),
     # Qwen1.5-1.8B, the paper's
-    "1.8B": Shape(config=_config(_QWEN, 2048, 5504, 16, 16, 151936), whole=24, layers=12, layers_on_cpu=1, experts=6),
+    "1.8B": Shape(config=_config(_QWEN, 2048, 5504, 16, 16, 151936), whole=24, layers=10, layers_on_cpu=1, experts=6),
     # Llama 3 8B
     "8B": Shape(config=_config(_LLAMA, 4096, 14336, 32, 8, 128256), whole=32, layers=3, layers_on_cpu=1, experts=3),
     # many small experts: SmolLM2-135M with an FFN of 128 channels, 8 of 64 experts for each token

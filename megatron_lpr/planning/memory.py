@@ -13,7 +13,7 @@ from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches, on_their_way
-from megatron_lpr.planning.shards import gathered_elements, held_elements
+from megatron_lpr.planning.shards import held_elements
 from megatron_lpr.recipe.settings import Recipe
 
 _FP32 = 4
@@ -42,7 +42,6 @@ def states(
         gradients=sum(bucket.elements for bucket in laid_out) * _FP32,
         # two moments of Adam, and the weight where the model's is not fp32 itself
         optimizer=updated * _FP32 * (2 if itemsize == _FP32 else 3),
-        gathered=gathered_elements(everything, place) * itemsize,
     )
 
 

@@ -10,6 +10,7 @@ from megatron_lpr.planning.activations import Activations, Device
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.buffers import buckets
 from megatron_lpr.planning.casts import cast_bytes
+from megatron_lpr.planning.gathering import gathered_elements
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, counted, repeated
 from megatron_lpr.planning.parameters import parameters
@@ -42,6 +43,7 @@ class PlannedRank:
         self.te = recipe.fp8.recipe != "none" or use_transformer_engine(recipe.model.spec)
         self._layers: dict[str, Layers] = {}
         self._gathered: dict[str, list[Move]] = {}
+        self._whole: dict[str, int] = {}
 
     @cached_property
     def states(self) -> RankMemory:
@@ -62,8 +64,20 @@ class PlannedRank:
 
     def memory(self, train: TrainConfig, device: Device = "cuda") -> RankMemory:
         layers = self.layers(train)
-        casts = RankMemory(casts=cast_bytes(self.recipe, self.chunks, layers, self.arch))
-        return self.states + casts + memory.of_batch(layers, self._activations(train, device))
+        return (
+            self.states
+            + memory.of_batch(layers, self._activations(train, device))
+            + RankMemory(
+                gathered=self._gathered_bytes(train),
+                casts=cast_bytes(self.recipe, self.chunks, layers, self.arch),
+            )
+        )
+
+    def _gathered_bytes(self, train: TrainConfig) -> int:
+        key = train.recompute
+        if key not in self._whole:
+            self._whole[key] = gathered_elements(self.chunks, self.layers(train), key) * self._itemsize
+        return self._whole[key]
 
     def moves(self, train: TrainConfig) -> list[Move]:
         layers, key = self.layers(train), train.recompute

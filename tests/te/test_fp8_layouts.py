@@ -3,7 +3,6 @@
 import pytest
 from layouts import Case, run_cases, write_source
 
-from megatron_lpr.testing.run_distributed import run_distributed
 from megatron_lpr.testing.toy_models import write_toy_model
 
 STEPS = {"ntp_loss": 2e-2, "balance_loss": 5e-2, "grad_norm": 0.15}
@@ -29,7 +28,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, on_ranks):
     """By recipe: the metrics of each step of one process, and of each of two ranks in the cases."""
     from megatron_lpr.platform import leave_layout, megatron
 
@@ -41,7 +40,7 @@ def runs(tmp_path_factory):
     alone = [Case(stage="stage1", changes=in_fp8(recipe)) for recipe in CASES]
     on_two = [Case(stage="stage1", changes=a, resume_at=b) for of_recipe in CASES.values() for a, b in of_recipe]
     ((of_one, _),) = run_cases(1, [(base, source, alone, [])])
-    of_ranks = [found[0][0] for found in run_distributed(run_cases, 2, 2, [(base, source, on_two, [])])]
+    of_ranks = [found[0][0] for found in on_ranks(run_cases, 2, 2, [(base, source, on_two, [])])]
     runs, taken = {}, 0
     for recipe, (expected, _) in zip(CASES, of_one, strict=True):
         of_recipe = range(taken, taken := taken + len(CASES[recipe]))
