@@ -5,7 +5,9 @@
 #                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
 #   MEGATRON         version of megatron-core, as 0.19.2; without it what pip chooses for this Python: 0.16.1 for 3.11.
 #                    Give such an environment a folder of its own: make test MEGATRON=0.19.2 VENV=.venv-megatron-0.19
-#   TE               version of Transformer Engine whose compiled part `make test-te` emulates
+#   TE               version of Transformer Engine whose compiled part `make test-te` emulates: 2.11.0, and 2.20.2 with
+#                    MEGATRON=0.19.2
+#   TE_TESTS         what `make test-te` runs
 #   TESTS            what `make test` runs, as tests/unit
 #   WORKERS          processes that `make test` runs the unit tests in
 #   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
@@ -19,7 +21,8 @@ VENV ?= .venv
 VENV4 := .venv-transformers4
 TORCH ?= torch==2.13.0
 MEGATRON ?=
-TE ?= 2.11.0
+TE ?= $(if $(filter 0.19.%,$(MEGATRON)),2.20.2,2.11.0)
+TE_TESTS ?= tests/te tests/gpu
 TESTS ?= tests
 WORKERS ?= 2
 TRANSFORMERS4 ?= transformers==4.57.6
@@ -70,8 +73,6 @@ check: $(STAMP)
 	$(MAKE) test-fast
 
 # Transformer Engine's Python alone, in a folder of its own: tests/helpers/te_on_cpu/README.md says why.
-TE_TESTS := tests/te tests/gpu
-
 test-te: $(STAMP) .te-$(TE)/.installed
 	TE_ON_CPU=.te-$(TE) $(VENV)/bin/python -m pytest -q $(TE_TESTS) $(PYTEST_ARGS)
 

@@ -53,14 +53,15 @@ def one_hot_languages(tags: Tensor, num_languages: int) -> Tensor:
 def lpr_token_loss(logits_TE: Tensor, num_frozen: int, double_softmax: bool = False) -> Tensor:
     """-log of the probability of the frozen experts, from the router's logits in fp32. Returns [T].
 
-    -log sum_{i < num_frozen} p_i = logsumexp(all logits) - logsumexp(frozen logits), exact for large losses too.
+    -log sum_{i < num_frozen} p_i = -logsumexp of the frozen experts' log p_i, exact for large losses too.
     `double_softmax` is the published code's loss instead: a cross-entropy (which applies log-softmax) on the
     already softmaxed p. With E experts it cannot fall below log(e + E - 1) - 1.
     """
     logits_TE = logits_TE.float()
     if double_softmax:
         logits_TE = logits_TE.softmax(-1)
-    return logits_TE.logsumexp(-1) - logits_TE[:, :num_frozen].logsumexp(-1)
+    log_p_TJ = logits_TE.log_softmax(-1)[:, :num_frozen]  # one kernel, where a logsumexp takes eight
+    return -log_p_TJ[:, 0] if num_frozen == 1 else -log_p_TJ.logsumexp(-1)
 
 
 def lpr_loss(token_loss_T: Tensor, tags_T: Tensor, counts: GlobalCounts) -> Tensor:

@@ -9,7 +9,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; tiny tensors gain nothing from threads
 
-import contextlib
+import functools
 import gc
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import CodeType
 import pytest
 import te_on_cpu
 
-from megatron_lpr.testing.run_distributed import RankProcesses, run_distributed
+from megatron_lpr.testing.run_distributed import RankProcesses
 from megatron_lpr.testing.toy_models import write_toy_model
 
 te_on_cpu.install_on_import()  # where the environment says so, before Megatron-Core is imported
@@ -30,7 +30,6 @@ SLOW = {TESTS / "unit/conversion"}  # whole models are written and read, small a
 PROCESSES = {"subprocess", "multiprocessing", "Process", "Popen", "run_distributed", "RankProcesses"}
 # of all fast tests together: a minute or so on an idle machine; CI runs on a slow one that does other work too
 FAST_CPU_SECONDS = 240
-KEPT = 4  # more ranks than this are needed once
 imported_by: list[str] = []  # the first test after which Megatron-Core is imported
 
 
@@ -123,18 +122,5 @@ def on_ranks():
 
     Importing torch and Megatron costs seconds in each.
     """
-    started: dict[int, RankProcesses] = {}
-    with contextlib.ExitStack() as stack:
-
-        def run(func, world_size, *args, timeout_seconds=900.0):
-            if world_size > KEPT:
-                return run_distributed(func, world_size, *args, timeout_seconds=timeout_seconds)
-            if world_size not in started:
-                started[world_size] = stack.enter_context(RankProcesses(world_size))
-            try:
-                return started[world_size].run(func, *args, timeout_seconds=timeout_seconds)
-            except BaseException:
-                del started[world_size]
-                raise
-
-        yield run
+    with RankProcesses() as processes:
+        yield functools.partial(processes.run, timeout_seconds=900.0)

@@ -33,11 +33,14 @@ def content_of(recipe: Recipe, *, frozen_is_base: bool, on_checkpoint: bool, fin
     Args:
         frozen_is_base: `frozen_is_base` of the run.
         on_checkpoint: the checkpoint in model.load, from which the run has its weights, is there.
-        finished: it is the checkpoint of the run's last step, which others read: it needs no other checkpoint.
+        finished: it is the checkpoint of the run's last step, which others read: it needs no other checkpoint, but
+            where frozen weights are held in FP8.
     """
     if recipe.checkpoint.whole or not recipe.model.num_experts:
         return "whole"
-    if on_checkpoint and not finished and recipe.train is not None and recipe.train.trainable == "routers":
+    learns_routers = recipe.train is not None and recipe.train.trainable == "routers"
+    # new experts that were quantised are not those that the checkpoint in model.load holds, so never written
+    if learns_routers and (recipe.fp8.frozen_weights == "fp8" or (on_checkpoint and not finished)):
         return "over checkpoint"
     return "over base" if frozen_is_base else "whole"
 

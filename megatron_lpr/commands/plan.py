@@ -40,6 +40,6 @@ COMMAND = Command(
     "what a training recipe needs of so many GPUs, and the layouts that fit; needs no GPU, weights or corpora",
     add_arguments,
     run,
-    reads=("model", "data", "train", "parallel", "balance", "lpr"),
+    reads=("model", "data", "train", "parallel", "fp8", "balance", "lpr"),
     place=4,
 )

@@ -48,7 +48,7 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=(
-        *("name", "output", "model", "data", "train", "parallel", "balance", "lpr", "optimizer", "checkpoint"),
+        *("name", "output", "model", "data", "train", "parallel", "fp8", "balance", "lpr", "optimizer", "checkpoint"),
         *("logging", "cluster", "preprocess.bos", "preprocess.parse_special_tokens"),
     ),
     place=5,

@@ -7,6 +7,7 @@ highest bit of a word meets 33 bits of that number, so that changes of two words
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -28,8 +29,25 @@ def tensor_checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 def tensor_checksums(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The checksums of some tensors of one device, int64 [number of tensors] there."""
-    found = [tensor_checksum(tensor) for tensor in tensors]
+    found = [
+        _quantised_checksum(tensor) if hasattr(tensor, "get_data_tensors") else tensor_checksum(tensor)
+        for tensor in tensors
+    ]
     return torch.stack(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _quantised_checksum(weight: Any) -> torch.Tensor:
+    """Of the FP8 values of a weight of Transformer Engine, which may lie there transposed too, and of their scales.
+
+    It is the same with the transposed values and without: they come when a backward pass first asks for them.
+    """
+    values, transposed = weight.get_data_tensors()
+    total = tensor_checksum(values)
+    if transposed is not None:
+        total = total + (tensor_checksum(transposed.T) - total) * _STRIDE
+    about = weight.get_metadata()
+    scales = next(about[name] for name in ("fp8_scale_inv", "rowwise_scale_inv") if name in about)
+    return total * _NEXT_CHUNK + tensor_checksum(scales)
 
 
 def _words(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,7 +68,10 @@ class FrozenExpert(MegatronModule):
             parameter.sequence_parallel = config.sequence_parallel
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        gate_TF, up_TF = self.linear_fc1(x_TH).chunk(2, dim=-1)
+        hidden_TF = self.linear_fc1(x_TH)
+        if self.config.bias_activation_fusion:  # one kernel, which keeps its input only
+            return self.linear_fc2(bias_swiglu_impl(hidden_TF, None))
+        gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate_TF) * up_TF)
 
     def rows_for(self, tokens: int) -> int:

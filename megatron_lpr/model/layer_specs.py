@@ -21,6 +21,7 @@ from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSN
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
 from megatron_lpr.model.grouped_experts import GroupedExperts
+from megatron_lpr.model.grouped_linear import frozen_aware
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.transformer_config import layer_has_experts
@@ -75,8 +76,11 @@ def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     moe = get_moe_module_spec(use_te=te, num_experts=config.num_moe_experts, moe_grouped_gemm=te)
     submodules = submodules_of(moe)
     submodules.router = LPRRouter
-    if not te:
-        submodules_of(submodules.experts).linear_fc1 = ExpertColumnParallelLinear
+    linears = submodules_of(submodules.experts)
+    if te:
+        linears.linear_fc1, linears.linear_fc2 = map(frozen_aware, (linears.linear_fc1, linears.linear_fc2))
+    else:
+        linears.linear_fc1 = ExpertColumnParallelLinear
         submodules.experts = ModuleSpec(module=GroupedExperts, submodules=submodules_of(submodules.experts))
     return ModuleSpec(
         module=LPRMoELayer,

@@ -70,7 +70,7 @@ class LPRMoELayer(MoELayer):
         schedule = Beside if self.config.overlap_frozen else InTurn
         frozen_work = schedule(x_TH, probs_TE[:, :frozen], chosen_TE[:, :frozen])
         dispatched, probs = self.preprocess(
-            hidden_states, probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
+            self._travelling(hidden_states), probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
         )
         dispatched, probs = self.dispatch(dispatched, probs)
         # Beside the main stream the frozen experts begin now, while tokens travel; in turn they are computed last.
@@ -79,3 +79,13 @@ class LPRMoELayer(MoELayer):
         routed, _ = self.routed_experts_compute(dispatched, probs)
         routed = self.postprocess(self.combine(routed), None)
         return routed + frozen_work.output().view_as(routed)
+
+    def _travelling(self, hidden_states: Tensor) -> Tensor:
+        """The hidden states as the dispatcher gets them: in the first layer of a frozen model they need no gradient.
+
+        Transformer Engine's permutation then gives none to the probabilities that travel with them either, and this
+        layer's router would learn nothing of the next tokens.
+        """
+        if not self.config.moe_permute_fusion or hidden_states.requires_grad or not torch.is_grad_enabled():
+            return hidden_states
+        return hidden_states.detach().requires_grad_()

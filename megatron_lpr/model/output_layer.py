@@ -10,7 +10,9 @@ Shapes: T tokens, C tokens of a chunk, B sequences, S positions, H hidden, V col
 tensor-parallel rank.
 """
 
+import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,10 +73,11 @@ class ChunkedLoss(torch.autograd.Function):
         needs_x, ctx.needs_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
         grad_TH = torch.empty_like(x_TH) if needs_x and not ctx.needs_weight else None
         for part in _parts(len(x_TH), rows):
-            chunk = _Chunk(x_TH[part], weight_VH, labels_T[part], shard)
+            chunk = _chunk(x_TH[part], weight_VH, labels_T[part], shard)
             losses_T[part] = chunk.losses_C
             if grad_TH is not None:
-                torch.mm(chunk.gradient_CV().to(weight_VH.dtype), weight_VH, out=grad_TH[part])
+                ones_C = torch.ones_like(chunk.losses_C)
+                torch.mm(chunk.gradient_CV(ones_C), weight_VH, out=grad_TH[part])
             del chunk  # before the next one is made
         ctx.save_for_backward(*((x_TH, weight_VH, labels_T) if ctx.needs_weight else (grad_TH,)))
         return losses_T
@@ -88,8 +91,8 @@ class ChunkedLoss(torch.autograd.Function):
         grad_TH = torch.empty_like(x_TH)
         grad_VH = torch.zeros(weight_VH.shape, device=x_TH.device)  # the sum over many chunks, in fp32
         for part in _parts(len(x_TH), ctx.rows):
-            chunk = _Chunk(x_TH[part], weight_VH, labels_T[part], ctx.shard)
-            grad_CV = chunk.gradient_CV().mul_(grad_T[part, None]).to(weight_VH.dtype)
+            chunk = _chunk(x_TH[part], weight_VH, labels_T[part], ctx.shard)
+            grad_CV = chunk.gradient_CV(grad_T[part].contiguous())
             torch.mm(grad_CV, weight_VH, out=grad_TH[part])
             grad_VH += grad_CV.t() @ x_TH[part]
             del chunk, grad_CV
@@ -100,7 +103,15 @@ def _parts(tokens: int, rows: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, tokens, rows)]
 
 
-class _Chunk:
+def _chunk(x_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, shard: VocabularyShard) -> Any:
+    if x_CH.is_cuda and importlib.util.find_spec("triton"):
+        from megatron_lpr.model.fused_chunk import FusedChunk
+
+        return FusedChunk(x_CH, weight_VH, labels_C, shard)
+    return Chunk(x_CH, weight_VH, labels_C, shard)
+
+
+class Chunk:
     """The losses of some tokens, and then their gradients: -log softmax(logits)[label], with sums in fp32.
 
     The arithmetic is that of Megatron's vocab_parallel_cross_entropy, in place.
@@ -112,6 +123,7 @@ class _Chunk:
         max_C = logits_CV.amax(-1)
         _all_reduce(max_C, shard, dist.ReduceOp.MAX)
         logits_CV -= max_C[:, None]
+        self._dtype = weight_VH.dtype
         self._is_here_C = (labels_C >= shard.first) & (labels_C < shard.first + len(weight_VH))
         self._column_C1 = torch.where(self._is_here_C, labels_C - shard.first, 0)[:, None]
         of_label_C = torch.where(self._is_here_C, logits_CV.gather(1, self._column_C1)[:, 0], 0.0)
@@ -121,10 +133,14 @@ class _Chunk:
         of_label_C, self._sum_C = sums_2C
         self.losses_C = self._sum_C.log() - of_label_C
 
-    def gradient_CV(self) -> Tensor:
-        """d losses / d logits = softmax - one-hot of the label; called once, for it takes the place of the logits."""
+    def gradient_CV(self, factor_C: Tensor) -> Tensor:
+        """d losses / d logits = softmax - one-hot of the label, * factor, in the weight's dtype.
+
+        Called once, for it takes the place of the logits.
+        """
         grad_CV = self._exp_CV.div_(self._sum_C[:, None])
-        return grad_CV.scatter_add_(1, self._column_C1, -self._is_here_C[:, None].float())
+        grad_CV.scatter_add_(1, self._column_C1, -self._is_here_C[:, None].float())
+        return grad_CV.mul_(factor_C[:, None]).to(self._dtype)
 
 
 def _all_reduce(tensor: Tensor, shard: VocabularyShard, op) -> None:

@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache,
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.builder import build_model
+from megatron_lpr.model.gather_order import Kind, in_backward, in_forward, with_backward
 from megatron_lpr.model.parameters import freeze, shards_frozen
 from megatron_lpr.platform import device, on_leave
 from megatron_lpr.platform.shards import mark_group, marks_kept
@@ -39,7 +40,7 @@ class Unit(NamedTuple):
 
     modules: list[torch.nn.Module]
     group: dist.ProcessGroup
-    kind: Literal["attention", "ffn", "frozen experts", "new experts", "vocabulary"]
+    kind: Kind
 
 
 def build_frozen(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
@@ -121,7 +122,9 @@ def _shard(chunk: Any, recompute: str) -> list[Unit]:
         holder = chunk.embedding.word_embeddings if chunk.pre_process else chunk.output_layer
         chunk.output_layer.register_forward_pre_hook(_takes_weight_of(holder), with_kwargs=True)
     _prefetch_in_forward(units, ahead=max(map(len, layers)))
-    _prefetch_in_backward(_with_backward(chunk, layers, recompute), last, recompute)
+    for unit, following in in_backward(_with_backward(chunk, layers, recompute), last, recompute):
+        # with an empty list FSDP2 would guess, by the order of the forward passes, of several micro-batches at that
+        _handle(unit).set_modules_to_backward_prefetch([_handle(one) for one in following or [unit]])
     return units
 
 
@@ -172,46 +175,17 @@ def _prefetch_in_forward(units: Sequence[Unit], ahead: int) -> None:
 
         return gather
 
-    for index, unit in enumerate(units):
-        if following := units[index + 1 : index + 1 + ahead]:
+    for unit, following in in_forward(units, ahead):
+        if following:
             unit.modules[0].register_forward_pre_hook(prefetch(*map(_handle, following)))
 
 
-def _with_backward(chunk: Any, layers: Sequence[Sequence[Unit]], recompute: str) -> list[list[Unit]]:
-    """The units of each layer that have a backward pass.
-
-    Below the first router nothing learns; the new experts that it sends tokens to pass its gradient on. With
-    recomputation the output of the embedding asks for a gradient all the same (builder.py).
-    """
+def _with_backward(chunk: Any, layers: Sequence[Sequence[Unit]], recompute: str) -> Sequence[Sequence[Unit]]:
+    """With recomputation all: the output of the embedding asks for a gradient then (builder.py)."""
     if not chunk.pre_process or recompute != "none":
-        return [list(layer) for layer in layers]
+        return layers
     lowest = next((n for n, layer in enumerate(chunk.decoder.layers) if hasattr(layer.mlp, "router")), len(layers))
-    return [
-        [unit for unit in layer if n > lowest or (n == lowest and unit.kind == "new experts")]
-        for n, layer in enumerate(layers)
-    ]
-
-
-def _prefetch_in_backward(layers: Sequence[Sequence[Unit]], last: Sequence[Unit], recompute: str) -> None:
-    """Gather a layer's units while the one above it runs backward, in the order in which they are needed."""
-    below: list[Unit] = []
-    for layer in layers:
-        for place, unit in enumerate(layer):
-            following = layer[:place][::-1]
-            if recompute == "none":
-                following = [*following, *below][: len(layer)]  # as far ahead as in the forward pass
-            _prefetch_backward(unit, following if place or recompute == "none" else below)
-        if recompute == "none":
-            below = [*layer[::-1]]
-        else:  # what is computed again comes first, and in the order of the forward pass
-            below = [unit for unit in layer if recompute == "full" or unit.kind != "attention"]
-    for unit in last:
-        _prefetch_backward(unit, below)
-
-
-def _prefetch_backward(unit: Unit, following: Sequence[Unit]) -> None:
-    # with an empty list FSDP2 would guess, by the order of the forward passes, of several micro-batches at that
-    _handle(unit).set_modules_to_backward_prefetch([_handle(one) for one in following or [unit]])
+    return with_backward(layers, lowest)
 
 
 def _handle(unit: Unit) -> FSDPModule:

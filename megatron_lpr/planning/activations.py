@@ -165,7 +165,8 @@ class Activations:
         found += self.recipe.model.num_frozen_experts * self.tokens * _INDEX  # the order in which tokens are chosen
         learns = self.learns(".mlp.frozen_experts.")
         if below_learns or learns:
-            found += 3 * slots * arch.ffn_hidden_size * self.itemsize  # both halves, and silu of one
+            parts = 3 if self.device == "cpu" else 2  # both halves, and silu of one where no kernel does both
+            found += parts * slots * arch.ffn_hidden_size * self.itemsize
         if learns:
             found += slots * (arch.hidden_size + arch.ffn_hidden_size) * self.itemsize
         return found

@@ -14,6 +14,7 @@ class RankMemory:
 
     frozen: weights that never learn, this rank's shards where they are sharded.
     trained: weights that learn, as the model computes with them.
+    casts: copies of weights in FP8, which its products read.
     gradients: DDP's buffers.
     optimizer: fp32 weights and moments.
     activations: what is saved for the backward passes of all micro-batches that are on their way.
@@ -24,6 +25,7 @@ class RankMemory:
 
     frozen: int = 0
     trained: int = 0
+    casts: int = 0
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0

@@ -9,7 +9,7 @@ dense peaks. Between nodes each GPU has a network card of its own, as in NVIDIA'
     b200   HGX B200 (data sheet 2024): 180 GB, NVLink 1.8 TB/s; DGX B200: 8 x ConnectX-7, 400 Gb/s
 
 Peaks, TFLOP/s in bf16 and in fp32 (without TF32, as torch computes): A100 312 and 19.5, H100 and H200 989.5 and 67,
-B200 2250 and 75. (In fp8, which no setting of a recipe chooses: H100 and H200 1979, B200 4500.)
+B200 2250 and 75; in fp8 (`fp8.recipe`) H100 and H200 1979, B200 4500, and the A100 has none.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ KEPT_FREE = 0.1
 class GPU:
     """One GPU and its links; bytes per second are those of one direction.
 
-    flops: per second at the peak, by dtype.
+    flops: per second at the peak, by dtype; "fp8" where it computes in that.
     inside, between: from a GPU to others of its node, and to other nodes.
     """
 
@@ -40,11 +40,12 @@ class GPU:
         return int(self.memory * (1 - KEPT_FREE))
 
 
-def _gpu(name: str, gigabytes: int, bf16: float, fp32: float, nvlink: float, network: float) -> GPU:
+def _gpu(name: str, gigabytes: int, bf16: float, fp32: float, nvlink: float, network: float, fp8: float = 0) -> GPU:
+    peaks = {"bfloat16": bf16, "float32": fp32, "fp8": fp8}
     return GPU(
         name=name,
         memory=gigabytes * 10**9,
-        flops={"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12},
+        flops={dtype: peak * 1e12 for dtype, peak in peaks.items() if peak},
         inside=nvlink * 1e9,
         between=network * 1e9,
     )
@@ -54,9 +55,9 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         _gpu("a100", 80, 312, 19.5, 300, 25),
-        _gpu("h100", 80, 989.5, 67, 450, 50),
-        _gpu("h200", 141, 989.5, 67, 450, 50),
-        _gpu("b200", 180, 2250, 75, 900, 50),
+        _gpu("h100", 80, 989.5, 67, 450, 50, fp8=1979),
+        _gpu("h200", 141, 989.5, 67, 450, 50, fp8=1979),
+        _gpu("b200", 180, 2250, 75, 900, 50, fp8=4500),
     )
 }
 

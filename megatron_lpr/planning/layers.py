@@ -22,7 +22,7 @@ class Layers:
 
     def __init__(self, recipe: Recipe, arch: Architecture, place: Place, train: TrainConfig) -> None:
         self.place = place
-        self.chunks = place.chunks(arch)
+        self.chunks, self.last = place.chunks(arch), arch.num_layers - 1
         moe = set(arch.moe_layers()) if recipe.model.num_experts else set()
         self.has_experts = {layer: layer in moe for chunk in self.chunks for layer in chunk}
         # recomputation asks for a gradient at the embedding (model/builder.py)

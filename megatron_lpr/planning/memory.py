@@ -2,39 +2,46 @@
 
 from collections.abc import Sequence
 
+from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import torch_dtype
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.amounts import RankMemory
 from megatron_lpr.planning.buffers import Bucket
+from megatron_lpr.planning.casts import has_no_other, layers_in_fp8
 from megatron_lpr.planning.head import Head
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches, on_their_way
-from megatron_lpr.planning.shards import gathered_elements, held_elements
+from megatron_lpr.planning.shards import held_elements
 from megatron_lpr.recipe.settings import Recipe
 
 _FP32 = 4
 
 
 def states(
-    recipe: Recipe, chunks: Sequence[Sequence[Parameter]], laid_out: Sequence[Bucket], place: Place
+    recipe: Recipe,
+    arch: Architecture,
+    chunks: Sequence[Sequence[Parameter]],
+    laid_out: Sequence[Bucket],
+    place: Place,
 ) -> RankMemory:
     """What does not depend on the batch: weights, gradients, state of the optimizer."""
     itemsize = torch_dtype(recipe.model.dtype).itemsize
     everything = [parameter for chunk in chunks for parameter in chunk]
     learning = [parameter for parameter in everything if parameter.learns]
+    in_fp8 = layers_in_fp8(recipe, arch)
+    frozen = [p for p in everything if not p.learns and not has_no_other(recipe, p, in_fp8)]
     if place.sizes.distributed_optimizer:
         updated = sum(bucket.shard(place.index(bucket.group), place.size(bucket.group)) for bucket in laid_out)
     else:
         updated = sum(parameter.elements for parameter in learning)
     return RankMemory(
-        frozen=sum(held_elements(p, place) for p in everything if not p.learns) * itemsize,
+        frozen=sum(held_elements(p, place) for p in frozen) * itemsize,
         trained=sum(parameter.elements for parameter in learning) * itemsize,
         gradients=sum(bucket.elements for bucket in laid_out) * _FP32,
         # two moments of Adam, and the weight where the model's is not fp32 itself
         optimizer=updated * _FP32 * (2 if itemsize == _FP32 else 3),
-        gathered=gathered_elements(everything, place) * itemsize,
     )
 
 

@@ -59,7 +59,7 @@ def count_step(recipe: Recipe, arch: Architecture) -> tuple[RankMemory, Traffic]
         with SavedTensors(parameters, gathered, vocabulary) as saved:
             batches = [_batches(recipe) for _ in wrapped]
             # a step reads of a plan how much it is, and no corpus
-            plan = cast(Plan, SimpleNamespace(train=recipe.train, data=recipe.data))
+            plan = cast(Plan, SimpleNamespace(recipe=recipe, train=recipe.train, data=recipe.data))
             forward_backward(plan, wrapped, batches, counts)
         update(optimizer)
     learns = [parameter for parameter in parameters if parameter.requires_grad]

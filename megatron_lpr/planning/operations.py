@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.parameters import padded_vocab_size
+from megatron_lpr.planning.casts import layers_in_fp8
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.place import Place
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
@@ -17,11 +18,13 @@ class Operations:
     """Of the whole batch, on all ranks of a stage together.
 
     products: of weights' matrices. scores: of attention, causal. again: what is computed a second time.
+    in_fp8: how many of all of them multiply numbers of 8 bits.
     """
 
     products: int = 0
     scores: int = 0
     again: int = 0
+    in_fp8: int = 0
 
     @property
     def total(self) -> int:
@@ -52,7 +55,30 @@ def operations(
             again += number * of_scores
     if recompute == "full":
         again += forward
-    return Operations(products=products, scores=scores, again=again)
+    in_fp8 = sum(
+        _in_fp8(recipe, arch, layers, layer, recompute)
+        for chunk in layers.chunks
+        for layer in chunk
+        if layer in layers_in_fp8(recipe, arch)
+    )
+    return Operations(products=products, scores=scores, again=again, in_fp8=in_fp8)
+
+
+def _in_fp8(recipe: Recipe, arch: Architecture, layers: Layers, layer: int, recompute: str) -> int:
+    """All products of a layer's weights but the router's."""
+    assert recipe.train is not None and recipe.data is not None
+    up_to, before = (_first_layers(recipe, arch, number, predicts=False) for number in (layer + 1, layer))
+    total, forward = up_to.total - before.total, up_to.forward - before.forward
+    if not layers.has_experts[layer]:
+        return total + forward * (recompute == "full")
+    tokens = recipe.train.global_batch_size * recipe.data.seq_length
+    of_router = 2 * tokens * recipe.model.num_experts * arch.hidden_size
+    everything = recipe.train.trainable == "all"
+    backward = 1 + (everything or any(layer > moe for moe in arch.moe_layers()))
+    total -= of_router * (1 + backward)
+    if recompute == "selective":
+        total += 2 * tokens * recipe.model.topk * 3 * arch.ffn_hidden_size * arch.hidden_size
+    return total + (forward - of_router) * (recompute == "full")
 
 
 def model_operations(recipe: Recipe, arch: Architecture) -> Operations:

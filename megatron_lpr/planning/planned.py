@@ -9,6 +9,8 @@ from megatron_lpr.planning import memory, traffic, weight_traffic
 from megatron_lpr.planning.activations import Activations, Device
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.buffers import buckets
+from megatron_lpr.planning.casts import cast_bytes
+from megatron_lpr.planning.gathering import gathered_elements
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, counted, repeated
 from megatron_lpr.planning.parameters import parameters
@@ -38,13 +40,14 @@ class PlannedRank:
         self.place = Place(recipe.parallel, world_size, rank, shards_frozen(recipe, arch, world_size))
         self.chunks = parameters(recipe, arch, self.place)
         self.buckets = buckets(self.chunks, self.place)
-        self.te = use_transformer_engine(recipe.model.spec)
+        self.te = recipe.fp8.recipe != "none" or use_transformer_engine(recipe.model.spec)
         self._layers: dict[str, Layers] = {}
         self._gathered: dict[str, list[Move]] = {}
+        self._whole: dict[str, int] = {}
 
     @cached_property
     def states(self) -> RankMemory:
-        return memory.states(self.recipe, self.chunks, self.buckets, self.place)
+        return memory.states(self.recipe, self.arch, self.chunks, self.buckets, self.place)
 
     @cached_property
     def _of_gradients(self) -> list[Move]:
@@ -60,7 +63,21 @@ class PlannedRank:
         return self._layers[train.recompute]
 
     def memory(self, train: TrainConfig, device: Device = "cuda") -> RankMemory:
-        return self.states + memory.of_batch(self.layers(train), self._activations(train, device))
+        layers = self.layers(train)
+        return (
+            self.states
+            + memory.of_batch(layers, self._activations(train, device))
+            + RankMemory(
+                gathered=self._gathered_bytes(train),
+                casts=cast_bytes(self.recipe, self.chunks, layers, self.arch),
+            )
+        )
+
+    def _gathered_bytes(self, train: TrainConfig) -> int:
+        key = train.recompute
+        if key not in self._whole:
+            self._whole[key] = gathered_elements(self.chunks, self.layers(train), key) * self._itemsize
+        return self._whole[key]
 
     def moves(self, train: TrainConfig) -> list[Move]:
         layers, key = self.layers(train), train.recompute

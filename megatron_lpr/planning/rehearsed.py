@@ -8,7 +8,7 @@ from megatron_lpr.planning.layout import Layout
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.planning.rehearsal import Part, Rehearsal, rehearse
 from megatron_lpr.planning.run_plan import RunPlan
-from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.settings import Fp8Config, Recipe
 
 
 def rehearsed(plan: RunPlan, rank: int | None) -> str:
@@ -31,7 +31,7 @@ def rehearsed(plan: RunPlan, rank: int | None) -> str:
 
 def rehearsable(recipe: Recipe) -> Recipe:
     """The recipe as it is rehearsed: with Megatron's local modules, for Transformer Engine's kernels need memory."""
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, spec="local"))
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, spec="local"), fp8=Fp8Config())
 
 
 def _layout(plan: RunPlan) -> Layout:

@@ -10,7 +10,7 @@ from megatron_lpr.planning.moves import counted
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.run_plan import RunPlan
 
-KINDS = ("frozen", "trained", "gradients", "optimizer", "gathered", "activations", "logits", "working")
+KINDS = ("frozen", "trained", "casts", "gradients", "optimizer", "gathered", "activations", "logits", "working")
 _SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "frozen")
 
 

@@ -40,6 +40,8 @@ def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> 
     gpu = gpu_named(gpu_name)
     if world_size < 1:
         raise UserError(f"--gpus {world_size}: at least 1")
+    if recipe.fp8.recipe != "none" and "fp8" not in gpu.flops:
+        raise UserError(f"--gpu {gpu_name}: does not compute in FP8; set fp8.recipe: none, or plan for another GPU")
     if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run that could be planned")
     arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
@@ -66,7 +68,9 @@ def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> 
 
 
 def _without_this_machine(recipe: Recipe) -> Recipe:
-    """What the machine that trains must have, this one need not: W&B, DeepEP."""
+    """What the machine that trains must have, this one need not: W&B, DeepEP, for FP8 Transformer Engine."""
     dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
-    parallel = dataclasses.replace(recipe.parallel, dispatcher=dispatcher)
-    return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel)
+    parallel, model = dataclasses.replace(recipe.parallel, dispatcher=dispatcher), recipe.model
+    if recipe.fp8.recipe != "none" and model.spec == "te":
+        model = dataclasses.replace(model, spec="auto")
+    return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel, model=model)

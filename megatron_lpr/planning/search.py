@@ -17,6 +17,7 @@ from megatron_lpr.planning.layout import Layout, Layouts
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
+from megatron_lpr.planning.step_time import at_peak
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 
@@ -66,8 +67,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
 
 def least_seconds(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> float:
     """Of a step in which every GPU computes all the time, and nothing twice."""
-    work = model_operations(recipe, arch)
-    return work.total / world_size / gpu.flops[recipe.model.dtype]
+    return at_peak(model_operations(recipe, arch), gpu, recipe.model.dtype) / world_size
 
 
 def least_bubble(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> float:
@@ -88,9 +88,8 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
         for chunks in (1, 2, 4)
         if arch.num_layers % (stages * chunks) == 0
     ]
-    spread: list[Literal["replicated", "sharded"]] = (
-        ["replicated"] if recipe.train.trainable == "all" else ["replicated", "sharded"]
-    )
+    can_shard = recipe.train.trainable != "all" and recipe.fp8.frozen_weights != "fp8"
+    spread: list[Literal["replicated", "sharded"]] = ["replicated", "sharded"] if can_shard else ["replicated"]
     tensors = _divisors(arch.num_query_groups, gpu.per_node)
     for frozen, context, tensor, (stages, chunks), expert in itertools.product(
         spread, contexts, tensors, pipelines, experts

@@ -4,9 +4,6 @@ Each matrix is cut along its rows into as many equal parts as the group has rank
 FSDP2 does (the idea is ZeRO's third stage, Rajbhandari et al., arXiv 1910.02054; here without gradients).
 """
 
-from collections import Counter
-from collections.abc import Iterable
-
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
 
@@ -24,23 +21,9 @@ def held_elements(parameter: Parameter, place: Place) -> int:
     return -(-parameter.rows // place.size(parameter.copies)) * parameter.columns
 
 
-def unit(parameter: Parameter) -> str:
+def unit_name(parameter: Parameter) -> str:
     """What is gathered at once: a layer's attention, its FFN, all its frozen experts, all its new ones."""
     if not parameter.name.startswith("decoder.layers."):
         return parameter.name
     *layer, module, part = parameter.name.split(".")[:5]
     return ".".join([*layer, module, part] if part in ("experts", "frozen_experts") else [*layer, module])
-
-
-def gathered_elements(parameters: Iterable[Parameter], place: Place) -> int:
-    """Whole weights of the two layers that are there at once: the one that computes and the next.
-
-    And a unit twice, for FSDP2 copies the weights out of what the collective returns.
-    """
-    of_layer: Counter[str] = Counter()
-    of_unit: Counter[str] = Counter()
-    for parameter in parameters:
-        if is_spread(parameter, place):
-            of_layer[".".join(parameter.name.split(".")[:3])] += parameter.elements
-            of_unit[unit(parameter)] += parameter.elements
-    return sum(sorted(of_layer.values())[-2:]) + max(of_unit.values(), default=0)

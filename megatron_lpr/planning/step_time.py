@@ -35,11 +35,17 @@ class StepTime:
     total: float
 
 
+def at_peak(work: Operations, gpu: GPU, dtype: str) -> float:
+    """Seconds in which one GPU computes it, each product at the peak of its numbers."""
+    seconds = (work.total - work.in_fp8) / gpu.flops[dtype]
+    return seconds + work.in_fp8 / gpu.flops["fp8"] if work.in_fp8 else seconds
+
+
 def step_time(
     place: Place, gpu: GPU, dtype: str, work: Operations, moves: Sequence[Move], micro_batches: int
 ) -> StepTime:
     """Of a rank of one pipeline stage; the step is as long as that of its slowest."""
-    compute = work.total / place.of_stage / gpu.flops[dtype]
+    compute = at_peak(work, gpu, dtype) / place.of_stage
     on: dict[str, OnLinks] = {"gathering": OnLinks(), "gradients": OnLinks(), "waiting": OnLinks()}
     for move in moves:
         of_gradients = move.purpose is None and move.ranks in _OF_GRADIENTS

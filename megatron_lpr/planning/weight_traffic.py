@@ -10,7 +10,7 @@ from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, in_groups
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
-from megatron_lpr.planning.shards import held_elements, is_spread, unit
+from megatron_lpr.planning.shards import held_elements, is_spread, unit_name
 
 _FP32 = 4
 Chunks = Sequence[Sequence[Parameter]]
@@ -22,7 +22,7 @@ def of_frozen_weights(layers: Layers, chunks: Chunks, itemsize: int) -> list[Mov
     tied = place.is_last and all(parameter.name != OUTPUT_LAYER for chunk in chunks for parameter in chunk)
     units: Counter[tuple[str, Group, int]] = Counter()
     for parameter in (p for chunk in chunks for p in chunk if is_spread(p, place)):
-        key = unit(parameter), parameter.copies, _passes(parameter, layers, tied)
+        key = unit_name(parameter), parameter.copies, _passes(parameter, layers, tied)
         units[key] += held_elements(parameter, place) * itemsize
     alike = Counter((ranks, passes, size) for (_, ranks, passes), size in units.items())
     return [

@@ -80,5 +80,5 @@ def _refuse_wrong_apex() -> None:
     if importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(
             f"NVIDIA's Apex in {folders[0]} was built without its CUDA extensions, and Megatron would take it for a "
-            "whole one: build it again with --cpp_ext --cuda_ext, or uninstall it"
+            "whole one: build it again with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it"
         )

@@ -8,7 +8,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.platform.fp8 import lacking_for_fp8
 from megatron_lpr.recipe.layout import nearest_multiples
-from megatron_lpr.recipe.settings import Fp8Config, Recipe
+from megatron_lpr.recipe.settings import Fp8Config, Recipe, TrainConfig
 
 _ROWS = {"mxfp8": 32}  # operands of a product have multiples of so many rows and columns; with other recipes of 16
 _BLOCK = 128  # numbers that share a scale with blockwise
@@ -40,10 +40,8 @@ def check_fp8(recipe: Recipe, arch: Architecture) -> None:
         raise UserError(
             f"fp8.recipe: {settings.recipe} needs model.dtype: bfloat16 (it is {recipe.model.dtype}); set that, or none"
         )
-    if settings.frozen_weights == "fp8" and recipe.train.trainable == "all":
-        raise UserError(
-            "fp8.frozen_weights: fp8 has no effect with train.trainable: all, which freezes nothing; leave it out"
-        )
+    if settings.frozen_weights == "fp8":
+        _check_frozen(recipe, recipe.train)
     _check_bf16_layers(settings, arch, recipe.parallel.pipeline)
     _check_widths(recipe, arch)
     _check_tokens(recipe)
@@ -61,6 +59,24 @@ def check_fp8_here(recipe: Recipe) -> None:
     if lacking := lacking_for_fp8(wanted):
         others = "tensorwise or none" if wanted != "tensorwise" else "none"
         raise UserError(f"fp8.recipe: {wanted} does not run here ({lacking}); set {others}")
+
+
+def _check_frozen(recipe: Recipe, train: TrainConfig) -> None:
+    """Of weights that are quantised no checkpoint can be written."""
+    if train.trainable == "all":
+        raise UserError(
+            "fp8.frozen_weights: fp8 has no effect with train.trainable: all, which freezes nothing; leave it out"
+        )
+    if recipe.checkpoint.whole:
+        raise UserError(
+            "checkpoint.whole: true writes frozen weights, of which fp8.frozen_weights: fp8 keeps rounded values only; "
+            "leave one of them out"
+        )
+    if train.trainable == "routers" and not recipe.model.load:
+        raise UserError(
+            "fp8.frozen_weights: fp8 with train.trainable: routers needs model.load, the checkpoint that holds the new "
+            "experts as they are; name it, or set bf16"
+        )
 
 
 def _check_bf16_layers(settings: Fp8Config, arch: Architecture, pipeline: int) -> None:

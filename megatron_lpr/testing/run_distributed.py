@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import time
@@ -29,28 +30,21 @@ def run_distributed(func: Callable[..., Any], world_size: int, *args: Any, timeo
         RuntimeError: a rank failed (holds the traceback of the first), or the time is up; the others are killed.
     """
     deadline = time.monotonic() + timeout_seconds
-    with RankProcesses(world_size) as ranks:
-        results = ranks.run(func, *args, timeout_seconds=timeout_seconds)
+    with RankProcesses() as ranks:
+        results = ranks.run(func, world_size, *args, timeout_seconds=timeout_seconds)
         ranks.end(deadline)
     return results
 
 
 class RankProcesses:
-    """Processes that serve one call after another, as `run_distributed` does; a context manager."""
+    """Processes that serve one call after another, as `run_distributed` does; a context manager.
 
-    def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        common = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
+    They are started when a call needs them: one of two ranks runs in the first two of four that are there.
+    """
+
+    def __init__(self) -> None:
         self._processes: list[SpawnProcess] = []
         self._pipes: list[Connection] = []
-        for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            process = context.Process(target=_serve, args=(environment, theirs))
-            process.start()
-            theirs.close()  # so that the end of the process closes the pipe
-            self._processes.append(process)
-            self._pipes.append(ours)
 
     def __enter__(self) -> Self:
         return self
@@ -58,17 +52,30 @@ class RankProcesses:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def run(self, func: Callable[..., Any], *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
-        """What func(*args) returns on each rank. After a RuntimeError the processes are gone."""
-        payload, port = pickle.dumps((func, args)), free_port()
-        for pipe in self._pipes:
+    def run(self, func: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+        """What func(*args) returns on each of `world_size` ranks. After a RuntimeError the processes are gone."""
+        while len(self._processes) < world_size:
+            self._start(rank=len(self._processes))
+        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        payload = pickle.dumps((func, args))
+        for pipe in self._pipes[:world_size]:
             with contextlib.suppress(BrokenPipeError):  # it died: said below
-                pipe.send((port, payload))
+                pipe.send((common, payload))
         try:
-            return self._collect(time.monotonic() + timeout_seconds)
+            return self._collect(self._pipes[:world_size], time.monotonic() + timeout_seconds)
         except BaseException:
             self.kill()
             raise
+
+    def _start(self, rank: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        process = context.Process(target=_serve, args=(environment, theirs))
+        process.start()
+        theirs.close()  # so that the end of the process closes the pipe
+        self._processes.append(process)
+        self._pipes.append(ours)
 
     def end(self, deadline: float) -> None:
         """Let the processes end by themselves: they may have children of their own to end."""
@@ -84,9 +91,10 @@ class RankProcesses:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
+        self._processes, self._pipes = [], []
 
-    def _collect(self, deadline: float) -> list[Any]:
-        pipes, results = self._pipes, dict[int, Any]()
+    def _collect(self, pipes: list[Connection], deadline: float) -> list[Any]:
+        results = dict[int, Any]()
         while len(results) < len(pipes):
             waiting = [rank for rank in range(len(pipes)) if rank not in results]
             ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, deadline - time.monotonic()))
@@ -109,10 +117,10 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
     os.environ.update(environment)  # before torch is imported with `func`
     while True:
         try:
-            port, payload = pipe.recv()
+            common, payload = pipe.recv()
         except EOFError:
             return
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ.update(common)
         try:
             func, args = pickle.loads(payload)
             outcome = (True, func(*args))
@@ -124,7 +132,12 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at, for ranks that take seconds until they do.
+
+    The kernel gives none of these (it begins at 32768) to whoever asks for any port in the meantime.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -53,6 +53,8 @@ def _folders(plan: Plan) -> Iterator[Path]:
 def _key(plan: Plan) -> str:
     """A digest of all that the base's scores depend on."""
     about = [plan.base, plan.recipe.model.dtype, plan.recipe.evaluation.window]
+    if plan.recipe.fp8.frozen_weights == "fp8":  # the base as this run holds it
+        about.append(dataclasses.asdict(plan.recipe.fp8))
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for text in plan.held_out:
         corpus = text.corpus

@@ -34,6 +34,7 @@ from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
+from megatron_lpr.model.parameters import shards_frozen
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_recipe
 from megatron_lpr.recipe.fp8 import check_fp8_here
@@ -171,7 +172,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         replay.check()
     notes = [start.note] if start else []
     notes += [same_run.rounded(recipe, source)] if source and not resume else []
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         arch=arch,
         manifest=manifest,
@@ -187,6 +188,23 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         notes=tuple(note for note in notes if note),
         damaged=damaged,
     )
+    if recipe.fp8.frozen_weights == "fp8":
+        _check_frozen_fp8(plan)
+    return plan
+
+
+def _check_frozen_fp8(plan: Plan) -> None:
+    """UserError where weights could not be held in FP8, each whole, or would have to be saved."""
+    if shards_frozen(plan.recipe, plan.arch, plan.world_size):
+        raise UserError(
+            "fp8.frozen_weights: fp8 does not go with sharded frozen weights (parallel.frozen); set parallel.frozen: "
+            "replicated, or bf16"
+        )
+    if plan.content(finished=True) == "whole":
+        raise UserError(
+            "fp8.frozen_weights: fp8 keeps rounded values only, and each checkpoint has to hold the frozen weights of "
+            f"{plan.source or plan.resume}, which are not the base's; set bf16"
+        )
 
 
 def _held_out(recipe: Recipe, tokenizer: Tokenizer, rank: int) -> tuple[Text, ...]:

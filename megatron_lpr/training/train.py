@@ -23,6 +23,7 @@ from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import CheckpointWriter
 from megatron_lpr.errors import Stopped
 from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
+from megatron_lpr.model.frozen_fp8 import cast_frozen_once
 from megatron_lpr.model.load.weights import fill_under, fill_weights
 from megatron_lpr.model.sharding import build_frozen
 from megatron_lpr.recipe.reading import to_tree
@@ -73,6 +74,7 @@ class Trainer:
         if plan.resume is not None:
             load_checkpoint(plan.resume, self.chunks, self.optimizer, self.scheduler)
         check_weights(self.chunks, f"weights from {plan.resume or plan.source or recipe.model.base}")
+        cast_frozen_once(recipe.fp8, self.chunks)
         self.counts.num_languages = len(plan.manifest.languages)
         for router in self.routers:
             router.stats.num_languages = self.counts.num_languages

@@ -1,12 +1,12 @@
 """Every layout computes what one process computes: losses, statistics, gradients, and the weights it loads.
 
-One frozen and four new experts; two layers, or four where there are pipeline stages. What the sizes of a layout leave
-of the ranks is data parallelism.
+One frozen and four new experts; two layers, or four where the pipeline needs or shows more. What the sizes of a layout
+leave of the ranks is data parallelism.
 """
 
 import numpy as np
 import pytest
-from layouts import STAGES, Case, Comparison, Part, Sections, run_parts, selected
+from layouts import STAGES, Case, Comparison, Part, Sections, run_parts, selected, unfair_batch
 
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -93,14 +93,22 @@ REPLICATED = {
 }
 TRAIN = ("micro_batch_size", "recompute")
 NEEDS_EXPERTS = {"expert", "expert_tensor", "dispatcher"}
+SAMPLES = len(unfair_batch().tags_BS)
 VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen"}
 
 
-def sections(sizes: dict) -> dict:
-    """A layout's settings as sections of a recipe."""
+def sections(world_size: int, sizes: dict) -> dict:
+    """A layout's settings as sections of a recipe.
+
+    Where data is all that is split each sample is a micro-batch. Else a step has two for each pipeline stage if it can:
+    enough for all that a schedule does, and every further one takes as long as these.
+    """
+    pipeline = sizes.get("pipeline", 1)
+    copies = world_size // (sizes.get("tensor", 1) * pipeline * sizes.get("context", 1))
+    micro_batch_size = 1 if copies == world_size else max(1, SAMPLES // copies // (2 * pipeline))
     return {
         "parallel": {name: value for name, value in sizes.items() if name not in TRAIN},
-        "train": {name: value for name, value in sizes.items() if name in TRAIN},
+        "train": {"micro_batch_size": micro_batch_size} | {n: value for n, value in sizes.items() if n in TRAIN},
     }
 
 
@@ -111,17 +119,22 @@ def stages(sizes: dict) -> list[str]:
     return [stage for stage in STAGES if stage != "dense" or not NEEDS_EXPERTS & sizes.keys()]
 
 
-# ten steps of post-pretraining show that nothing drifts, where every kind of parallelism is once; the second step
+# five steps of post-pretraining show that nothing drifts, where every kind of parallelism is once; the second step
 # shows what the optimizer did, and the third that it goes on
-TEN_STEPS = {"micro_batch_1", "dp4", "pp2_vpp2", "cp2_tp2", "tp2_pp2_ep2", "etp2_ep2"}
+FIVE_STEPS = {"micro_batch_1", "dp4", "pp2_vpp2", "cp2_tp2", "tp2_pp2_ep2", "etp2_ep2"}
 
 
-def steps(name: str, stage: str) -> int:
-    return 2 if stage != "stage1" else 10 if name in TEN_STEPS else 3
+def steps(name: str, stage: str, sizes: dict) -> int:
+    if stage != "stage1" or VARIATIONS & sizes.keys():
+        return 2
+    return 5 if name in FIVE_STEPS else 3
 
 
 CASES = {
-    f"{name}-{stage}": (world_size, Case(stage=stage, changes=sections(sizes), steps=steps(name, stage)))
+    f"{name}-{stage}": (
+        world_size,
+        Case(stage=stage, changes=sections(world_size, sizes), steps=steps(name, stage, sizes)),
+    )
     for world_size, layouts in LAYOUTS.items()
     for name, sizes in layouts.items()
     for stage in stages(sizes)
@@ -139,18 +152,28 @@ RESUMES = {
     "tp2_pp2_to_dp4_sharded": ("tp2_pp2", "dp4_sharded"),
 }
 CASES |= {
-    name: (4, Case(stage="stage1", changes=sections(LAYOUTS[4][saved]), resume_at=sections(LAYOUTS[4][read]), steps=3))
+    name: (
+        4,
+        Case(stage="stage1", changes=sections(4, LAYOUTS[4][saved]), resume_at=sections(4, LAYOUTS[4][read]), steps=3),
+    )
     for name, (saved, read) in RESUMES.items()
 }
 # what loading depends on
 LOADS = {
-    world_size: {name: sections(sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP} & sizes.keys()}
+    world_size: {
+        name: sections(world_size, sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP} & sizes.keys()
+    }
     for world_size, layouts in LAYOUTS.items()
 }
 
 
 def layers(*layouts: Sections | None) -> int:
-    return 4 if any(layout and layout["parallel"].get("pipeline", 1) > 1 for layout in layouts) else 2
+    """Four where there are as many chunks, or where it matters that a chunk of a pipeline has more than one."""
+    for parallel, train in ((layout["parallel"], layout["train"]) for layout in layouts if layout):
+        chunks = parallel.get("pipeline", 1) * parallel.get("virtual_pipeline", 1)
+        if chunks > 2 or (chunks == 2 and ("frozen" in parallel or "recompute" in train)):
+            return 4
+    return 2
 
 
 LAYERS = {name: layers(case.changes, case.resume_at) for name, (_, case) in CASES.items()}
@@ -203,5 +226,5 @@ def test_the_steps_of_the_reference_differ(comparisons, depth):
     for stage, expected in comparisons[depth].expected.items():
         losses = [step["lpr_loss" if stage == "stage2" else "ntp_loss"] for step in expected.metrics]
         assert abs(losses[0] - losses[1]) > 1e-4 * losses[0]
-        if len(losses) == 10:
-            assert abs(losses[0] - losses[-1]) > 1e-2 * losses[0]
+        if len(losses) == 5:
+            assert abs(losses[0] - losses[-1]) > 5e-3 * losses[0]

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from ports import port_for_ranks
 
 from megatron_lpr.reporting.metrics_log import read_metrics
 from megatron_lpr.testing.equal_runs import differences
+from megatron_lpr.testing.run_distributed import free_port
 
 STEPS = 12
 LIMITS = ("cluster.watchdog=1", "cluster.watchdog_floor_seconds=8")
@@ -26,7 +26,7 @@ def train(project, output, *assignments, ranks=1):
     command += [word for assignment in settings for word in ("--set", assignment)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_for_ranks())}
+        environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             command,

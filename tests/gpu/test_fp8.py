@@ -16,6 +16,7 @@ from layouts import STAGES, trainer_of, write_source
 
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.evaluation.windows import tokenized
+from megatron_lpr.platform.to_host import ToHost
 from megatron_lpr.recipe.text_settings import EvaluationCorpus
 from megatron_lpr.testing.toy_models import write_toy_model
 
@@ -160,6 +161,6 @@ def test_a_frozen_expert_that_nobody_chose(make):
     for chosen in (0, 3, 16, 17, 32):
         mask = (torch.arange(32, device=device) < chosen)[:, None]
         with get_fp8_context(model.config, 0):
-            output = add_frozen_experts(experts, x, mask.float(), mask, [chosen])
+            output = add_frozen_experts(experts, ToHost(mask.sum(0)), x, mask.float(), mask)
         assert not output[chosen:].any() and output[:chosen].isfinite().all()
         assert bool(output[:chosen].any()) == bool(chosen)

@@ -7,23 +7,18 @@ import torch
 
 class DType(IntEnum):
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
 TORCH_DTYPE = {
     DType.kByte: torch.uint8,
-    DType.kInt16: torch.int16,
     DType.kInt32: torch.int32,
-    DType.kInt64: torch.int64,
     DType.kFloat32: torch.float32,
     DType.kFloat16: torch.float16,
     DType.kBFloat16: torch.bfloat16,
@@ -85,6 +80,8 @@ NVTE_QKV_Format = IntEnum(
         "NVTE_SBHD_2BSHD",
         "NVTE_THD_2BSHD",
         "NVTE_THD_2SBHD",
+        "NVTE_QKV_Format_NOT_SET",
+        "NVTE_BHSD",
     ],
     start=0,
 )
@@ -96,18 +93,26 @@ NVTE_QKV_Layout = IntEnum(
             "SB3HD SBH3D SBHD_SB2HD SBHD_SBH2D SBHD_SBHD_SBHD BS3HD BSH3D BSHD_BS2HD BSHD_BSH2D BSHD_BSHD_BSHD "
             "T3HD TH3D THD_T2HD THD_TH2D THD_THD_THD SBHD_BSHD_BSHD BSHD_SBHD_SBHD THD_BSHD_BSHD THD_SBHD_SBHD "
             "Paged_KV_BSHD_BSHD_BSHD Paged_KV_BSHD_SBHD_SBHD Paged_KV_SBHD_BSHD_BSHD Paged_KV_SBHD_SBHD_SBHD "
-            "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD"
+            "Paged_KV_THD_BSHD_BSHD Paged_KV_THD_SBHD_SBHD BHSD_BHSD_BHSD QKV_Layout_NOT_SET"
         ).split()
     ],
     start=0,
 )
 
 
+NVTEScalingMode = IntEnum("NVTEScalingMode", ["NVTE_DELAYED_TENSOR_SCALING", "NVTE_MXFP8_1D_SCALING"], start=0)
+NVTERoutingMapFormat = IntEnum("NVTERoutingMapFormat", ["BYTEMAP", "BITMAP_U8"], start=0)
+NVTEQBHistogramMode = IntEnum("NVTEQBHistogramMode", ["TWO_KERNEL", "FUSED_ATOMIC"], start=0)
+
+
 class NVTE_Fused_Attn_Backend(IntEnum):
     NVTE_No_Backend = -1
-    NVTE_F16_max512_seqlen = 0
     NVTE_F16_arbitrary_seqlen = 1
     NVTE_FP8 = 2
+
+
+# a name of older versions; newer ones count the members
+NVTE_Fused_Attn_Backend.NVTE_F16_max512_seqlen = 0
 
 
 class CommOverlapCore:

@@ -105,7 +105,12 @@ def test_may_not_change(recipe, base, key, step):
 def test_every_setting_of_the_model_is_judged(recipe):
     """A new one must be put on one side or the other."""
     judged = {key.removeprefix("model__") for key in FIXED if key.startswith("model__")}
-    assert {field.name for field in dataclasses.fields(recipe.model)} - judged == {"base", "load", "spec"}
+    assert {field.name for field in dataclasses.fields(recipe.model)} - judged == {
+        "base",
+        "load",
+        "spec",
+        "fused_kernels",
+    }
 
 
 def test_micro_batches_are_the_groups_of_a_balance_loss(recipe, base):

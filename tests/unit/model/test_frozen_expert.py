@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from megatron_lpr.platform.to_host import ToHost
 
 CONFIG = SimpleNamespace(
-    hidden_size=8, moe_ffn_hidden_size=12, params_dtype=torch.float64, sequence_parallel=True, fp8=None
+    bias_activation_fusion=False,
+    hidden_size=8,
+    moe_ffn_hidden_size=12,
+    params_dtype=torch.float64,
+    sequence_parallel=True,
+    fp8=None,
 )
 
 
@@ -45,6 +50,28 @@ def test_sum_over_the_experts_that_a_token_chose(experts):
     )
     torch.testing.assert_close(x_grad, x_expected)
     torch.testing.assert_close(probs_grad, probs_expected * chosen)
+
+
+def test_fused_swiglu_is_the_same_and_keeps_its_input_only(experts, monkeypatch):
+    expert, x = experts[0], torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    found, kept = [], []
+    for fused in (False, True):
+        monkeypatch.setattr(CONFIG, "bias_activation_fusion", fused)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = expert(x)
+        for parameter in expert.parameters():
+            sizes.pop(parameter.untyped_storage().data_ptr(), None)
+        kept.append(sum(sizes.values()))
+        found.append((output.detach(), *torch.autograd.grad(output.sin().sum(), [x])))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
+    assert kept == [3 * 5 * 12 * 8, 2 * 5 * 12 * 8]
 
 
 def test_no_token_chose_a_frozen_expert(experts):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from apex_stand_in import apex
-from harness import gradients
+from harness import gradients, unwrapped
 from layouts import recipe_of, trainer_of, write_source
 
 
@@ -129,3 +129,41 @@ def test_transformer_engines_modules():
     linears = [Linear(True, True), Linear(False, False), Linear(True, False), Linear()]
     fuse_gradient_accumulation([torch.nn.ModuleList(linears)])
     assert [linear.fuse_wgrad_accumulation for linear in linears] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_first_router_learns_where_no_token_has_a_gradient(megatron, toy_base, tmp_path, monkeypatch, stage):
+    """Transformer Engine's permutation gives probabilities a gradient only beside one of the tokens, as done here."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_lpr.platform import leave_layout
+
+    source = write_source(toy_base, tmp_path / "source")
+    leave_layout()
+
+    def as_fused(plain):
+        def permuted(tokens, *args, **kwargs):
+            assert kwargs.pop("fused")
+            rows, probs, *others = plain(tokens, *args, **kwargs)
+            return rows, probs if tokens.requires_grad or probs is None else probs.detach(), *others
+
+        return permuted
+
+    def back(*args, fused, **kwargs):
+        return unpermute(*args, **kwargs)
+
+    found, unpermute = [], token_dispatcher.unpermute
+    for fused in (False, True):
+        trainer = trainer_of(toy_base, stage, tmp_path / str(fused), source=source)
+        if fused:
+            for name in ("permute", "sort_chunks_by_idxs"):
+                monkeypatch.setattr(token_dispatcher, name, as_fused(getattr(token_dispatcher, name)))
+            monkeypatch.setattr(token_dispatcher, "unpermute", back)
+            for layer in unwrapped(trainer).decoder.layers:
+                layer.mlp.config.moe_permute_fusion = True
+        trainer.train_step()
+        found.append({name: gradient.clone() for name, gradient in gradients(trainer).items()})
+        leave_layout()
+    plain, fused = found
+    for name, gradient in plain.items():
+        torch.testing.assert_close(fused[name], gradient, rtol=1e-5, atol=1e-7, msg=name)

@@ -30,9 +30,10 @@ LAYOUTS = {
         {"pipeline": 2, "virtual_pipeline": 2, "frozen": "sharded"},
         {"global_batch_size": 64},
     ),
+    "sharded_middle": (16, {"pipeline": 4, "frozen": "sharded"}, {"global_batch_size": 64, "recompute": "selective"}),
     "sharded_review": (4, {"frozen": "sharded"}, {"trainable": "routers", "recompute": "full"}),
 }
-STATES = ("frozen", "trained", "gradients", "optimizer")
+EXACT = ("frozen", "trained", "gradients", "optimizer", "gathered")
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,9 @@ def rehearsed(tmp_path_factory):
 def test_planned_as_rehearsed(rehearsed, name):
     part, found = rehearsed[name]
     memory, traffic = planned(part.recipe, part.arch, part.world_size, part.rank)
-    for kind in STATES:
+    for kind in EXACT:
         assert getattr(memory, kind) == getattr(found.memory, kind), kind
     assert memory.activations + memory.logits == pytest.approx(found.memory.activations + found.memory.logits, rel=0.05)
-    # a last stage gathers nothing ahead of its output layer
-    assert found.memory.gathered <= memory.gathered <= 1.35 * found.memory.gathered
     # a norm of four bytes is not planned
     assert dict(traffic) == {key: amount for key, amount in found.traffic.items() if key[1] != "world"}
 

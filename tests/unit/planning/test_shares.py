@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_lpr.families import read_architecture
+from megatron_lpr.model.parameters import parameter_sizes
 from megatron_lpr.planning.buffers import buckets
 from megatron_lpr.planning.parameters import parameters
 from megatron_lpr.planning.place import Place
@@ -23,6 +24,21 @@ LAYOUTS = {
     "interleaved": ("llama-3.1-70b", 256, ["parallel.pipeline=4", "parallel.virtual_pipeline=5", "parallel.tensor=8"]),
     "tied": ("llama-3.2-1b", 8, []),
 }
+
+
+@pytest.mark.parametrize(
+    "base, published",
+    {
+        "llama-3.2-1b": 1_235_814_400,
+        "qwen3-8b": 8_190_735_360,
+        "qwen2.5-32b": 32_763_876_352,
+        "llama-3.1-70b": 70_553_706_496,
+    }.items(),
+)
+def test_the_examples_have_the_parameters_that_are_published(base, published, root):
+    arch = read_architecture(f"examples/plan/{base}")
+    sizes = parameter_sizes(arch, num_experts=0, num_frozen=0, vocab_size=arch.vocab_size)
+    assert sum(size for _, size in sizes) == published
 
 
 @pytest.mark.parametrize("base, world_size, changes", LAYOUTS.values(), ids=list(LAYOUTS))

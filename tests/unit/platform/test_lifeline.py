@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from ports import port_for_ranks
+
+from megatron_lpr.testing.run_distributed import free_port
 
 RANK = """
 import ctypes, os, sys, time
@@ -104,7 +105,7 @@ def outcomes():
 
 
 def start(case):
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_for_ranks())}
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [sys.executable, "-c", RANK.format(code=case.code[rank])],

@@ -6,7 +6,7 @@ import time
 import pytest
 from rank_functions import describe_rank, fail_on, hang_on, vanish_on
 
-from megatron_lpr.testing.run_distributed import run_distributed
+from megatron_lpr.testing.run_distributed import RankProcesses, run_distributed
 
 
 def test_results_come_in_the_order_of_ranks():
@@ -33,3 +33,15 @@ def test_dead_rank_is_shown():
 def test_time_limit_names_the_ranks_that_are_missing():
     with pytest.raises(RuntimeError, match=r"out of time: no result from ranks \[1\] of 2"):
         run_distributed(hang_on, 2, 1, timeout_seconds=5)
+
+
+def test_processes_serve_calls_of_more_and_of_fewer_ranks():
+    with RankProcesses() as processes:
+        two, three, again = (processes.run(describe_rank, ranks, "x") for ranks in (2, 3, 2))
+        assert [result["process"] for result in three[:2]] == [result["process"] for result in two]
+        assert [result["process"] for result in again] == [result["process"] for result in two]
+        assert [result["world_size"] for result in again] == [2, 2]
+        with pytest.raises(RuntimeError, match="rank 1 of 2 died: 3"):
+            processes.run(vanish_on, 2, 1)
+        fresh = processes.run(describe_rank, 1, "x")
+        assert fresh[0]["process"] not in {result["process"] for result in three}

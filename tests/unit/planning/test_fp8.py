@@ -1,0 +1,63 @@
+"""FP8 in a plan: copies of weights, the rate of the products, and what cannot be (tests/te counts real copies)."""
+
+import dataclasses
+
+import pytest
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import read_architecture
+from megatron_lpr.planning.hardware import GPUS
+from megatron_lpr.planning.operations import model_operations
+from megatron_lpr.planning.planned import planned
+from megatron_lpr.planning.run_plan import plan_run
+from megatron_lpr.planning.step_time import at_peak
+from megatron_lpr.recipe.reading import load_recipe
+
+FP8 = ["fp8.recipe=tensorwise", "model.spec=te"]
+
+
+def recipe_of(*changes):
+    return load_recipe("examples/recipes/stage1.yaml", ["model.base=examples/plan/llama-3.2-1b", *changes])
+
+
+def test_held_in_fp8(root):
+    """Frozen linear layers take two bytes a number, or one below the first router, where they took four, or three."""
+    recipe = recipe_of("fp8.recipe=tensorwise")
+    arch = read_architecture(recipe.model.base)
+    held = {}
+    for frozen_weights in ("bf16", "fp8"):
+        fp8 = dataclasses.replace(recipe.fp8, frozen_weights=frozen_weights)
+        held[frozen_weights], _ = planned(dataclasses.replace(recipe, fp8=fp8), arch, 8, 0)
+    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    of_layer = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)  # attention, the frozen expert
+    assert held["bf16"].frozen - held["fp8"].frozen == 2 * arch.num_layers * of_layer
+    transposed = arch.hidden_size * (queries + 2 * keys)  # queries, keys, values of the first layer
+    assert held["bf16"].casts - transposed == held["fp8"].casts > 2 * (arch.num_layers - 1) * of_layer
+    of_bf16 = dataclasses.replace(recipe, fp8=dataclasses.replace(recipe.fp8, recipe="none"))
+    assert planned(of_bf16, arch, 8, 0)[0].casts == 0
+
+
+def test_rate_of_the_products(root):
+    plain, all_layers, fewer = (
+        recipe_of(*changes) for changes in ([], FP8[:1], [*FP8[:1], "fp8.bf16_layers_at_end=4"])
+    )
+    arch, h100 = read_architecture(plain.model.base), GPUS["h100"]
+    works = [model_operations(recipe, arch) for recipe in (plain, all_layers, fewer)]
+    assert len({work.total for work in works}) == 1 and works[0].in_fp8 == 0
+    assert 0 < works[2].in_fp8 < works[1].in_fp8
+    head = 2 * 2 * 512 * 1024 * 128256 * arch.hidden_size  # forward, gradient of the input
+    router = 3 * 2 * 512 * 1024 * plain.model.num_experts * arch.hidden_size * arch.num_layers
+    router -= 2 * 512 * 1024 * plain.model.num_experts * arch.hidden_size  # nothing below the first one learns
+    assert works[1].products - works[1].in_fp8 == head + router
+    seconds = [at_peak(work, h100, "bfloat16") for work in works]
+    assert seconds[0] > seconds[2] > seconds[1] > seconds[0] / 2
+
+
+def test_gpus_without_fp8(root):
+    with pytest.raises(UserError, match="--gpu a100: does not compute in FP8"):
+        plan_run(recipe_of(*FP8), 8, "a100")
+
+
+def test_a_plan_needs_no_transformer_engine(root):
+    plan = plan_run(recipe_of(*FP8, "fp8.frozen_weights=fp8"), 8, "h100", most=3)
+    assert plan.found.best and all(layout.sizes.frozen == "replicated" for layout in plan.found.best)
