@@ -9,7 +9,7 @@
 #                    MEGATRON=0.19.2
 #   TE_TESTS         what `make test-te` runs
 #   TESTS            what `make test` runs, as tests/unit
-#   WORKERS          processes that `make test` runs the unit tests in
+#   WORKERS          processes that `make test` runs the unit tests in, and `make test-te` its files
 #   TRANSFORMERS4    what `make venv-transformers4` installs beside torch, to read exports with
 #   QUICKSTART_ARGS  arguments of examples/quickstart/run.py, as --smoke
 #   PYTEST_ARGS      arguments of pytest, as "-k router -x"
@@ -74,7 +74,7 @@ check: $(STAMP)
 
 # Transformer Engine's Python alone, in a folder of its own: tests/helpers/te_on_cpu/README.md says why.
 test-te: $(STAMP) .te-$(TE)/.installed
-	TE_ON_CPU=.te-$(TE) $(VENV)/bin/python -m pytest -q $(TE_TESTS) $(PYTEST_ARGS)
+	TE_ON_CPU=.te-$(TE) $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $(TE_TESTS) $(PYTEST_ARGS)
 
 .te-$(TE)/.installed: | $(STAMP)
 	@rm -rf $(@D)

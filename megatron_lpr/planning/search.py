@@ -18,6 +18,7 @@ from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
 from megatron_lpr.planning.step_time import at_peak
+from megatron_lpr.recipe.fp8 import check_fp8
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 
@@ -52,7 +53,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
             continue  # sharding would save memory that is not lacking
         layouts = Layouts(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu)
         found: Layout | None = None
-        for train in _batches(recipe.train, sizes, world_size):
+        for train in batches(layouts.recipe, arch, world_size):
             lacks = (layouts.least if layouts.least > gpu.usable else layouts.memory(train)[0].total) - gpu.usable
             if lacks <= 0:
                 layout = layouts.layout(train)
@@ -115,14 +116,17 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
         yield sizes
 
 
-def _batches(train: TrainConfig, sizes: ParallelConfig, world_size: int) -> Iterator[TrainConfig]:
+def batches(recipe: Recipe, arch: Architecture, world_size: int) -> Iterator[TrainConfig]:
     """Micro-batches from one sample on, each with every mode of recomputation; the cheapest mode that fits will win."""
+    assert recipe.train is not None
+    train, sizes = recipe.train, recipe.parallel
     data = Place(sizes, world_size, 0).data
     for samples in _divisors(max(1, train.global_batch_size // data), _MOST_SAMPLES):
         for recompute in ("none", "selective", "full"):
             batch = dataclasses.replace(train, micro_batch_size=samples, recompute=recompute)
             try:
                 check_batch(batch, sizes, world_size)
+                check_fp8(dataclasses.replace(recipe, train=batch), arch)
             except UserError:
                 continue
             yield batch

@@ -10,6 +10,7 @@ from megatron_lpr.planning.hardware import GPUS
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.planning.run_plan import plan_run
+from megatron_lpr.planning.search import batches
 from megatron_lpr.planning.step_time import at_peak
 from megatron_lpr.recipe.reading import load_recipe
 
@@ -61,3 +62,10 @@ def test_gpus_without_fp8(root):
 def test_a_plan_needs_no_transformer_engine(root):
     plan = plan_run(recipe_of(*FP8, "fp8.frozen_weights=fp8"), 8, "h100", most=3)
     assert plan.found.best and all(layout.sizes.frozen == "replicated" for layout in plan.found.best)
+
+
+@pytest.mark.parametrize("changes, smallest", [([], 1), (FP8, 2)])
+def test_layouts_whose_tokens_no_product_takes_are_left_out(root, changes, smallest):
+    recipe = recipe_of(*changes, "data.seq_length=1008", "parallel.tensor=2")  # 504 tokens of a sample on a rank
+    arch = read_architecture(recipe.model.base)
+    assert min(train.micro_batch_size for train in batches(recipe, arch, 8)) == smallest
