@@ -17,6 +17,7 @@ from megatron_lpr.model.rope import inverse_frequencies
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel
 from megatron_lpr.platform import on_leave
+from megatron_lpr.platform.fp8 import fp8_state_manager
 from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
@@ -81,9 +82,7 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
 
 def _forget_fp8_with_the_layout() -> None:
     """Transformer Engine keeps FP8 maxima of every module that ever ran, and would reduce them in groups now gone."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-    on_leave(FP8GlobalStateManager.reset)
+    on_leave(fp8_state_manager().reset)
 
 
 def named_weights(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:

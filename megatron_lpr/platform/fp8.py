@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def lacking_for_fp8(recipe: str) -> str | None:
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed: pip install 'megatron-lpr[te]'"
     try:
-        can_say = getattr(_state_manager(), _ASKED[recipe], None)
+        can_say = getattr(fp8_state_manager(), _ASKED[recipe], None)
         if can_say is None:
             return f"the installed Transformer Engine has no recipe {recipe}"
         if device().type == "cuda":
@@ -33,7 +34,8 @@ def lacking_for_fp8(recipe: str) -> str | None:
     return None if available else reason.rstrip(".")
 
 
-def _state_manager():
+def fp8_state_manager() -> Any:
+    """Transformer Engine's, of all modules of this process."""
     try:
         return importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager
     except ModuleNotFoundError:  # its name until 2.8
