@@ -51,7 +51,7 @@ def watched(monkeypatch):
     def told(name, function):
         def call(A, transA, B, transB, *args, **kwargs):
             kind = {(True, False): "forward", (False, False): "input", (False, True): "weight"}[transA, transB]
-            # Megatron-Core 0.19 has routers multiply here too: no other gradient has as many columns as there are experts
+            # Megatron-Core 0.19 has routers multiply here too: no other tensor has as many columns as there are experts
             of_router = name == "linear" and EXPERTS in (A.size()[-1], B.size()[-1])
             seen.products[f"{'router' if of_router else name} {kind}"] += 1
             return function(A, transA, B, transB, *args, **kwargs)
