@@ -205,7 +205,7 @@ def test_held_out_text_is_scored_between_steps(megatron, base, tmp_path):
             with evaluating(trainer.chunks) as (model,), torch.no_grad():
                 tokens = torch.arange(7)[None]  # as many as no FP8 product takes
                 model(tokens, torch.arange(7)[None], None)
-            assert "quantize" not in called() and called()["dequantize"]
+            assert "quantize" not in called()
         found.append([trainer.train_step()[number] for number in NUMBERS])
         leave_layout()
     assert found[0] == found[1]
