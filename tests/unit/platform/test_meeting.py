@@ -9,7 +9,10 @@ import pytest
 
 from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.platform import meeting, same_on_all_ranks, together
+from megatron_lpr.platform.meeting import meeting_store
 from megatron_lpr.testing.run_distributed import free_port, run_distributed
+
+KEPT = []
 
 
 def attempt(failing, message, *, inside_step, late=None, kind=UserError):
@@ -34,6 +37,7 @@ def attempt(failing, message, *, inside_step, late=None, kind=UserError):
             else:
                 step()
             end = "done"
+            KEPT.append(meeting_store())  # as the process group keeps it: others may still have to read there
     except AlreadyTold:
         end = "told"
     except kind as error:
