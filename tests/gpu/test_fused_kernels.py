@@ -4,22 +4,13 @@ import importlib.util
 
 import pytest
 import torch
-from layouts import STAGES, trainer_of, write_source
+from layouts import STAGES, trainer_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
 ]
-
-
-@pytest.fixture
-def source(megatron, toy_base, tmp_path):
-    from megatron_lpr.platform import leave_layout
-
-    folder = write_source(toy_base, tmp_path / "source")
-    leave_layout()
-    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)

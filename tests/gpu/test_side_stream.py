@@ -5,20 +5,11 @@ import importlib.util
 import pytest
 import torch
 from harness import gradients
-from layouts import trainer_of, write_source
+from layouts import trainer_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 SPECS = ["local", pytest.param("te", marks=pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine"))]
-
-
-@pytest.fixture
-def source(megatron, toy_base, tmp_path):
-    from megatron_lpr.platform import leave_layout
-
-    folder = write_source(toy_base, tmp_path / "source")
-    leave_layout()
-    return folder
 
 
 def run(base, stage, output, source, *, spec, recompute, overlap):

@@ -9,7 +9,7 @@ import os
 import pytest
 import te_on_cpu
 import torch
-from layouts import STAGES, trainer_of, write_source
+from layouts import STAGES, trainer_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,15 +24,6 @@ LOSSES = ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm")
 
 def with_spec(spec: str, dtype: str) -> dict:
     return {"model": {"spec": spec, "dtype": dtype}}
-
-
-@pytest.fixture
-def source(megatron, toy_base, tmp_path):
-    from megatron_lpr.platform import leave_layout
-
-    folder = write_source(toy_base, tmp_path / "source")
-    leave_layout()
-    return folder
 
 
 @pytest.mark.parametrize("stage", STAGES)
