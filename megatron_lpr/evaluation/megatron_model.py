@@ -93,9 +93,7 @@ class MegatronModel:
             return []
         columns = SLOTS + model.num_experts
         empty_LC = torch.zeros(self._num_languages, columns, dtype=torch.float64, device=device())
-        sums_LNC = torch.stack(
-            [found[layer].take()[0].to(device()) if layer in found else empty_LC for layer in layers], dim=1
-        )
+        sums_LNC = torch.stack([found[layer].take()[0] if layer in found else empty_LC for layer in layers], dim=1)
         if dist.get_world_size() > 1:
             dist.all_reduce(sums_LNC)
         slots = sums_LNC[..., SLOTS : SLOTS + model.num_frozen_experts].sum(-1)

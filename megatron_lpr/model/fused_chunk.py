@@ -79,8 +79,9 @@ class FusedChunk:
         self._largest_C, self._sum_C = largest_C, sum_C
         self.losses_C = sum_C.log() + largest_C - of_label_C
 
-    def gradient_CV(self, factor_C: Tensor) -> Tensor:
-        """d losses / d logits * factor, in the weight's dtype."""
+    def gradient_CV(self, factor_C: Tensor | None = None) -> Tensor:
+        """d losses / d logits * factor (None: 1), in the weight's dtype."""
+        factor_C = torch.ones_like(self.losses_C) if factor_C is None else factor_C
         rows = len(self._logits_CV)
         with torch.cuda.device(self._logits_CV.device):
             _gradient[(rows, triton.cdiv(self._width, BLOCK))](

@@ -76,8 +76,7 @@ class ChunkedLoss(torch.autograd.Function):
             chunk = _chunk(x_TH[part], weight_VH, labels_T[part], shard)
             losses_T[part] = chunk.losses_C
             if grad_TH is not None:
-                ones_C = torch.ones_like(chunk.losses_C)
-                torch.mm(chunk.gradient_CV(ones_C), weight_VH, out=grad_TH[part])
+                torch.mm(chunk.gradient_CV(), weight_VH, out=grad_TH[part])
             del chunk  # before the next one is made
         ctx.save_for_backward(*((x_TH, weight_VH, labels_T) if ctx.needs_weight else (grad_TH,)))
         return losses_T
@@ -133,14 +132,16 @@ class Chunk:
         of_label_C, self._sum_C = sums_2C
         self.losses_C = self._sum_C.log() - of_label_C
 
-    def gradient_CV(self, factor_C: Tensor) -> Tensor:
-        """d losses / d logits = softmax - one-hot of the label, * factor, in the weight's dtype.
+    def gradient_CV(self, factor_C: Tensor | None = None) -> Tensor:
+        """d losses / d logits = softmax - one-hot of the label, * factor (None: 1), in the weight's dtype.
 
         Called once, for it takes the place of the logits.
         """
         grad_CV = self._exp_CV.div_(self._sum_C[:, None])
         grad_CV.scatter_add_(1, self._column_C1, -self._is_here_C[:, None].float())
-        return grad_CV.mul_(factor_C[:, None]).to(self._dtype)
+        if factor_C is not None:
+            grad_CV.mul_(factor_C[:, None])
+        return grad_CV.to(self._dtype)
 
 
 def _all_reduce(tensor: Tensor, shard: VocabularyShard, op) -> None:
