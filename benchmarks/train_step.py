@@ -1,7 +1,7 @@
 """What a training step costs: tokens per second, TFLOP/s and MFU, where the time goes and what the memory holds, for
 fixed shapes x methods x precisions, beside a plain Hugging Face style implementation of the method in the same run.
 
-    python benchmarks/train_step.py                                 # on a GPU: all rows; on a CPU: small shapes in fp32
+    python benchmarks/train_step.py                                 # on a GPU: all rows; on a CPU: small shapes
     python benchmarks/train_step.py --shapes 1.8B --methods stage1 --precision bf16 tensorwise --json results.json
     python benchmarks/train_step.py --shapes 135M --methods stage1 --precision bf16 --profile trace.json
 
@@ -204,6 +204,8 @@ def ratios(rows: Sequence[Row]) -> list[str]:
                 f"{name}: {full.seconds / row.seconds:.2f}x moe_full; its operations promise "
                 f"{full.flops / row.flops:.2f}x, of which that is {row.tflops / full.tflops:.2f}"
             )
+        if precision == "bf16" and (fp32 := by_key.get((shape, method, "fp32", by))):
+            lines.append(f"{name}: {fp32.seconds / row.seconds:.2f}x fp32")
         if precision in FP8 and (bf16 := by_key.get((shape, method, "bf16", by))):
             lines.append(f"{name}: {bf16.seconds / row.seconds:.2f}x bf16")
     return lines
@@ -225,7 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     shapes = ["1.8B", "8B", "135M"] if on_gpu else ["135M", "small-experts"]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=shapes)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    precision = ["bf16", "tensorwise"] if on_gpu else ["fp32"]
+    precision = ["bf16", "tensorwise"] if on_gpu else ["fp32", "bf16"]
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precision, help="or a recipe of FP8")
     parser.add_argument("--spec", choices=("auto", "te", "local"), default="auto")
     parser.add_argument("--layers", type=int, help="of each model; without it as many as fit")

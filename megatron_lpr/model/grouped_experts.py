@@ -40,6 +40,9 @@ class GroupedExperts(SequentialMLP):
 
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor):
         if not self.is_grouped or not len(permuted_local_hidden_states):
+            if not permuted_probs.is_cuda:
+                # a product of two precisions is computed on copies in fp32; frozen experts take them like this too
+                permuted_probs = permuted_probs.to(permuted_local_hidden_states.dtype)
             return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         return self.at_once(permuted_local_hidden_states, tokens_per_expert, permuted_probs), None
 

@@ -6,6 +6,8 @@ of these is installed where there is a GPU. Everywhere: faults of released versi
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,6 +84,7 @@ def stand_in_for_cuda() -> None:
     _replace(torch.cuda.random, get_rng_state=lambda *a, **k: torch.get_rng_state())
     _let_gloo_take_tensor_splits()
     _let_gloo_take_unequal_parts()
+    _leave_gloo_out_where_a_rank_is_alone()
     _CudaMeansCpu().__enter__()
 
     # Megatron compiles small helpers with torch.compile, which on a CPU costs seconds each and gains nothing
@@ -129,6 +132,24 @@ def _let_gloo_take_unequal_parts() -> None:
                 part.copy_(total)
 
     _replace(dist, all_gather=all_gather, reduce_scatter=reduce_scatter)
+
+
+def _leave_gloo_out_where_a_rank_is_alone() -> None:
+    """The gradients and weights of a model on one rank: gloo would copy each of them there and back, twice a step."""
+
+    def alone(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def collective(*tensors, group=None, async_op=False, **kwargs):
+            if async_op or len(tensors) != 2 or dist.get_world_size(group) > 1:
+                return plain(*tensors, group=group, async_op=async_op, **kwargs)
+            output, input = tensors
+            if output.data_ptr() != input.data_ptr():
+                output.view(-1).copy_(input.view(-1))
+
+        return collective
+
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        setattr(dist, name, alone(getattr(dist, name)))
 
 
 def mend_megatron(on_cpu: bool) -> None:

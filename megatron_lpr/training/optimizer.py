@@ -26,6 +26,7 @@ from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.shards import marks_kept
 from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.training.main_grads import add_in_parts
 from megatron_lpr.training.not_finite import refuse_gradients_that_are_not_finite
 
 # Megatron's mark of a parameter group with a learning rate of its own
@@ -49,6 +50,8 @@ def wrap(recipe: Recipe, chunks: list[torch.nn.Module]) -> list[DistributedDataP
     ]
     if recipe.model.fused_kernels == "auto":
         fuse_gradient_accumulation(wrapped)
+    if not recipe.parallel.overlap_grad_reduce:
+        add_in_parts(wrapped)
     on_leave(functools.partial(_release, wrapped))
     config.finalize_model_grads_func = _sum_gradients
     if recipe.parallel.overlap_grad_reduce:
@@ -142,6 +145,8 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> tu
         groups[ParamKey(name="*.mlp.router.weight")] = {_IS_ROUTERS: True}
     with cuda_type_names():
         optimizer = get_megatron_optimizer(config, chunks, groups)
+    if bf16:
+        _in_one_pass(optimizer)
     refuse_gradients_that_are_not_finite(optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = LearningRates(
@@ -161,6 +166,15 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> tu
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _in_one_pass(optimizer: MegatronOptimizer) -> None:
+    """torch's AdamW on a CPU in one pass over its numbers, not eight; it rounds otherwise: not for fp32 models."""
+    for one in optimizer.chained_optimizers:
+        if isinstance(one.optimizer, torch.optim.AdamW):
+            for group in one.optimizer.param_groups:
+                if all(weight.device.type == "cpu" for weight in group["params"]):
+                    group["fused"] = True
 
 
 def update(optimizer: MegatronOptimizer) -> float:
