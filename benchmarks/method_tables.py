@@ -121,7 +121,8 @@ def tables(arms: Mapping[str, Arm], settings: Settings, out: Path) -> str:
     for name, arm in arms.items():
         folder = out / arm.folder
         if (folder / "result.json").exists():
-            cost = json.loads((folder / "cost.json").read_text())
+            file = folder / "cost.json"  # an arm that was stopped when it had just trained has none
+            cost = json.loads(file.read_text()) if file.exists() else {}
             found[name] = Found(arm=arm, result=EvaluationResult.load(folder / "result.json"), cost=cost)
     if BASE not in found:
         return "no results: the base was not scored"
