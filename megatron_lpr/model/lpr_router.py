@@ -29,6 +29,8 @@ class LPRRouter(TopKRouter):
         over_all = copy.copy(config)
         over_all.num_moe_experts = config.num_all_experts
         super().__init__(config=over_all, pg_collection=pg_collection, **kwargs)
+        if self.weight.device.type == "cpu":  # Megatron-Core makes it there, and moves it in its own `gating` only
+            self.weight.data = self.weight.data.to(torch.cuda.current_device())
         self.counts = GlobalCounts()  # the trainer replaces it by the one that it updates every step
         self.stats = RouterStats(self.config.num_moe_experts)
 
