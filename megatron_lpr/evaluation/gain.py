@@ -1,11 +1,11 @@
-"""Retention against gain: evaluation results as points of one picture."""
+"""Retention against gain: evaluation results as points of one picture, and as a table with the same numbers."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.retention import EvaluationResult, check_comparable
+from megatron_lpr.evaluation.retention import EvaluationResult, check_comparable, markdown
 from megatron_lpr.reporting.gain_plot import Arm
 
 
@@ -39,6 +39,34 @@ def arms(results: Sequence[EvaluationResult], *, replayed: Sequence[str] = (), c
             )
     series = _series(known, replayed)
     return [_arm(base, result, series, curve if result is not base else None) for result in results]
+
+
+def gain_table(results: Sequence[EvaluationResult], *, replayed: Sequence[str] = ()) -> str:
+    """A Markdown table of a column per model, the base's first: bits per byte of each text, and in brackets what became
+    of it; below, the means that are the points of the picture.
+
+    Raises:
+        UserError: as `arms`.
+    """
+    columns, base = arms(results, replayed=replayed), results[0]
+    rows = [["held-out text", "language", *(arm.name for arm in columns)]]
+    for place, before in enumerate(base.corpora):
+        role = before.role
+        if role == "original" and replayed:
+            role = "replayed" if before.language in replayed else "never replayed"
+        bits = [result.corpora[place].bits_per_byte for result in results]
+        cells = [f"{after:.3f} ({_change(before.role, bits[0], after)})" for after in bits[1:]]
+        rows.append([before.name, role, f"{bits[0]:.3f}", *cells])
+    rows.append(["**mean gain**", "expanded", "", *(f"**{arm.gain:.1f}%**" for arm in columns[1:])])
+    for series in columns[0].kept:
+        means = [f"**{arm.mean(series):.1f}%**" for arm in columns[1:]]
+        rows.append(["**mean kept**", series, "", *means])
+    told = "in brackets the change in an expanded language, what is kept of an original one (base bits / model bits)"
+    return f"{markdown(rows, left_columns=2)}\n\nBits per UTF-8 byte, lower is better; {told}."
+
+
+def _change(role: str, before: float, after: float) -> str:
+    return f"{100 * before / after:.1f}%" if role == "original" else f"{100 * (after / before - 1):+.1f}%"
 
 
 def _series(known: Sequence[str], replayed: Sequence[str]) -> Mapping[str, str]:

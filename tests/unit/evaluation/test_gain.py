@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.gain import arms
+from megatron_lpr.evaluation.gain import arms, gain_table
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
 
@@ -40,6 +40,23 @@ def test_without_replayed_languages_there_is_one_series():
     _, review = arms([BASE, REVIEW], curve="gamma")
     assert review.kept == {"original languages (en, es)": {"en": 80, "es": pytest.approx(125)}}
     assert review.curve == "gamma"
+
+
+def test_the_table_has_a_column_per_model_and_the_means_of_the_picture():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in gain_table([BASE, REVIEW], replayed=["en"]).splitlines()
+    ]
+    assert rows[0] == ["held-out text", "language", "base", "review"]
+    assert rows[2:9] == [
+        ["hu help", "expanded", "2.000", "1.000 (-50.0%)"],
+        ["hu guide", "expanded", "4.000", "3.000 (-25.0%)"],
+        ["en", "replayed", "1.000", "1.250 (80.0%)"],
+        ["es", "never replayed", "2.000", "1.600 (125.0%)"],
+        ["**mean gain**", "expanded", "", "**37.5%**"],
+        ["**mean kept**", "replayed (en)", "", "**80.0%**"],
+        ["**mean kept**", "never replayed (es)", "", "**125.0%**"],
+    ]
 
 
 def test_what_cannot_be_compared():
