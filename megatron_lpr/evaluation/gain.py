@@ -49,7 +49,7 @@ def gain_table(results: Sequence[EvaluationResult], *, replayed: Sequence[str] =
         UserError: as `arms`.
     """
     columns, base = arms(results, replayed=replayed), results[0]
-    rows = [["held-out text", "language", *(arm.name for arm in columns)]]
+    rows = [["held-out text", "role", *(arm.name for arm in columns)]]
     for place, before in enumerate(base.corpora):
         role = before.role
         if role == "original" and replayed:

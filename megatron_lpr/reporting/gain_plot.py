@@ -65,8 +65,9 @@ def plot_retention_against_gain(arms: Sequence[Arm], path: str | Path) -> None:
     axes.margins(x=0.1, y=0.08)
     axes.grid(alpha=0.3)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(decimals=0))
-    axes.legend(handles=[_sample(number, name) for number, name in enumerate(series)], loc="lower left")
+        axis.set_major_formatter(PercentFormatter())
+    samples = [_sample(number, name) for number, name in enumerate(series)]
+    figure.legend(handles=samples, loc="outside upper center", ncols=2)
     _label(axes, arms, colours)
     save_figure(figure, path)
 
@@ -90,8 +91,8 @@ def _sample(number: int, name: str) -> Line2D:
 
 def _label(axes: Axes, arms: Sequence[Arm], colours: Mapping[str, str]) -> None:
     """The name of each arm beside its lowest marker, or farther away at the end of a line, where nothing else is."""
-    figure, legend = axes.get_figure(), axes.get_legend()
-    assert isinstance(figure, Figure) and legend is not None
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
     FigureCanvasAgg(figure)  # measures text
     figure.draw_without_rendering()  # puts the axes where they will be
     means = axes.transData.transform([(arm.gain, arm.mean(name)) for arm in arms for name in arm.kept])
@@ -100,7 +101,6 @@ def _label(axes: Axes, arms: Sequence[Arm], colours: Mapping[str, str]) -> None:
     )
     point = figure.dpi / 72
     taken = [Bbox([at - half * point, at + half * point]) for half, them in ((5, means), (2, dots)) for at in them]
-    taken.append(legend.get_window_extent())
     for arm in arms:
         if arm.kept:
             lowest = arm.gain, min(map(arm.mean, arm.kept))

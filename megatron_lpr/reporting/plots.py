@@ -109,7 +109,7 @@ def plot_routing(shares: Mapping[str, Mapping[str, Sequence[float]]], path: str 
         if share_of:
             means, places = [np.mean(share) for share in share_of.values()], [rows.index(text) for text in share_of]
             marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-            axes.plot(means, places, marker, color=colour, label=model, alpha=0.9)
+            axes.plot(means, places, marker, color=colour, label=model, markersize=8, markeredgecolor="w")
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=f"share of routing slots that go to frozen experts, mean over layers (at most {max_share:.0%})")
     axes.set_xlim(0, 1.02 * max_share)

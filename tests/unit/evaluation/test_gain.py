@@ -47,7 +47,7 @@ def test_the_table_has_a_column_per_model_and_the_means_of_the_picture():
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in gain_table([BASE, REVIEW], replayed=["en"]).splitlines()
     ]
-    assert rows[0] == ["held-out text", "language", "base", "review"]
+    assert rows[0] == ["held-out text", "role", "base", "review"]
     assert rows[2:9] == [
         ["hu help", "expanded", "2.000", "1.000 (-50.0%)"],
         ["hu guide", "expanded", "4.000", "3.000 (-25.0%)"],
