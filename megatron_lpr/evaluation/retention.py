@@ -73,11 +73,11 @@ class EvaluationResult:
             raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
 
 
-def check_result_file(out: str | Path) -> None:
-    """UserError where a result cannot be written to `out`."""
+def check_result_file(out: str | Path, example: str = "result.json") -> None:
+    """UserError where a result cannot be written to `out`; `example` is a name for such a file."""
     out = Path(out)
     if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file, as {out / 'result.json'}")
+        raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: cannot be written in {there}")
