@@ -7,7 +7,8 @@ from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting import plots as routing_plots
-from megatron_lpr.reporting.plots import first_and_last, plot_frozen_share, plot_losses
+from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses
+from megatron_lpr.reporting.run_log import first_and_last
 
 
 @pytest.fixture
@@ -73,11 +74,6 @@ def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
     assert "50%" in bar.get_ylabel()
     assert [text.get_text() for text in after.texts] == ["12", "50", "25", "50"]
     assert imread(path).shape[0] > 300
-
-
-def test_first_and_last_skip_steps_without_router_statistics():
-    records = [record(1, 1.0), record(2, 1.0, hu=[0.25]), record(3, 1.0, hu=[0.5]), record(4, 1.0)]
-    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
 
 
 def test_nothing_to_plot_is_refused(tmp_path):
