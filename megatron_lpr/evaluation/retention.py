@@ -90,7 +90,7 @@ def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, floa
     Raises:
         UserError: the two results are not from the same text and window.
     """
-    _check_comparable([base, model])
+    check_comparable([base, model])
     return kept(base.corpora, model.corpora)
 
 
@@ -124,7 +124,7 @@ def retention_rows(results: Sequence[EvaluationResult]) -> list[list[str]]:
     Raises:
         UserError: results that are not from the same text and window.
     """
-    _check_comparable(results)
+    check_comparable(results)
     base, *later = results
     header = ["held-out text", "language", "role", *(result.model for result in results)]
     rows = [header + [f"{result.model} vs {base.model}" for result in later]]
@@ -153,7 +153,8 @@ def _percentages(of_languages: Mapping[str, float]) -> str:
     return ", ".join(f"{language} {percent:.1f}%" for language, percent in of_languages.items())
 
 
-def _check_comparable(results: Sequence[EvaluationResult]) -> None:
+def check_comparable(results: Sequence[EvaluationResult]) -> None:
+    """UserError where results are not from the same text, read alike, and the same window."""
     if not results:
         raise UserError("no evaluation results to compare: run `megatron-lpr evaluate` on each model first")
 
