@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from method_arms import BASE, REPLAYED, VALIDATION, Arm, Settings
 
+from megatron_lpr.evaluation.gain import arms as points
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.reporting.gain_plot import plot_retention_against_gain
 
 TRAINED_DOMAIN = "lohelp."
 KINDS = (
@@ -93,7 +95,7 @@ def corpus_table(found: Sequence[Found], base: Found) -> str:
 def cost_table(found: Sequence[Found]) -> str:
     shown: dict[str, Callable[[Mapping[str, float]], str]] = {
         "tokens": lambda cost: f"{cost['tokens']:,.0f}",
-        "PFLOP": lambda cost: f"{cost['flops'] / 1e15:,.1f}",
+        "TFLOP": lambda cost: f"{cost['flops'] / 1e12:,.0f}",
         "seconds": lambda cost: f"{cost['seconds']:,.0f}",
         "peak memory, GB": lambda cost: f"{cost['peak_bytes'] / 1e9:.1f}",
         "parameters that learn": lambda cost: f"{cost['trained_parameters']:,.0f}",
@@ -101,6 +103,37 @@ def cost_table(found: Sequence[Found]) -> str:
     }
     rows = [[one.arm.name, *(show(one.cost) for show in shown.values())] for one in found if one.cost]
     return table(["arm", *shown], rows)
+
+
+def pictures(found: Mapping[str, Found], out: Path) -> None:
+    """Retention against gain on the text of the tables: the comparison, and what its settings reach."""
+    families = {
+        "comparison": {"comparison": ("", [name for name, one in found.items() if one.arm.group == "main"])},
+        "settings": {
+            "dense": ("dense, lr", _family(found, "dense", "dense lr")),
+            "LoRA": ("LoRA, lr", _family(found, "LoRA", "LoRA lr")),
+            "stage 1": ("stage 1, lr", _family(found, "stage 1", "stage 1 lr")),
+            "review": ("review, gamma", _family(found, "review", "review gamma")),
+        },
+    }
+    for picture, curves in families.items():
+        drawn, base = [], _on_table_text(found[BASE], BASE)
+        for curve, (_, names) in curves.items():
+            results = [_on_table_text(found[name], name) for name in names if name != BASE]
+            drawn += points([base, *results], replayed=REPLAYED, curve=None if picture == "comparison" else curve)[1:]
+        if drawn:
+            plot_retention_against_gain(drawn, out / f"{picture}.png")
+
+
+def _family(found: Mapping[str, Found], first: str, others: str) -> list[str]:
+    """An arm and those that vary one of its settings, from the least gain to the most."""
+    names = [name for name in found if name == first or name.startswith(others)]
+    return sorted(names, key=lambda name: found[name].summary(found[BASE], validation=False)[KINDS[0]])
+
+
+def _on_table_text(one: Found, name: str) -> EvaluationResult:
+    corpora = tuple(one.bits(validation=False).values())
+    return dataclasses.replace(one.result, model=name, corpora=corpora, routing={})
 
 
 def environment() -> dict[str, Any]:
@@ -121,7 +154,8 @@ def tables(arms: Mapping[str, Arm], settings: Settings, out: Path) -> str:
     for name, arm in arms.items():
         folder = out / arm.folder
         if (folder / "result.json").exists():
-            cost = json.loads((folder / "cost.json").read_text())
+            file = folder / "cost.json"  # an arm that was stopped when it had just trained has none
+            cost = json.loads(file.read_text()) if file.exists() else {}
             found[name] = Found(arm=arm, result=EvaluationResult.load(folder / "result.json"), cost=cost)
     if BASE not in found:
         return "no results: the base was not scored"
@@ -131,6 +165,7 @@ def tables(arms: Mapping[str, Arm], settings: Settings, out: Path) -> str:
     if base.bits(validation=True):
         parts += ["## On validation text", summary_table(every, base, validation=True)]
     parts += ["## Bits per byte", corpus_table(comparison, base), "## Cost", cost_table(every)]
+    pictures(found, out)
     text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     tree = {

@@ -25,6 +25,7 @@ from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.platform.watchdog import watched
 from megatron_lpr.recipe.checks import expansion_of
+from megatron_lpr.recipe.dtype import with_dtype
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.signals import stoppable
 from megatron_lpr.training.good_checkpoint import plan_on_good_checkpoint
@@ -100,6 +101,9 @@ def upcycle(
     if hf is None:
         return import_hf(recipe, dry_run=dry_run, progress=progress)
     together(lambda: single_process("upcycle --hf"))
+    recipe, chosen = with_dtype(recipe)
+    if progress and chosen:
+        print(f"dtype {chosen}")
     dtype = recipe.model.dtype if recipe.export.dtype == "auto" else recipe.export.dtype
     return upcycle_hf(
         recipe.model.base,

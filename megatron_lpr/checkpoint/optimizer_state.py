@@ -70,6 +70,20 @@ def load_state(optimizer: MegatronOptimizer, content: Mapping[str, Any], checkpo
                 group["step"] = step
 
 
+@torch.no_grad()
+def load_masters(content: Mapping[str, Any], checkpoint: DistCheckpoint) -> None:
+    """Fill the weights that are fp32 in the model and were rounded to bfloat16 in an older version's: its routers.
+
+    They are what the optimizer had in fp32; all ranks read them whole. UserError: the checkpoint is damaged.
+    """
+    for entry in nested_values(content):
+        key = checkpoint.optimizer_keys.get(("param", getattr(entry, "key", "")))
+        # with Megatron's own form of the state there is a copy of every weight
+        if key and entry.data.dtype is torch.float32 and checkpoint.tensor(entry.key).dtype is not torch.float32:
+            stored = checkpoint.tensor(key, entry.global_offset[: entry.prepend_axis_num])
+            entry.data.copy_(stored.read([(0, size) for size in stored.shape]))
+
+
 class _Part(NamedTuple):
     """A box of a tensor of the checkpoint, and the values there.
 
@@ -166,9 +180,12 @@ def _owned(one: Any) -> Iterator[tuple[torch.nn.Parameter, int, torch.Tensor]]:
     """The weights that one of Megatron's optimizers updates here: each with the first number that is this rank's, and
     the tensor that Adam works on, from there on."""
     if isinstance(one, DistributedOptimizer):
-        for weight, (group, order) in one.model_param_group_index_map.items():
-            start = one._get_model_param_range_map(weight)["param"].start
-            yield weight, start, one.optimizer.param_groups[group]["params"][order]
+        # not by model_param_group_index_map: of weights of two precisions in a group, that counts in another order
+        copies = zip(one.model_float16_groups, one.shard_fp32_from_float16_groups, strict=True)
+        themselves = zip(one.model_fp32_groups, one.shard_fp32_groups, strict=True)
+        for groups in (*copies, *themselves):
+            for weight, main in zip(*groups, strict=True):
+                yield weight, one._get_model_param_range_map(weight)["param"].start, main
     elif hasattr(one, "float16_groups"):
         copies = zip(one.float16_groups, one.fp32_from_float16_groups, strict=True)
         for weight, main in (pair for groups in copies for pair in zip(*groups, strict=True)):

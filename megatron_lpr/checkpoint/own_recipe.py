@@ -1,11 +1,12 @@
 """The recipe that a checkpoint carries: what is done to the checkpoint needs no other."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_lpr.checkpoint.run_state import read_run_state
+from megatron_lpr.checkpoint.run_state import find_checkpoint, read_run_state
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.dtype import with_dtype
 from megatron_lpr.recipe.reading import from_tree, load_recipe, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -25,6 +26,12 @@ def own_recipe(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
             "say where it lies with --base FOLDER or --set model.base=FOLDER"
         )
     return recipe
+
+
+def with_dtype_of_run(recipe: Recipe, damaged: Mapping[str, str]) -> tuple[Recipe, str | None]:
+    """As `with_dtype`: a run that goes on from one of its checkpoints keeps its dtype, on whatever machine."""
+    begun = find_checkpoint(recipe.output, damaged) if recipe.model.dtype == "auto" else None
+    return with_dtype(recipe, read_run_state(begun.folder).recipe if begun else None)
 
 
 def with_experts_of(recipe: Recipe, checkpoint: Path) -> Recipe:

@@ -72,6 +72,8 @@ def _run_tasks(options: argparse.Namespace, evaluation: "Evaluation") -> None:
             "megatron-lpr export has written, and --recipe"
         )
     tasks = check_tasks(options.tasks.split(","), evaluation.recipe)
+    if evaluation.dtype:
+        print(f"dtype {evaluation.dtype}", flush=True)
     if options.dry_run:
         print(f"would evaluate {evaluation.folder} on {', '.join(task.name for task in tasks)} into {options.out}")
         return

@@ -11,6 +11,7 @@ from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks, megatron, together
+from megatron_lpr.recipe.dtype import check_same_dtype, with_dtype
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -25,9 +26,13 @@ def import_hf(recipe: Recipe, *, dry_run: bool = False, progress: bool = False) 
     """
     from megatron_lpr.checkpoint.run_folder import run_folder
 
-    recipe = dataclasses.replace(recipe, data=None, train=None)
+    recipe, dtype = with_dtype(dataclasses.replace(recipe, data=None, train=None))
+    if dtype:
+        check_same_dtype(recipe.model.dtype)
     arch, base = together(lambda: _check(recipe))
     experts = f"{recipe.model.num_experts} experts per layer" if recipe.model.num_experts else "dense"
+    if progress and dtype and Ranks.from_environment().rank == 0:
+        print(f"dtype {dtype}")
     if dry_run:
         if progress:
             print(f"would convert {recipe.model.base} into {recipe.output}: {experts}")

@@ -22,6 +22,7 @@ from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.platform import Ranks, device, from_first_rank, megatron, together
 from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
+from megatron_lpr.recipe.dtype import with_dtype
 from megatron_lpr.recipe.layout import check_layout
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
@@ -33,11 +34,13 @@ class Evaluation:
     """A model, and the recipe that names the held-out text and the layout; nothing has been read.
 
     folder: a checkpoint of ours, or with `is_hf` any Hugging Face causal model.
+    dtype: of the latter: which was chosen, and why; None: the recipe said it.
     """
 
     recipe: Recipe
     folder: Path
     is_hf: bool
+    dtype: str | None = None
 
     @property
     def tokenizer_dir(self) -> str:
@@ -54,7 +57,7 @@ class Evaluation:
         check_evaluation(self.recipe.evaluation, self.tokenizer_dir)
         tokenizer = load_tokenizer(self.tokenizer_dir, special=special_tokens(self.recipe.preprocess))
         if not self.is_hf:
-            _check_trained_alike(self.recipe, self.folder, tokenizer)
+            check_trained_alike(self.recipe, self.folder, tokenizer)
             recipe = dataclasses.replace(with_experts_of(self.recipe, self.folder), train=None)
             arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
             check_layout(recipe, arch, Ranks.from_environment().world_size)
@@ -77,6 +80,8 @@ class Evaluation:
         texts = together(lambda: self._read(tokenizer) if is_first else [])
         if not self.is_hf:
             refuse_damaged(self.folder, contents=self.recipe.checkpoint.verify, load=self.recipe.model.load)
+        if self.dtype:
+            report(f"dtype {self.dtype}")
         score_texts = self._score_hf if self.is_hf else self._score_checkpoint
         scores, routing = score_texts(texts, report if is_first else lambda line: None)
         return EvaluationResult(
@@ -140,7 +145,8 @@ def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluati
             )
         if recipe is None:
             raise UserError(f"{model} is a Hugging Face model: name the recipe of the held-out text with --recipe")
-        return Evaluation(recipe=recipe, folder=Path(model), is_hf=True)
+        recipe, dtype = with_dtype(recipe)
+        return Evaluation(recipe=recipe, folder=Path(model), is_hf=True, dtype=dtype)
     folder = checkpoint_folder(str(model))
     recipe = recipe or own_recipe(folder)
     if world_size == 1:
@@ -158,7 +164,8 @@ def print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError where a tokenizer opens documents otherwise than in the run that wrote the checkpoint."""
     saved = read_run_state(checkpoint).recipe
     if not saved.get("train"):
         return

@@ -73,11 +73,11 @@ class EvaluationResult:
             raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
 
 
-def check_result_file(out: str | Path) -> None:
-    """UserError where a result cannot be written to `out`."""
+def check_result_file(out: str | Path, example: str = "result.json") -> None:
+    """UserError where a result cannot be written to `out`; `example` is a name for such a file."""
     out = Path(out)
     if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file, as {out / 'result.json'}")
+        raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: cannot be written in {there}")
@@ -100,7 +100,7 @@ def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, floa
     Raises:
         UserError: the two results are not from the same text and window.
     """
-    _check_comparable([base, model])
+    check_comparable([base, model])
     return kept(base.corpora, model.corpora)
 
 
@@ -129,7 +129,7 @@ def retention_table(results: Sequence[EvaluationResult]) -> str:
     Raises:
         UserError: results that are not from the same text and window.
     """
-    _check_comparable(results)
+    check_comparable(results)
     base, *later = results
     header = ["held-out text", "language", "role", *(result.model for result in results)]
     rows = [header + [f"{result.model} vs {base.model}" for result in later]]
@@ -153,7 +153,8 @@ def _percentages(of_languages: Mapping[str, float]) -> str:
     return ", ".join(f"{language} {percent:.1f}%" for language, percent in of_languages.items())
 
 
-def _check_comparable(results: Sequence[EvaluationResult]) -> None:
+def check_comparable(results: Sequence[EvaluationResult]) -> None:
+    """UserError where results are not from the same text, read alike, and the same window."""
     if not results:
         raise UserError("no evaluation results to compare: run `megatron-lpr evaluate` on each model first")
 

@@ -33,7 +33,7 @@ def _among_frozen(
 ) -> tuple[Tensor, Tensor]:
     probs_TE, chosen_TE = output
     frozen = router.config.num_frozen_experts
-    logits_TJ = router.gating(inputs[0]).flatten(0, 1)[:, :frozen].float()
+    logits_TJ = router.gating(inputs[0]).flatten(0, 1)[:, :frozen]
     values, experts = logits_TJ.topk(min(router.topk, frozen))
     gates = values.softmax(-1).to(probs_TE.dtype)
     return (

@@ -4,11 +4,12 @@ Shapes: S positions of this rank, B sequences, T = S*B tokens, E experts, L lang
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -23,16 +24,27 @@ class LPRRouter(TopKRouter):
 
     The auxiliary losses hang on the returned probabilities, already divided by the counts of the global batch and
     by the number of layers (the paper averages over layers), so that their gradient needs no further scaling.
+
+    The weight is fp32 in a model of any precision: bfloat16 has eight bits, and would lose most of what a step changes.
     """
 
     def __init__(self, config: LPRTransformerConfig, pg_collection=None, **kwargs) -> None:
         over_all = copy.copy(config)
-        over_all.num_moe_experts = config.num_all_experts
+        over_all.num_moe_experts, over_all.params_dtype = config.num_all_experts, torch.float32
         super().__init__(config=over_all, pg_collection=pg_collection, **kwargs)
-        if self.weight.device.type == "cpu":  # Megatron-Core makes it there, and moves it in its own `gating` only
+        if not self.weight.is_meta:  # Megatron makes it on the host, and moves it when it is first asked for logits
             self.weight.data = self.weight.data.to(torch.cuda.current_device())
         self.counts = GlobalCounts()  # the trainer replaces it by the one that it updates every step
         self.stats = RouterStats(self.config.num_moe_experts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LPRRouter":
+        """`.bfloat16()` of the whole model, by Megatron's wrapper and for evaluation, passes the router over."""
+
+        def in_fp32(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            return converted if converted.dtype is tensor.dtype else tensor.to(converted.device)
+
+        return super()._apply(in_fp32, recurse)
 
     def forward(self, input: Tensor, tags_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route tokens.
@@ -62,10 +74,9 @@ class LPRRouter(TopKRouter):
         return probs_TE, chosen_TE
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits [S, B, E] in fp32. Megatron's own product computes the input's gradient even where nobody needs it."""
-        if input.requires_grad:
-            return super().gating(input)
-        return F.linear(input.float(), self.weight.float())
+        """Logits [S, B, E] in fp32."""
+        logits_TE = _Logits.apply(input.reshape(-1, input.shape[-1]), self.weight)
+        return logits_TE.view(*input.shape[:-1], -1)
 
     @property
     def _token_loss(self) -> "partial[Tensor]":
@@ -98,3 +109,23 @@ class LPRRouter(TopKRouter):
     def _sum_over_sequence_shards(self, counts: Tensor) -> None:
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(counts, group=self.tp_cp_group)
+
+
+class _Logits(torch.autograd.Function):
+    """x W^T in fp32, of which x is kept as it is.
+
+    In place of Megatron's, which hands Transformer Engine's product two precisions at once, and computes the gradient
+    of x even where nobody needs it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TH, weight_EH)
+        return torch.mm(x_TH.float(), weight_EH.t())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        [grad_TE], (x_TH, weight_EH) = gradients, ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        grad_TH = torch.mm(grad_TE, weight_EH).to(x_TH.dtype) if needs_x else None
+        return grad_TH, torch.mm(grad_TE.t(), x_TH.float()) if needs_weight else None

@@ -36,6 +36,11 @@ def is_trainable(name: str, trainable: str) -> bool:
     return POLICIES[trainable](name)
 
 
+def itemsize(name: str, dtype: str) -> int:
+    """Bytes of a number of the parameter of this name in a model of this dtype: a router's are fp32 in every model."""
+    return 4 if POLICIES["routers"](name) else torch_dtype(dtype).itemsize
+
+
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """The vocabulary rounded up so that every tensor-parallel rank holds whole, aligned rows."""
     multiple = VOCAB_DIVISOR * tensor_parallel
@@ -95,8 +100,8 @@ def frozen_bytes(recipe: Recipe, arch: Architecture, *, sharded_over: int = 0) -
             copies_over = 1
         elif ".mlp.experts." in name:
             copies_over = sizes.expert * sizes.expert_tensor
-        total += size // (sharded_over or copies_over * sizes.pipeline)
-    return total * torch_dtype(model.dtype).itemsize
+        total += size // (sharded_over or copies_over * sizes.pipeline) * itemsize(name, model.dtype)
+    return total
 
 
 def shards_frozen(recipe: Recipe, arch: Architecture, world_size: int) -> bool:

@@ -141,7 +141,7 @@ class Activations:
 
     def ffn(self, *, has_experts: bool, below_learns: bool) -> int:
         if self.recipe.model.num_experts and has_experts:
-            experts = self.router(below_learns) + self.frozen_experts(below_learns) + self.new_experts(below_learns)
+            experts = self.router() + self.frozen_experts(below_learns) + self.new_experts(below_learns)
             return self.norm(below_learns) + experts
         if not below_learns and not self.learns("mlp.linear"):
             return 0
@@ -149,14 +149,13 @@ class Activations:
         kept = self._swiglu(width, learns=self.learns("mlp.linear"))
         return self.norm(below_learns) + kept + (self.hidden if self.learns("mlp.linear") else 0)
 
-    def router(self, below_learns: bool) -> int:
+    def router(self) -> int:
         """Its input, and small things for each token and expert."""
         model, recipe = self.recipe.model, self.recipe
-        state = self.hidden if below_learns else self.tokens * self.arch.hidden_size * _FP32
         losses = (1 if recipe.balance.coeff else 0) + (1 if recipe.lpr.coeff else 0)
         new = model.num_experts - model.num_frozen_experts
         small = model.topk * (_INDEX + _FP32) + losses * model.num_experts * _FP32 + new * (1 + _FP32)
-        return state + self.tokens * small
+        return self.hidden + self.tokens * small
 
     def frozen_experts(self, below_learns: bool) -> int:
         """Of the tokens that go there; only their outputs where nothing below learns."""

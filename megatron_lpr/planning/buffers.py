@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_lpr.model.parameters import itemsize
 from megatron_lpr.planning.amounts import Group
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
@@ -19,9 +20,13 @@ _LEAST_BUCKET, _BUCKET_OF_A_RANK = 40_000_000, 1_000_000  # elements, where redu
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """What one collective carries: elements with the padding, and where each parameter lies in them."""
+    """What one collective carries: elements with the padding, and where each parameter lies in them.
+
+    itemsize: bytes of an element of the parameters; those of gradients are fp32.
+    """
 
     group: Group
+    itemsize: int
     elements: int
     parameters: Sequence[tuple[int, int]]
 
@@ -32,22 +37,25 @@ class Bucket:
         return sum(max(0, min(stop, last) - max(start, first)) for start, stop in self.parameters)
 
 
-def buckets(chunks: Iterable[Sequence[Parameter]], place: Place) -> list[Bucket]:
-    """Of all trainable parameters of a rank."""
+def buckets(chunks: Iterable[Sequence[Parameter]], place: Place, dtype: str) -> list[Bucket]:
+    """Of all trainable parameters of a rank, in a model of this dtype: those of another precision have their own."""
     found = []
     for number, chunk in enumerate(chunks):
-        of_experts = [p for p in chunk if p.learns and p.copies == "expert_data"]
-        others = [p for p in chunk if p.learns and p.copies != "expert_data"]
-        groups: dict[Group, list[Parameter]] = {"data": others, "expert_data": of_experts}
-        for group, learning in groups.items():
+        groups: dict[tuple[Group, int], list[Parameter]] = {}
+        for parameter in (p for p in chunk if p.learns):
+            group: Group = "expert_data" if parameter.copies == "expert_data" else "data"
+            groups.setdefault((group, itemsize(parameter.name, dtype)), []).append(parameter)
+        for (group, size), learning in groups.items():
             # buckets are split on the first stage alone, where the reductions are on the critical path
             split = place.sizes.overlap_grad_reduce and place.is_first and number == 0
             largest = max(_LEAST_BUCKET, _BUCKET_OF_A_RANK * place.data) if split else None
-            found += list(_lay_out(learning, group, place, largest))
+            found += list(_lay_out(learning, group, size, place, largest))
     return found
 
 
-def _lay_out(learning: Sequence[Parameter], group: Group, place: Place, largest: int | None) -> Iterable[Bucket]:
+def _lay_out(
+    learning: Sequence[Parameter], group: Group, itemsize: int, place: Place, largest: int | None
+) -> Iterable[Bucket]:
     distributed = place.sizes.distributed_optimizer
     aligned = _ALIGNED if distributed else 1
     multiple = math.lcm(place.size(group), _BUCKETS_ALIGNED) if distributed else 1
@@ -55,7 +63,7 @@ def _lay_out(learning: Sequence[Parameter], group: Group, place: Place, largest:
 
     def close() -> Bucket:
         nonlocal position, inside
-        bucket = Bucket(group=group, elements=_padded(position, multiple), parameters=inside)
+        bucket = Bucket(group=group, itemsize=itemsize, elements=_padded(position, multiple), parameters=inside)
         position, inside = 0, []
         return bucket
 

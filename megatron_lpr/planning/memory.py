@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_lpr.families import Architecture
-from megatron_lpr.files.safetensors_io import torch_dtype
+from megatron_lpr.model.parameters import itemsize
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.amounts import RankMemory
 from megatron_lpr.planning.buffers import Bucket
@@ -27,22 +27,24 @@ def states(
     place: Place,
 ) -> RankMemory:
     """What does not depend on the batch: weights, gradients, state of the optimizer."""
-    itemsize = torch_dtype(recipe.model.dtype).itemsize
+    dtype = recipe.model.dtype
     everything = [parameter for chunk in chunks for parameter in chunk]
     learning = [parameter for parameter in everything if parameter.learns]
     in_fp8 = layers_in_fp8(recipe, arch)
     frozen = [p for p in everything if not p.learns and not has_no_other(recipe, p, in_fp8)]
-    if place.sizes.distributed_optimizer:
-        updated = sum(bucket.shard(place.index(bucket.group), place.size(bucket.group)) for bucket in laid_out)
-    else:
-        updated = sum(parameter.elements for parameter in learning)
     return RankMemory(
-        frozen=sum(held_elements(p, place) for p in frozen) * itemsize,
-        trained=sum(parameter.elements for parameter in learning) * itemsize,
+        frozen=sum(held_elements(p, place) * itemsize(p.name, dtype) for p in frozen),
+        trained=sum(p.elements * itemsize(p.name, dtype) for p in learning),
         gradients=sum(bucket.elements for bucket in laid_out) * _FP32,
-        # two moments of Adam, and the weight where the model's is not fp32 itself
-        optimizer=updated * _FP32 * (2 if itemsize == _FP32 else 3),
+        optimizer=sum(_of_optimizer(bucket, place) for bucket in laid_out),
     )
+
+
+def _of_optimizer(bucket: Bucket, place: Place) -> int:
+    """Two moments of Adam, and the weight where the model's is not fp32 itself."""
+    ranks = place.size(bucket.group) if place.sizes.distributed_optimizer else 1
+    updated = bucket.shard(place.index(bucket.group) if ranks > 1 else 0, ranks)
+    return updated * _FP32 * (2 if bucket.itemsize == _FP32 else 3)
 
 
 def of_batch(layers: Layers, activations: Activations) -> RankMemory:

@@ -39,7 +39,7 @@ class PlannedRank:
         self.recipe, self.arch = recipe, arch
         self.place = Place(recipe.parallel, world_size, rank, shards_frozen(recipe, arch, world_size))
         self.chunks = parameters(recipe, arch, self.place)
-        self.buckets = buckets(self.chunks, self.place)
+        self.buckets = buckets(self.chunks, self.place, recipe.model.dtype)
         self.te = recipe.fp8.recipe != "none" or use_transformer_engine(recipe.model.spec)
         self._layers: dict[str, Layers] = {}
         self._gathered: dict[str, list[Move]] = {}
@@ -51,7 +51,7 @@ class PlannedRank:
 
     @cached_property
     def _of_gradients(self) -> list[Move]:
-        return weight_traffic.of_gradients(self.chunks, self.buckets, self.place, self._itemsize)
+        return weight_traffic.of_gradients(self.chunks, self.buckets, self.place)
 
     @cached_property
     def _itemsize(self) -> int:

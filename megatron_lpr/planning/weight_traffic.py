@@ -43,19 +43,19 @@ def _passes(parameter: Parameter, layers: Layers, tied: bool) -> int:
     return 1 + layers.below_learns[int(parameter.name.split(".")[2])]
 
 
-def of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> list[Move]:
+def of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place) -> list[Move]:
     """Summed once a step; with the distributed optimizer each rank updates its part, and all get the new weights."""
-    return in_groups(_of_gradients(chunks, laid_out, place, itemsize), place)
+    return in_groups(_of_gradients(chunks, laid_out, place), place)
 
 
-def _of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place, itemsize: int) -> Iterator[Move]:
+def _of_gradients(chunks: Chunks, laid_out: Sequence[Bucket], place: Place) -> Iterator[Move]:
     # each of Megatron's optimizers, of experts and of the others, gathers all parameters of its model chunks
     times = 1 if place.sizes.overlap_param_gather else len({bucket.group for bucket in laid_out})
     for bucket in laid_out:
         ranks = place.size(bucket.group)
         if place.sizes.distributed_optimizer:
             yield Move("reduce_scatter", bucket.group, bucket.elements * _FP32)
-            yield Move("all_gather", bucket.group, bucket.elements // ranks * itemsize, times)
+            yield Move("all_gather", bucket.group, bucket.elements // ranks * bucket.itemsize, times)
         else:
             yield Move("all_reduce", bucket.group, bucket.elements * _FP32)
     learning = [parameter for chunk in chunks for parameter in chunk if parameter.learns]

@@ -33,7 +33,9 @@ class ModelConfig:
         0.02, "standard deviation of a new router, or of the noise on new rows of an old one", at_least=0, at_most=100
     )
     router_init_seed: int = opt(0, "seed of the same", at_least=0)
-    dtype: Literal["float32", "bfloat16"] = opt("float32", "parameters and activations")
+    dtype: Literal["auto", "float32", "bfloat16"] = opt(
+        "float32", "parameters and activations; `auto`: bfloat16 where the GPU or processor is fast in it"
+    )
     spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
     fused_kernels: Literal["auto", "off"] = opt(
         "auto", "Transformer Engine's and Apex's kernels for router, permutation, RoPE and gradients, where installed"

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from megatron_lpr.checkpoint.holding import CONTENTS, Content, holds
 from megatron_lpr.families import Architecture
-from megatron_lpr.files.safetensors_io import torch_dtype
-from megatron_lpr.model.parameters import is_trainable, padded_vocab_size, parameter_sizes
+from megatron_lpr.model.parameters import is_trainable, itemsize, padded_vocab_size, parameter_sizes
 from megatron_lpr.recipe.settings import ModelConfig, Recipe
 
 
@@ -32,24 +31,21 @@ class ModelSize:
 def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
     """The size of a recipe's model, from numbers alone."""
     model, sizes = recipe.model, recipe.parallel
-    keeps_weight = model.dtype != "float32"  # in fp32, beside AdamW's two moments
-    elements, held = {True: 0, False: 0}, dict.fromkeys(CONTENTS, 0)
+    elements, held, optimizer = {True: 0, False: 0}, dict.fromkeys(CONTENTS, 0), 0
     for name, size in parameter_sizes(
         arch,
         num_experts=model.num_experts,
         num_frozen=model.num_frozen_experts,
         vocab_size=padded_vocab_size(arch.vocab_size, sizes.tensor),
     ):
-        elements[recipe.train is not None and is_trainable(name, recipe.train.trainable)] += size
+        learns = recipe.train is not None and is_trainable(name, recipe.train.trainable)
+        each = itemsize(name, model.dtype)
+        elements[learns] += size
+        # AdamW's two moments, and the weight where the model's is not fp32 itself
+        optimizer += learns * size * 4 * (2 if each == 4 else 3)
         for content in CONTENTS:
-            held[content] += size * holds(content, name)
-    itemsize = torch_dtype(model.dtype).itemsize
-    return ModelSize(
-        trainable=elements[True],
-        frozen=elements[False],
-        weight_bytes={content: size * itemsize for content, size in held.items()},
-        optimizer_bytes=elements[True] * 4 * (2 + keeps_weight),
-    )
+            held[content] += size * each * holds(content, name)
+    return ModelSize(trainable=elements[True], frozen=elements[False], weight_bytes=held, optimizer_bytes=optimizer)
 
 
 @dataclass(frozen=True, kw_only=True)

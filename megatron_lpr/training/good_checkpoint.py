@@ -11,6 +11,7 @@ from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
 from megatron_lpr.files.output_place import check_place, free_bytes
 from megatron_lpr.platform import same_on_all_ranks, together
+from megatron_lpr.recipe.dtype import check_same_dtype
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.cost import model_size
 from megatron_lpr.training.plan import Plan, plan_training
@@ -26,6 +27,8 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
     contents, damaged = recipe.checkpoint.verify, dict[str, str]()
     while True:
         plan = together(functools.partial(_planned, recipe, world_size, dict(damaged)))
+        if plan.dtype:
+            check_same_dtype(plan.recipe.model.dtype)
         same_on_all_ranks("the checkpoint to go on from", str(plan.resume))
         folder = plan.resume or plan.source
         if folder is None:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.base_files import check_base_sizes
 from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
+from megatron_lpr.checkpoint.own_recipe import with_dtype_of_run
 from megatron_lpr.checkpoint.run_state import (
     NONE_DAMAGED,
     RunState,
@@ -68,6 +69,7 @@ class Plan:
     base: dict[str, Any] | None = None  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
+    dtype: str | None = None  # which was chosen, and why; None: the recipe said it
     damaged: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # checkpoints of this run that were passed over, by name
@@ -132,15 +134,15 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     Raises:
         UserError: whatever is wrong, in one sentence.
     """
-    train, data = recipe.train, recipe.data
-    if train is None:
+    if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run")
-    ranks = Ranks.from_environment()
+    (recipe, dtype), ranks = with_dtype_of_run(recipe, damaged), Ranks.from_environment()
+    train, data = recipe.train, recipe.data
     world_size = ranks.world_size if world_size is None else world_size
     arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
     check_fp8_here(recipe)
-    assert data is not None
+    assert train is not None and data is not None
     manifest = Manifest.load(data.manifest)
     tokenizer = _checked_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, data, train.seed)
@@ -187,6 +189,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         origin=origin,
         notes=tuple(note for note in notes if note),
         damaged=damaged,
+        dtype=dtype,
     )
     if recipe.fp8.frozen_weights == "fp8":
         _check_frozen_fp8(plan)
@@ -272,6 +275,7 @@ def describe(plan: Plan) -> str:
             f"starts from  {start}",
             f"trains       {train.trainable} on {plan.world_size} rank(s)",
             f"parameters   {size.frozen + size.trainable:,}: {size.trainable:,} trainable, {size.frozen:,} frozen",
+            *([f"dtype        {plan.dtype}"] if plan.dtype else []),
             *frozen_lines(recipe, plan.arch, plan.world_size),
             *_checkpoints(plan, size),
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",

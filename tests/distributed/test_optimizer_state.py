@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import make_plan, make_recipe, mixed_batch
-from old_checkpoints import written_as_before
+from old_checkpoints import routers_as_before, written_as_before
 from tiny_models import save_tiny
 
 from megatron_lpr.checkpoint.run_state import read_run_state
@@ -22,6 +22,7 @@ ROUTE = [
     {"context": 2},
 ]
 ALL_TRAINS = {"model": {"num_experts": 5}, "train": {"trainable": "all", "micro_batch_size": 1}}
+ROUTER = "mlp.router.weight"
 # the second of two pipeline stages has a dense layer, and nothing that trains
 NOTHING_TRAINS = {
     "model": {"num_experts": 5, "mlp_only_layers": [1]},
@@ -60,7 +61,8 @@ def on_the_way(toy_base: Path, qwen: Path, root: Path) -> None:
         for dtype, distributed in OLD:
             sections = ALL_TRAINS | {"model": ALL_TRAINS["model"] | {"dtype": dtype}}
             folder = root / f"{dtype}{distributed}"
-            old = save(sections, folder / "first", {"distributed_optimizer": distributed}, old=True)
+            with routers_as_before():
+                old = save(sections, folder / "first", {"distributed_optimizer": distributed}, old=True)
             save(sections, folder / "old", {"tensor": 2}, old)
         for dtype, route in ROUTES.items():
             sections = ALL_TRAINS | {"model": ALL_TRAINS["model"] | {"dtype": dtype}}
@@ -81,8 +83,17 @@ def saved(on_ranks, toy_base, tmp_path_factory):
     return root
 
 
+def with_masters_of_routers(tensors: dict) -> dict:
+    """A checkpoint with routers in bfloat16 as one of today, which has them in fp32 and no copy in the optimizer."""
+    masters = {name: name.removeprefix("optimizer.state.param.") for name in tensors if name.endswith(ROUTER)}
+    masters = {name: weight for name, weight in masters.items() if name != weight}
+    for master, weight in masters.items():
+        assert tensors[weight].dtype == torch.bfloat16 and not torch.equal(tensors[weight].float(), tensors[master])
+    return {masters.get(name, name): tensor for name, tensor in tensors.items() if name not in masters.values()}
+
+
 def assert_same(run: Path, start: Path) -> None:
-    ours, expected = checkpoint_tensors(run), checkpoint_tensors(start)
+    ours, expected = checkpoint_tensors(run), with_masters_of_routers(checkpoint_tensors(start))
     assert ours.keys() == expected.keys()
     assert any(".exp_avg_sq." in key and expected[key].any() for key in expected)
     for key, tensor in expected.items():

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from harness import as_tensors, make_trainer, mixed_batch, scramble, unwrapped
+from harness import as_tensors, make_trainer, mixed_batch, scramble, unwrapped, upcycle_base
+
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -37,7 +40,7 @@ def test_routing_is_fp32_in_a_bf16_model(megatron, toy_base, tmp_path):
     trainer = make_trainer(toy_base, tmp_path, model={"dtype": "bfloat16"})
     scramble(unwrapped(trainer))
     router = trainer.routers[0]
-    assert router.weight.dtype == torch.bfloat16
+    assert router.weight.dtype == torch.float32 and not torch.equal(router.weight, router.weight.bfloat16().float())
     hidden = torch.randn(6, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     for needs_grad in (False, True):
         logits = router.gating(hidden.clone().requires_grad_(needs_grad))
@@ -48,6 +51,37 @@ def test_routing_is_fp32_in_a_bf16_model(megatron, toy_base, tmp_path):
         assert probs.dtype == torch.float32 and chosen.dtype == torch.bool
         torch.testing.assert_close(probs.sum(-1), torch.ones(12))
         assert (chosen.sum(-1) == 2).all() and torch.equal(probs > 0, chosen)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_step_below_the_precision_of_bf16_changes_a_router(megatron, toy_base, tmp_path, distributed):
+    trainer = make_trainer(
+        toy_base,
+        tmp_path,
+        model={"dtype": "bfloat16"},
+        train={"trainable": "routers"},
+        optimizer={"lr": 1e-6, "weight_decay": 0.0},
+        parallel={"distributed_optimizer": distributed},
+    )
+    scramble(unwrapped(trainer))
+    trainer.optimizer.reload_model_params()
+    weight = trainer.routers[0].weight
+    before = weight.detach().clone()
+    trainer.train_step()
+    assert torch.equal(before.bfloat16(), weight.bfloat16()) and 0 < (weight - before).abs().max() <= 1.1e-6
+
+
+def test_a_route_below_the_precision_of_bf16(megatron, toy_base):
+    from megatron_lpr.evaluation.megatron_model import MegatronModel
+    from megatron_lpr.model.builder import routers
+
+    model = {"base": str(toy_base), "num_experts": 3, "topk": 1, "dtype": "bfloat16"}
+    recipe = from_tree(Recipe, {"name": "x", "output": "none", "model": model}, where="test")
+    router = routers(*MegatronModel(recipe, upcycle_base).chunks)[0]
+    with torch.no_grad():
+        router.weight[:] = torch.tensor([1.0, 1.001, 1.002])[:, None]  # 1.0 and 1.0078 are next to each other in bf16
+        _, chosen = router(torch.ones(4, 1, 32, dtype=torch.bfloat16))
+    assert chosen.nonzero()[:, 1].tolist() == [2] * 4
 
 
 def test_all_routers_share_the_trainers_counts(megatron, toy_base, tmp_path):

@@ -69,8 +69,9 @@ def test_only_trained_parameters_have_gradient_buffers_and_optimizer_state(megat
 
 
 def _masters(optimizer) -> list[torch.Tensor]:
-    """The fp32 copies of bf16 parameters."""
-    return [m for group in optimizer.shard_fp32_from_float16_groups for m in group]
+    """The fp32 copies of bf16 parameters, and those that are fp32 themselves."""
+    groups = [*optimizer.shard_fp32_from_float16_groups, *optimizer.shard_fp32_groups]
+    return [m for group in groups for m in group]
 
 
 @pytest.mark.parametrize("policy", ["new_experts_and_routers", "routers"])

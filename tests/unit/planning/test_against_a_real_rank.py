@@ -46,22 +46,25 @@ def test_parameters_gradients_and_optimizer(name, trainable, bases, tmp_path, me
         parameter_name: (parameter.numel(), parameter.requires_grad) for parameter_name, parameter in real.items()
     }
     assert [p.name for p in rank.chunks[0]] == list(real), "in another order buckets would be other ones"
-    assert memory.trained == sum(2 * p.numel() for p in real.values() if p.requires_grad)
-    assert memory.frozen == sum(2 * p.numel() for p in real.values() if not p.requires_grad)
+    assert memory.trained == sum(p.nbytes for p in real.values() if p.requires_grad)
+    assert memory.frozen == sum(p.nbytes for p in real.values() if not p.requires_grad)
     buffers = [buffer for chunk in trainer.chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
     assert memory.gradients == sum(buffer.grad_data.nbytes for buffer in buffers)
-    assert memory.optimizer == optimizer_bytes(trainer.optimizer)
+    assert memory.optimizer == optimizer_bytes(
+        trainer.optimizer, {p.data.untyped_storage().data_ptr() for p in real.values()}
+    )
 
 
-def optimizer_bytes(optimizer):
-    """fp32 weights and moments; Adam's count of steps is a scalar of each parameter."""
+def optimizer_bytes(optimizer, weights):
+    """fp32 weights that are not the model's own, and moments; Adam's count of steps is a scalar of each parameter."""
     found = 0
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 assert parameter.dtype is torch.float32
                 state = [tensor for name, tensor in part.optimizer.state[parameter].items() if name != "step"]
-                found += parameter.nbytes + sum(tensor.nbytes for tensor in state)
+                found += sum(tensor.nbytes for tensor in state)
+                found += parameter.nbytes * (parameter.untyped_storage().data_ptr() not in weights)
     return found
 
 

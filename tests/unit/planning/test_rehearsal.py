@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.megatron]
 LAYOUTS = {
     "tensor_and_data": (8, {"tensor": 2}, {"micro_batch_size": 2}),
     "tensor_inside_experts": (4, {"tensor": 2, "expert_tensor": 2, "distributed_optimizer": False}, {}),
+    "everything_learns": (4, {"tensor": 2}, {"trainable": "all"}),
     "all_gather_of_tokens": (4, {"expert": 4, "dispatcher": "allgather"}, {"trainable": "routers"}),
     "context": (4, {"context": 2, "tensor": 2}, {}),
     "many_micro_batches": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),

@@ -64,7 +64,7 @@ def test_shards_of_the_optimizer_add_up(root):
     updated = 0
     for rank in range(world_size):
         place = Place(recipe.parallel, world_size, rank)
-        found = buckets(parameters(recipe, arch, place), place)
+        found = buckets(parameters(recipe, arch, place), place, recipe.model.dtype)
         updated += sum(b.shard(place.index(b.group), place.size(b.group)) for b in found)
         assert all(bucket.elements % (128 * place.size(bucket.group) // 2) == 0 for bucket in found)
     assert len(found) > 2, "with overlap there are many buckets"

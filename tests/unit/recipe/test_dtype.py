@@ -1,0 +1,64 @@
+"""model.dtype: auto becomes what the machine is fast in, once for a run."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform import fast_bfloat16
+from megatron_lpr.recipe import dtype
+from megatron_lpr.recipe.dtype import check_same_dtype, with_dtype
+from megatron_lpr.recipe.reading import from_tree
+from megatron_lpr.recipe.settings import Recipe
+
+RECIPE = from_tree(Recipe, {"name": "x", "output": "o", "model": {"base": "b", "dtype": "auto"}}, where="test")
+
+
+@pytest.mark.parametrize(
+    "capabilities, chosen, why",
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16", "the processor has amx_bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16", "the processor has avx512_bf16"),
+        ({"avx512_f": True}, "float32", "the processor has neither amx_bf16 nor avx512_bf16"),
+        ({}, "float32", "the processor has neither amx_bf16 nor avx512_bf16"),
+    ],
+)
+def test_of_a_processor(monkeypatch, capabilities, chosen, why):
+    monkeypatch.setattr(fast_bfloat16, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    recipe, line = with_dtype(RECIPE)
+    assert recipe.model.dtype == chosen and line == f"{chosen} (model.dtype: auto), {why}"
+
+
+def test_of_a_processor_that_an_older_torch_does_not_tell(monkeypatch):
+    monkeypatch.setattr(fast_bfloat16, "device", lambda: torch.device("cpu"))
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    cpuinfo = "flags\t\t: fpu avx512f avx512_bf16 amx_tile\n"
+    monkeypatch.setattr(fast_bfloat16, "Path", lambda name: SimpleNamespace(read_text=lambda: cpuinfo))
+    assert fast_bfloat16.fast_in_bfloat16() == (True, "the processor has avx512_bf16")
+
+
+@pytest.mark.parametrize("capability, chosen", [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_of_a_gpu(monkeypatch, capability, chosen):
+    monkeypatch.setattr(fast_bfloat16, "device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    recipe, line = with_dtype(RECIPE)
+    said = ".".join(map(str, capability))
+    assert recipe.model.dtype == chosen and line.endswith(f"the GPU has compute capability {said}")
+
+
+def test_a_run_keeps_its_own(monkeypatch):
+    monkeypatch.setattr(dtype, "fast_in_bfloat16", None)  # is not asked
+    recipe, line = with_dtype(RECIPE, {"model": {"dtype": "bfloat16"}})
+    assert recipe.model.dtype == "bfloat16" and line == "bfloat16 (model.dtype: auto), as the run began"
+    said = dataclasses.replace(RECIPE, model=dataclasses.replace(RECIPE.model, dtype="float32"))
+    assert with_dtype(said, {"model": {"dtype": "bfloat16"}}) == (said, None)
+
+
+def test_ranks_on_machines_of_both_kinds(monkeypatch):
+    monkeypatch.setattr(dtype, "collected", lambda lines: sorted([*lines(0, 2), "float32"]))
+    check_same_dtype("float32")
+    with pytest.raises(UserError, match="model.dtype: auto chooses bfloat16 on some ranks and float32 on others"):
+        check_same_dtype("bfloat16")
