@@ -40,6 +40,12 @@ from megatron_lpr.training.cost import model_size
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {"tokens": 64, "seq_length": 32, "batch": 1, "micro_batch": 1, "window": 32, "max_bytes": 300, "lora_rank": 2}
+# of the fields of Settings, in their order
+FLAGS = (
+    *("--base", "--text", "--dtype", "--tokens", "--review", "--replay", "--seq-length", "--batch", "--micro-batch"),
+    *("--experts", "--topk", "--lr", "--dense-lr", "--full-lr", "--lora-lr", "--lora-rank", "--router-lr", "--gamma"),
+    *("--window", "--max-bytes"),
+)
 
 
 class Cost(Hook):
@@ -133,9 +139,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--groups", nargs="*", default=[], choices=list(GROUPS), help="settings that are varied")
     found.add_argument("--smoke", action="store_true", help="a few tiny steps")
     found.add_argument("--only", metavar="ARM", help="one arm, in this process")
-    for field in dataclasses.fields(Settings):
-        kind = type(field.default)
-        found.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"without it {field.default}")
+    fields = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for flag, default in zip(FLAGS, fields.values(), strict=True):
+        found.add_argument(flag, type=type(default), help=f"without it {default}")
     return found
 
 

@@ -116,12 +116,13 @@ def pictures(found: Mapping[str, Found], out: Path) -> None:
         "review, lr": _family(found, "", "review router_lr"),
     }
     base = _on_table_text(found[BASE], BASE)
-    drawn = {"comparison": points([base, *(_on_table_text(found[name], name) for name in main)], replayed=REPLAYED)[1:]}
+    replayed = [language for language in REPLAYED if any(corpus.language == language for corpus in base.corpora)]
+    drawn = {"comparison": points([base, *(_on_table_text(found[name], name) for name in main)], replayed=replayed)[1:]}
     drawn["settings"] = [
         arm
         for curve, names in curves.items()
         for arm in points(
-            [base, *(_on_table_text(found[name], name) for name in names)], replayed=REPLAYED, curve=curve
+            [base, *(_on_table_text(found[name], name) for name in names)], replayed=replayed, curve=curve
         )
         if arm.curve
     ]
