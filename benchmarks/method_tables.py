@@ -107,22 +107,27 @@ def cost_table(found: Sequence[Found]) -> str:
 
 def pictures(found: Mapping[str, Found], out: Path) -> None:
     """Retention against gain on the text of the tables: the comparison, and what its settings reach."""
-    families = {
-        "comparison": {"comparison": ("", [name for name, one in found.items() if one.arm.group == "main"])},
-        "settings": {
-            "dense": ("dense, lr", _family(found, "dense", "dense lr")),
-            "LoRA": ("LoRA, lr", _family(found, "LoRA", "LoRA lr")),
-            "stage 1": ("stage 1, lr", _family(found, "stage 1", "stage 1 lr")),
-            "review": ("review, gamma", _family(found, "review", "review gamma")),
-        },
+    main = [name for name, one in found.items() if one.arm.group == "main" and " seed " not in name and name != BASE]
+    curves = {
+        "dense, lr": _family(found, "dense", "dense lr"),
+        "LoRA, lr": _family(found, "LoRA", "LoRA lr"),
+        "stage 1, lr": _family(found, "stage 1", "stage 1 lr"),
+        "review, gamma": _family(found, "review", "review gamma"),
+        "review, lr": _family(found, "", "review router_lr"),
     }
-    for picture, curves in families.items():
-        drawn, base = [], _on_table_text(found[BASE], BASE)
-        for curve, (_, names) in curves.items():
-            results = [_on_table_text(found[name], name) for name in names if name != BASE]
-            drawn += points([base, *results], replayed=REPLAYED, curve=None if picture == "comparison" else curve)[1:]
-        if drawn:
-            plot_retention_against_gain(drawn, out / f"{picture}.png")
+    base = _on_table_text(found[BASE], BASE)
+    drawn = {"comparison": points([base, *(_on_table_text(found[name], name) for name in main)], replayed=REPLAYED)[1:]}
+    drawn["settings"] = [
+        arm
+        for curve, names in curves.items()
+        for arm in points(
+            [base, *(_on_table_text(found[name], name) for name in names)], replayed=REPLAYED, curve=curve
+        )
+        if arm.curve
+    ]
+    for picture, shown in drawn.items():
+        if shown:
+            plot_retention_against_gain(shown, out / f"{picture}.png")
 
 
 def _family(found: Mapping[str, Found], first: str, others: str) -> list[str]:
@@ -169,7 +174,7 @@ def tables(arms: Mapping[str, Arm], settings: Settings, out: Path) -> str:
     text = "\n\n".join(parts)
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     tree = {
-        "environment": environment(),
+        "environment": json.loads((out / arms[BASE].folder / "environment.json").read_text()),
         "settings": dataclasses.asdict(settings),
         "arms": {name: _tree(one, base) for name, one in found.items()},
     }

@@ -4,21 +4,22 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from megatron_lpr.commands.command import Command
+from megatron_lpr.commands.options import told_apart
 from megatron_lpr.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_lpr.evaluation.retention import EvaluationResult
-
-T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "output folder of a run, whose losses are drawn, or JSON result of evaluate, whose routing is"
     parser.add_argument("sources", nargs="+", metavar="RUN_OR_RESULT", help=what)
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder for the pictures")
+    svg = "of runs each picture that report has, as an SVG file of its own, in place of losses.png"
+    parser.add_argument("--svg", action="store_true", help=svg)
     base = "JSON result of the base: draws the retention of the results against their gain"
     parser.add_argument("--base", metavar="RESULT", help=base)
     replayed = "with --base: original languages that were replayed, which get points of their own"
@@ -34,8 +35,12 @@ def run(options: argparse.Namespace) -> None:
     runs = [source for source in options.sources if Path(source).is_dir()]
     results = {source: EvaluationResult.load(source) for source in options.sources if source not in runs}
     _check(options, bool(results))
+    if options.svg and not runs:
+        raise UserError("--svg: has no effect without a run; name its output folder")
     out = Path(options.out)
-    if runs:
+    if runs and options.svg:
+        _pictures(runs, out)
+    elif runs:
         _losses(runs, out / "losses.png")
     if options.base is not None:
         _retention_against_gain(options.base, results, options.replayed, out / "retention_against_gain.png")
@@ -61,8 +66,25 @@ def _losses(runs: list[str], path: Path) -> None:
 
     records = {run: read_metrics(Path(run) / "metrics.jsonl") for run in dict.fromkeys(runs)}
     names = {run: lines[-1].get("stage", run) if lines else run for run, lines in records.items()}
-    plot_losses(_by_name(names, records), path)
+    plot_losses(told_apart(names, records), path)
     print(path)
+
+
+def _pictures(folders: list[str], out: Path) -> None:
+    from megatron_lpr.files.json_lines import writing
+    from megatron_lpr.reporting.pictures import all_pictures, file_name
+    from megatron_lpr.reporting.svg import as_file
+    from megatron_lpr.training.run_report import ReportedRun
+
+    runs = {folder: ReportedRun.read(folder) for folder in dict.fromkeys(folders)}
+    named = told_apart({folder: run.name for folder, run in runs.items()}, runs)
+    models = {name: run.section("model") for name, run in named.items()}
+    for name, picture in all_pictures({name: run.log for name, run in named.items()}, models):
+        path = out / f"{file_name(name)}.svg"
+        with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(as_file(picture), encoding="utf-8")
+        print(path)
 
 
 def _retention_against_gain(
@@ -72,7 +94,7 @@ def _retention_against_gain(
     from megatron_lpr.evaluation.retention import EvaluationResult
     from megatron_lpr.reporting.gain_plot import plot_retention_against_gain
 
-    named = _by_name({file: result.model for file, result in results.items()}, results)
+    named = told_apart({file: result.model for file, result in results.items()}, results)
     renamed = [dataclasses.replace(result, model=name) for name, result in named.items()]
     languages = replayed.split(",") if replayed else []
     plot_retention_against_gain(arms([EvaluationResult.load(base), *renamed], replayed=languages), path)
@@ -93,19 +115,13 @@ def _routing(results: Mapping[str, "EvaluationResult"], options: argparse.Namesp
     if not any(result.routing for result in results.values()):
         return
     names = {file: result.model for file, result in results.items()}
-    shares = _by_name(names, {file: result.routing for file, result in results.items()})
+    shares = told_apart(names, {file: result.routing for file, result in results.items()})
     base: Mapping[str, Mapping[str, Sequence[float]]] = (
         {} if options.base is None else {"": {}}
     )  # it has the first colour
     plot_frozen_share({name: share for name, share in shares.items() if share}, out / "frozen_share.png", max_share=top)
     plot_routing({**base, **shares}, out / "routing.png", max_share=top)
     print(out / "frozen_share.png", out / "routing.png", sep="\n")
-
-
-def _by_name(names: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
-    """values under the names of their sources, or under the sources where two have one name."""
-    unique = len(set(names.values())) == len(names)
-    return {names[source] if unique else source: value for source, value in values.items()}
 
 
 COMMAND = Command(

@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the page of some texts, and a table of them to the terminal."""
-    from megatron_lpr.evaluation.retention import check_result_file, markdown
+    from megatron_lpr.evaluation.retention import markdown
     from megatron_lpr.evaluation.token_routing import plan_routing, read_texts
+    from megatron_lpr.files.output_place import check_file
     from megatron_lpr.platform import single_process
     from megatron_lpr.reporting.routing_page import RoutingPage
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     layers = routing.layers
     if options.layer is not None and options.layer not in layers:
         raise UserError(f"--layer {options.layer}: has no experts; layers {_ranges(layers)} of {checkpoint} have")
-    check_result_file(options.out, "routing.html")
+    check_file(options.out, "routing.html")
     texts = read_texts(options.text, options.prompt)
     if options.dry_run:
         routing.check()

@@ -1,6 +1,6 @@
 """Plots of a run: loss curves, and where each language's tokens go before and after review."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ def plot_frozen_share(
 
     Args:
         shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
-            slots that frozen experts get in each MoE layer, 0..1. See `first_and_last`.
+            slots that frozen experts get in each MoE layer, 0..1. See `run_log.first_and_last`.
         path: the PNG.
         max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
             a token takes an expert once.
@@ -119,21 +119,6 @@ def plot_routing(shares: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4)
     save_figure(figure, path)
-
-
-def first_and_last(records: Iterable[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics of the layers.
-
-    The first step's forward pass sees the routers as the run before left them. Holds two records at a time.
-    """
-    ends: list[StepMetrics] = []
-    for record in records:
-        if record.get("router"):
-            ends = [*ends[:1], record]
-    return {
-        f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
-        for record in ends
-    }
 
 
 def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import xml.dom.minidom
 
 import pytest
+from logged_runs import log_run
 from matplotlib.image import imread
 
 from megatron_lpr import cli
@@ -89,6 +91,17 @@ def test_retention_against_gain_with_the_base(tmp_path, drawn, capsys):
     assert [file.name for file in (tmp_path / "dense only").iterdir()] == ["retention_against_gain.png"]
 
 
+def test_each_picture_of_a_report_by_itself(tmp_path, capsys):
+    runs = [log_run(tmp_path / place, name) for place, name in (("a", "stage 1"), ("b", "stage 2 <b>"))]
+    assert plot(*runs, "--svg", "--out", tmp_path / "plots") == 0
+    files = [tmp_path / "plots" / line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    names = {file.stem for file in files}
+    assert {"ntp_loss", "ntp_loss_hu", "retention_en", "stage_1_frozen_share_before", "stage_2_b__load_hu"} <= names
+    assert sorted(files) == sorted((tmp_path / "plots").iterdir())
+    for file in files:
+        assert xml.dom.minidom.parse(str(file)).documentElement.tagName == "svg" and "<style>" in file.read_text()
+
+
 def test_two_runs_of_one_name_go_by_their_folders(tmp_path, drawn):
     folders = [run(tmp_path / name, "stage 1") for name in ("a", "b")]
     assert plot(*folders, "--out", tmp_path / "plots") == 0
@@ -104,6 +117,7 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
         ([empty], f"metrics {empty}/metrics.jsonl: no such file"),
         ([tmp_path / "none.json"], "evaluation result"),
         ([dense], f"{dense}: says nothing of routing"),
+        ([dense, "--svg"], "--svg: has no effect without a run"),
         ([here, "--max-share", 0.5], "--max-share 0.5: has no effect"),
         ([here, "--base", dense], f"--base {dense}: has no effect"),
         ([dense, "--replayed", "en"], "--replayed en: has no effect without --base"),

@@ -7,7 +7,8 @@ from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting import plots as routing_plots
-from megatron_lpr.reporting.plots import first_and_last, plot_frozen_share, plot_losses, plot_routing
+from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses, plot_routing
+from megatron_lpr.reporting.run_log import first_and_last
 
 
 @pytest.fixture
@@ -84,11 +85,6 @@ def test_routing_has_a_row_per_text_and_a_point_per_model(tmp_path, figures):
     assert "base" not in drawn and axes.lines[0].get_color() == routing_plots.COLOURS[1]
     assert drawn["stage 1"] == [[0.125, 0], [0.375, 1]] and drawn["review"] == [[0.5, 1]]
     assert imread(tmp_path / "routing.png").shape[1] > 1000
-
-
-def test_first_and_last_skip_steps_without_router_statistics():
-    records = [record(1, 1.0), record(2, 1.0, hu=[0.25]), record(3, 1.0, hu=[0.5]), record(4, 1.0)]
-    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
 
 
 def test_nothing_to_plot_is_refused(tmp_path):
