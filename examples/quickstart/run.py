@@ -1,4 +1,4 @@
-"""The whole method on one machine: a real model learns Hungarian, and keeps its English and Spanish.
+"""The whole method on one machine: a real model learns Hungarian and keeps what it knew, beside what one would do else.
 
     python examples/quickstart/run.py [--smoke] [--out runs/quickstart]
 
@@ -8,6 +8,7 @@ everything runs.
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 import sys
@@ -17,12 +18,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RECIPES = Path("examples/quickstart/recipes")
-SMOKE = {
-    "stage1": ["train.steps=2", "optimizer.warmup_steps=0", "train.global_batch_size=1", "train.micro_batch_size=1"],
-    "stage2": ["train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1"],
-    "evaluate": ["evaluation.max_bytes=600", "evaluation.window=64"],
+BASE = "runs/quickstart/base"
+ARMS = {
+    "dense": "dense, all trained",
+    "stage1": "stage 1",
+    "review_without_lpr": "review without LPR",
+    "stage2": "review",
 }
-PROMPTS = {"hu": "A program segítségével", "en": "The Debian operating system", "es": "El sistema operativo"}
+"""Recipes that train, in order, and what tables and pictures call their models."""
+REPLAYED = "en"
+MAX_SHARE = 0.5  # of the frozen expert, with top-2
+SMOKE_STAGE1 = ["train.steps=2", "optimizer.warmup_steps=0", "train.global_batch_size=1", "train.micro_batch_size=1"]
+SMOKE_STAGE2 = ["train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1"]
+SMOKE = {"dense": SMOKE_STAGE1, "stage1": SMOKE_STAGE1, "review_without_lpr": SMOKE_STAGE2, "stage2": SMOKE_STAGE2}
+SMOKE_EVALUATE = ["evaluation.max_bytes=400", "evaluation.window=64"]
 
 
 def main() -> int:
@@ -34,6 +43,7 @@ def main() -> int:
     # two threads a core gain nothing here, and torch would take every core of a shared machine
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    sys.path.insert(0, str(HERE))
     out = options.out or Path("runs/quickstart-smoke" if options.smoke else "runs/quickstart")
     Quickstart(out, options.smoke).run()
     return 0
@@ -47,35 +57,57 @@ class Quickstart:
         self.start = time.monotonic()
 
     def run(self) -> None:
-        base, final = "runs/quickstart/base", self.out / "export"
-        stage1, stage2 = self.out / "stage1", self.out / "stage2"
-        results = [self.out / f"{model}.json" for model in ("base", "stage1", "stage2")]
-        self.step("the base model", Path(base) / "config.json", lambda: self.get_model(base))
+        self.refuse_other_runs()
+        export = self.out / "export"
+        base, *models = results = [self.out / f"{arm}.json" for arm in ("base", *ARMS)]
+        self.step("the base model", Path(BASE) / "config.json", get_base)
         self.with_recipe("preprocess", "common")
-        self.with_recipe("upcycle", "upcycle", done=self.out / "upcycled/checkpoints/latest")
-        self.evaluate("base", results[0], base, "--recipe", RECIPES / "common.yaml")
-        self.with_recipe("train", "stage1")
-        self.evaluate("stage 1", results[1], stage1)
-        self.with_recipe("train", "stage2")
-        self.evaluate("stage 2", results[2], stage2)
-        self.command("export", stage2, final, "--results", *results, done=final / "config.json")
-        self.command("verify", final, "--checkpoint", stage2)
-        self.command("plot", stage1, stage2, *results[1:], "--max-share", 0.5, "--out", self.out / "plots")
-        self.step("text from the export", None, lambda: generate(str(final), self.smoke))
+        self.evaluate("base", base, BASE, "--recipe", RECIPES / "common.yaml")
+        for arm, result in zip(ARMS, models, strict=True):
+            if arm == "stage1":
+                self.with_recipe("upcycle", "upcycle", done=self.out / "upcycled/checkpoints/latest")
+            self.with_recipe("train", arm)
+            self.evaluate(ARMS[arm], result, self.out / arm)
+        self.command("export", self.out / "stage2", export, "--results", *results, done=export / "config.json")
+        self.command("verify", export, "--checkpoint", self.out / "stage2")
+        pictures = ("--base", base, "--replayed", REPLAYED, "--max-share", MAX_SHARE, "--out", self.out / "plots")
+        self.command("plot", self.out / "stage1", self.out / "stage2", *models, *pictures)
+        self.step("the same words to base and export", None, lambda: self.generate(export))
         self.report(results)
 
-    def get_model(self, folder: str) -> None:
-        sys.path.insert(0, str(HERE))
-        from get_model import get_model
+    def refuse_other_runs(self) -> None:
+        """Results are left as they are where they are there: they must be of these recipes and this text."""
+        digest, record = self.settings(), self.out / "settings.sha256"
+        begun = any((self.out / name).exists() for name in ("base.json", *ARMS))
+        there = record.read_text(encoding="utf-8").strip() if record.is_file() else None
+        if begun and there != digest:
+            sys.exit(
+                f"quickstart: {self.out} holds runs of other recipes or other text, which one table cannot compare; "
+                "remove all in it but base and downloads, or name another folder with --out"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        record.write_text(digest + "\n", encoding="utf-8")
 
-        get_model(Path(folder), Path(folder).parent / "downloads")
+    def settings(self) -> str:
+        """SHA-256 over everything that the numbers come from: recipes, text, and whether it is a smoke test."""
+        digest = hashlib.sha256(str(self.smoke).encode())
+        recipes = [RECIPES / f"{name}.yaml" for name in ("common", "upcycle", *ARMS)]
+        for file in recipes + sorted((HERE / "text").glob("*.gz")):
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+    def generate(self, export: Path) -> None:
+        from generate import TOKENS, side_by_side
+
+        models = {"base": BASE, "export": export}
+        print(side_by_side(models, tokens=4 if self.smoke else TOKENS), flush=True)
 
     def with_recipe(self, name: str, recipe: str, done: Path | None = None) -> None:
         overrides = [word for override in self.overrides(recipe) for word in ("--set", override)]
         self.command(name, RECIPES / f"{recipe}.yaml", *overrides, done=done)
 
     def evaluate(self, name: str, result: Path, *model: str | Path) -> None:
-        smoke = [word for override in SMOKE["evaluate"] if self.smoke for word in ("--set", override)]
+        smoke = [word for override in SMOKE_EVALUATE if self.smoke for word in ("--set", override)]
         self.command("evaluate", *model, "--name", name, "--out", result, *smoke, done=result)
 
     def command(self, *arguments: str | Path | float, done: Path | None = None) -> None:
@@ -97,7 +129,7 @@ class Quickstart:
             moved = [f"data.manifest={self.out}/data/manifest.yaml", f"preprocess.output={self.out}/data"]
             own = {"upcycle": "upcycled"}.get(recipe, recipe)
             moved.append(f"output={self.out}/{own}")
-            load = {"stage1": "upcycled", "stage2": "stage1"}.get(recipe)
+            load = {"stage1": "upcycled", "review_without_lpr": "stage1", "stage2": "stage1"}.get(recipe)
             moved += [f"model.load={self.out}/{load}"] if load else []
         return moved + (SMOKE.get(recipe, []) if self.smoke else [])
 
@@ -111,24 +143,22 @@ class Quickstart:
         run()
 
     def report(self, files: list[Path]) -> None:
-        from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
+        from megatron_lpr.evaluation.gain import gain_table
+        from megatron_lpr.evaluation.retention import EvaluationResult
 
-        table = retention_table([EvaluationResult.load(file) for file in files])
+        table = gain_table([EvaluationResult.load(file) for file in files], replayed=[REPLAYED])
         (self.out / "table.md").write_text(table + "\n", encoding="utf-8")
         minutes = (time.monotonic() - self.start) / 60
-        print(f"\n{table}\n\nfinished in {minutes:.1f} minutes; the model is in {self.out / 'export'}", flush=True)
+        print(
+            f"\n{table}\n\nfinished in {minutes:.1f} minutes: the table is {self.out / 'table.md'}, the pictures are in"
+        )
+        print(f"{self.out / 'plots'}, the model is {self.out / 'export'}", flush=True)
 
 
-def generate(folder: str, smoke: bool) -> None:
-    """A few words in each language, from the export under stock transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def get_base() -> None:
+    from get_model import get_model
 
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for language, prompt in PROMPTS.items():
-        inputs = tokenizer(prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=4 if smoke else 24, do_sample=False, repetition_penalty=1.3)
-        print(f"  {language}: {' '.join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())}")
+    get_model(Path(BASE), Path(BASE).parent / "downloads")
 
 
 if __name__ == "__main__":

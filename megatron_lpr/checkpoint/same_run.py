@@ -19,7 +19,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.file_tensor import tensor_bytes
 from megatron_lpr.files.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsReader
-from megatron_lpr.recipe.reading import from_tree, to_tree
+from megatron_lpr.recipe.reading import flat, from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
 _EXPERTS = ("model.num_experts", "model.num_frozen_experts", "model.topk", "model.mlp_only_layers")
@@ -111,13 +111,6 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
                 digest.update(tensor_bytes(row)[:_SAMPLED_BYTES])
         weights = digest.hexdigest()
     return {"architecture": to_tree(arch), "weights": weights}
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
 
 def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:

@@ -84,7 +84,7 @@ def _run_tasks(options: argparse.Namespace, evaluation: "Evaluation") -> None:
 
 def _planned(options: argparse.Namespace) -> "Evaluation":
     from megatron_lpr.evaluation.evaluate import is_hf_model, plan_evaluation
-    from megatron_lpr.evaluation.retention import check_result_file
+    from megatron_lpr.files.output_place import check_file
 
     if is_hf_model(options.model):
         evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
@@ -93,7 +93,7 @@ def _planned(options: argparse.Namespace) -> "Evaluation":
         recipe = recipe_of(checkpoint, options, READS)
         _check_layout_has_effect(options.set)
         evaluation = plan_evaluation(checkpoint, recipe)
-    check_result_file(options.out)
+    check_file(options.out)
     return evaluation
 
 

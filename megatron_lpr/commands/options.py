@@ -4,12 +4,20 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.recipe.settings import Recipe
+
+T = TypeVar("T")
+
+
+def told_apart(names: Mapping[str, str], values: Mapping[str, T]) -> dict[str, T]:
+    """values under the names of their sources, or under the sources where two have one name."""
+    unique = len(set(names.values())) == len(names)
+    return {names[source] if unique else source: value for source, value in values.items()}
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:

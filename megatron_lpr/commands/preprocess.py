@@ -13,7 +13,7 @@ from megatron_lpr.recipe.reading import REST, to_tree
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 _SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "language_field", "tagger")
-_SETTINGS = ("output", "tokenizer", "on_bad_line", "seed", "workers", "engine", "bos")
+_SETTINGS = ("output", "tokenizer", "on_bad_line", "heldout", "seed", "workers", "engine", "bos")
 _FLAG = {"files": "--input"}
 
 
@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     for corpus in manifest.corpora:
         size = f"{corpus.documents:,} documents, {corpus.tokens:,} tokens"
         size += f", languages {', '.join(corpus.languages)}" if corpus.languages else ""
+        if out := corpus.heldout:
+            size += f"; held out {out.documents:,} documents, {out.bytes:,} bytes: {corpus.held_out_file}"
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
     bos = manifest.tokenizer.bos_id
     print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))

@@ -57,7 +57,7 @@ class Evaluation:
         check_evaluation(self.recipe.evaluation, self.tokenizer_dir)
         tokenizer = load_tokenizer(self.tokenizer_dir, special=special_tokens(self.recipe.preprocess))
         if not self.is_hf:
-            _check_trained_alike(self.recipe, self.folder, tokenizer)
+            check_trained_alike(self.recipe, self.folder, tokenizer)
             recipe = dataclasses.replace(with_experts_of(self.recipe, self.folder), train=None)
             arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
             check_layout(recipe, arch, Ranks.from_environment().world_size)
@@ -164,7 +164,8 @@ def print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
+def check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError where a tokenizer opens documents otherwise than in the run that wrote the checkpoint."""
     saved = read_run_state(checkpoint).recipe
     if not saved.get("train"):
         return

@@ -30,13 +30,7 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     """
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
-    check_section(settings, "evaluation")
-    positions = _positions(model_dir)
-    if positions is not None and settings.window > positions:
-        raise UserError(
-            f"evaluation.window: {settings.window}, but the model in {model_dir} has {positions} positions "
-            f"(max_position_embeddings); choose {positions} at most"
-        )
+    check_window(settings, model_dir)
     names = [corpus.name for corpus in settings.corpora]
     for corpus in settings.corpora:
         if names.count(corpus.name) > 1:
@@ -44,6 +38,17 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
         _check_corpus(corpus)
     check_files([dataclasses.replace(corpus, files=tuple(_files(corpus))) for corpus in settings.corpora])
     check_language_roles("evaluation.corpora", ((c.name, c.language, c.role) for c in settings.corpora))
+
+
+def check_window(settings: EvaluationConfig, model_dir: str) -> None:
+    """Raises UserError for a number out of its range, and for a window longer than the model in `model_dir` takes."""
+    check_section(settings, "evaluation")
+    positions = _positions(model_dir)
+    if positions is not None and settings.window > positions:
+        raise UserError(
+            f"evaluation.window: {settings.window}, but the model in {model_dir} has {positions} positions "
+            f"(max_position_embeddings); choose {positions} at most"
+        )
 
 
 def read_held_out(settings: EvaluationConfig, tokenizer: Tokenizer) -> list[Text]:
@@ -105,7 +110,7 @@ def _text_digests(recipe: Recipe) -> dict[str, str]:
 def _way_of_reading(corpus: EvaluationCorpus, recipe: Recipe) -> dict[str, object]:
     fields = ("name", "files", "language", "role", "format", "text_field", "sample_by")
     source = SourceConfig(**{field: getattr(corpus, field) for field in fields})
-    return way_of_reading(source, recipe.preprocess.max_document_bytes)
+    return way_of_reading(source, recipe.preprocess)
 
 
 def _check_corpus(corpus: EvaluationCorpus) -> None:

@@ -7,13 +7,13 @@ quality.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
+from megatron_lpr.files.output_place import check_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class EvaluationResult:
         """Write the result as JSON, and its routing, where it has any, to `_routing_file(path)`.
 
         Raises:
-            UserError: as `check_result_file`.
+            UserError: as `check_file`.
         """
-        check_result_file(path)
+        check_file(path)
         path, tree = Path(path), asdict(self)
         routing = tree.pop("routing")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,16 +73,6 @@ class EvaluationResult:
             raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
 
 
-def check_result_file(out: str | Path) -> None:
-    """UserError where a result cannot be written to `out`."""
-    out = Path(out)
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file, as {out / 'result.json'}")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written in {there}")
-
-
 def _routing_file(out: Path) -> Path:
     """Where the routing of a result lies beside it."""
     return out.with_suffix(".routing.json")
@@ -100,7 +90,7 @@ def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, floa
     Raises:
         UserError: the two results are not from the same text and window.
     """
-    _check_comparable([base, model])
+    check_comparable([base, model])
     return kept(base.corpora, model.corpora)
 
 
@@ -121,7 +111,12 @@ def bits_per_language(scores: Iterable[CorpusScore]) -> dict[str, float]:
 
 
 def retention_table(results: Sequence[EvaluationResult]) -> str:
-    """A Markdown table, aligned to be read as plain text too.
+    """`retention_rows` as a Markdown table, aligned to be read as plain text too, and what it says below it."""
+    return f"{markdown(retention_rows(results), left_columns=3)}\n\n{retention_note(results)}"
+
+
+def retention_rows(results: Sequence[EvaluationResult]) -> list[list[str]]:
+    """A table whose first row is the header.
 
     The first result is the base. Every corpus has its bits per byte under each model, then, per later model,
     what came of it: for an original language the retention, for an expanded one the change in bits per byte.
@@ -129,7 +124,7 @@ def retention_table(results: Sequence[EvaluationResult]) -> str:
     Raises:
         UserError: results that are not from the same text and window.
     """
-    _check_comparable(results)
+    check_comparable(results)
     base, *later = results
     header = ["held-out text", "language", "role", *(result.model for result in results)]
     rows = [header + [f"{result.model} vs {base.model}" for result in later]]
@@ -137,12 +132,17 @@ def retention_table(results: Sequence[EvaluationResult]) -> str:
         bits = [result.corpora[index].bits_per_byte for result in results]
         row = [corpus.name, corpus.language, corpus.role, *(f"{value:.3f}" for value in bits)]
         rows.append(row + [_verdict(corpus.role, bits[0], value) for value in bits[1:]])
-    table = markdown(rows, left_columns=3)
+    return rows
+
+
+def retention_note(results: Sequence[EvaluationResult]) -> str:
+    """The unit, and what is kept of each original language."""
+    base, *later = results
     percentages = [f"{result.model}: {_percentages(retention(base, result))}" for result in later]
-    footer = "\n\nBits per UTF-8 byte, lower is better."
+    note = "Bits per UTF-8 byte, lower is better."
     if percentages and retention(base, base):
-        footer += " Original languages kept (base bits / model bits): " + "; ".join(percentages) + "."
-    return table + footer
+        note += " Original languages kept (base bits / model bits): " + "; ".join(percentages) + "."
+    return note
 
 
 def _verdict(role: str, base: float, model: float) -> str:
@@ -153,7 +153,8 @@ def _percentages(of_languages: Mapping[str, float]) -> str:
     return ", ".join(f"{language} {percent:.1f}%" for language, percent in of_languages.items())
 
 
-def _check_comparable(results: Sequence[EvaluationResult]) -> None:
+def check_comparable(results: Sequence[EvaluationResult]) -> None:
+    """UserError where results are not from the same text, read alike, and the same window."""
     if not results:
         raise UserError("no evaluation results to compare: run `megatron-lpr evaluate` on each model first")
 

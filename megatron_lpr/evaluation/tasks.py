@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.evaluation.retention import check_result_file, markdown
+from megatron_lpr.evaluation.retention import markdown
 from megatron_lpr.evaluation.task_names import BENCHMARKS, Task, tasks_of
+from megatron_lpr.files.output_place import check_file
 from megatron_lpr.platform import device
 from megatron_lpr.recipe.settings import Recipe
 
@@ -34,8 +35,8 @@ class TaskResult:
     tasks: tuple[TaskScore, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write the result as JSON. UserError as `check_result_file`."""
-        check_result_file(path)
+        """Write the result as JSON. UserError as `check_file`."""
+        check_file(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -110,7 +111,12 @@ def run_tasks(folder: str | Path, tasks: Sequence[Task], recipe: Recipe, name: s
 
 
 def task_table(results: Sequence[TaskResult]) -> str:
-    """A Markdown table, the base model's result first: scores, and what became of each language.
+    """`task_rows` as a Markdown table, and what it says below it."""
+    return f"{markdown(task_rows(results), left_columns=3)}\n\n{task_note(results)}"
+
+
+def task_rows(results: Sequence[TaskResult]) -> list[list[str]]:
+    """A table whose first row is the header, the base model's result first: scores, and what became of each language.
 
     Of an original language the share of the base's score that was kept, of an expanded one the difference.
 
@@ -129,7 +135,11 @@ def task_table(results: Sequence[TaskResult]) -> str:
         first, *others = of_task
         row = [first.name, first.language, first.role, *(f"{score.score:.3f}" for score in of_task)]
         rows.append(row + [_verdict(first, score) for score in others])
-    return f"{markdown(rows, left_columns=3)}\n\nHigher is better: {_metrics(base)}."
+    return rows
+
+
+def task_note(results: Sequence[TaskResult]) -> str:
+    return f"Higher is better: {_metrics(results[0])}."
 
 
 def _what(score: TaskScore) -> tuple:

@@ -53,6 +53,16 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
         )
 
 
+def check_file(out: str | Path, example: str = "result.json") -> None:
+    """UserError where a file cannot be written to `out`; `example` is what one is called."""
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written in {there}; name another place")
+
+
 def free_bytes(folder: str | Path) -> int:
     """What can still be written into a folder, there or not."""
     return shutil.disk_usage(_existing(resolved(folder))).free

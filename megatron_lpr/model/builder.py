@@ -14,6 +14,7 @@ from megatron_lpr.model.layer_specs import block_spec
 from megatron_lpr.model.lpr_router import LPRRouter
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.rope import inverse_frequencies
+from megatron_lpr.model.router_stats import NotYetSummed
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel
 from megatron_lpr.platform import on_leave
@@ -52,7 +53,7 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         _forget_fp8_with_the_layout()
     config = transformer_config(recipe, arch, te)
     virtual = recipe.parallel.virtual_pipeline
-    counts = GlobalCounts()
+    counts, not_yet_summed = GlobalCounts(), NotYetSummed()
     chunks: list[torch.nn.Module] = []
     for stage in range(virtual):
         vp_stage = stage if virtual > 1 else None
@@ -71,7 +72,7 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         frequencies = inverse_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
         chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
         for router in routers(chunk):
-            router.counts = counts
+            router.counts, router.stats.not_yet = counts, not_yet_summed
         if config.recompute_granularity and chunk.pre_process:
             # a checkpointed block whose input needs no gradient has no backward, and a frozen embedding's output needs
             # none: the layers' weights would be left without their gradients

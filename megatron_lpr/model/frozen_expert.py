@@ -95,12 +95,13 @@ def add_frozen_experts(
         chosen_TJ: bool.
     """
     output_TH = torch.zeros_like(x_TH)
-    for j, (expert, count) in enumerate(zip(experts, counts_J.read().tolist(), strict=True)):
+    of_experts = zip(experts, counts_J.read().tolist(), probs_TJ.split(1, dim=1), chosen_TJ.unbind(1), strict=True)
+    for expert, count, probs_T1, chosen_T in of_experts:
         # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows that
         # FP8 wants beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
         rows = expert.rows_for(count)
         assert rows <= len(x_TH), f"{len(x_TH)} tokens are too few for {rows} rows"
-        tokens = chosen_TJ[:, j].to(torch.uint8).argsort(descending=True, stable=True)[:rows]
-        weight_T1 = probs_TJ[:, j].index_select(0, tokens)[:, None].to(x_TH.dtype)
-        output_TH = output_TH.index_add(0, tokens, expert(x_TH.index_select(0, tokens)) * weight_T1)
+        tokens = chosen_T.to(torch.uint8).argsort(descending=True, stable=True)[:rows]
+        weight_T1 = probs_T1.index_select(0, tokens).to(x_TH.dtype)
+        output_TH.index_add_(0, tokens, expert(x_TH.index_select(0, tokens)) * weight_T1)
     return output_TH

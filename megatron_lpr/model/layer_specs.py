@@ -82,10 +82,12 @@ def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
     else:
         linears.linear_fc1 = ExpertColumnParallelLinear
         submodules.experts = ModuleSpec(module=GroupedExperts, submodules=submodules_of(submodules.experts))
+    # the host takes several times as long to launch a product of Transformer Engine's, and in bf16 it is the same one
+    frozen_linear = te_duplicated_linear if te and config.fp8 else DuplicatedLinear
     return ModuleSpec(
         module=LPRMoELayer,
         submodules=submodules,
-        params={"frozen_linear": te_duplicated_linear if te else DuplicatedLinear},
+        params={"frozen_linear": frozen_linear},
         metainfo={"fuse_pre_mlp_layernorm": False},
     )
 

@@ -1,6 +1,6 @@
 """The MoE layer: a router over all experts, frozen experts in place, new experts through Megatron's dispatcher.
 
-Shapes: S positions of this rank, B sequences, T = S*B, H hidden, E experts, J frozen experts.
+Shapes: S positions of this rank, B sequences, T = S*B, H hidden, E experts: J frozen, N new ones.
 """
 
 from functools import partial
@@ -64,14 +64,14 @@ class LPRMoELayer(MoELayer):
 
     def _forward(self, hidden_states: Tensor, tags_SB: Tensor | None) -> Tensor:
         probs_TE, chosen_TE = self.route(hidden_states, tags_SB)
-        frozen = len(self.frozen_experts)
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        counts = ToHost(chosen_TE[:, :frozen].sum(0))
+        # of one split the gradients are laid side by side, of two slices each is padded with zeros and both are added
+        sizes = [len(self.frozen_experts), self.config.num_moe_experts]
+        (probs_TJ, probs_TN), (chosen_TJ, chosen_TN) = probs_TE.split(sizes, dim=1), chosen_TE.split(sizes, dim=1)
+        counts = ToHost(chosen_TJ.sum(0))
         schedule = Beside if self.config.overlap_frozen else InTurn
-        frozen_work = schedule(x_TH, probs_TE[:, :frozen], chosen_TE[:, :frozen])
-        dispatched, probs = self.preprocess(
-            self._travelling(hidden_states), probs_TE[:, frozen:].contiguous(), chosen_TE[:, frozen:].contiguous()
-        )
+        frozen_work = schedule(x_TH, probs_TJ, chosen_TJ)
+        dispatched, probs = self.preprocess(self._travelling(hidden_states), probs_TN, chosen_TN)
         dispatched, probs = self.dispatch(dispatched, probs)
         # Beside the main stream the frozen experts begin now, while tokens travel; in turn they are computed last.
         # Their counts are read when the dispatcher has waited for the device (that of all-gathers is about to).

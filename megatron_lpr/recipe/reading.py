@@ -51,6 +51,13 @@ def to_tree(config: Any) -> Any:
     return dict(config) if isinstance(config, Mapping) else config
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
 def _read(path: Path, including: tuple[str, ...]) -> dict[str, Any]:
     if os.path.isdir(path):
         raise UserError(f"recipe {path}: a folder; name the YAML file in it")

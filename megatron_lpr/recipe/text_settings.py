@@ -66,6 +66,12 @@ class PreprocessConfig:
         "a longer document is a bad line (each MB of it takes 140 to 210 MB of memory); 0: no limit",
         at_least=0,
     )
+    heldout: float = opt(
+        0.0,
+        "share of the documents, by a hash of their text, that goes to <name>.heldout.jsonl.gz for evaluation.corpora",
+        at_least=0,
+        below=1,
+    )
     seed: int = opt(0, "seed of the document shuffle", at_least=0)
     workers: int = opt(0, "tokenising processes; 0 is one per core", at_least=0, at_most=1024)
     engine: Literal["tokenizers", "fastokens"] = opt(

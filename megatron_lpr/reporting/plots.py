@@ -1,6 +1,6 @@
 """Plots of a run: loss curves, and where each language's tokens go before and after review."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,10 @@ LOSSES: dict[Literal["ntp_loss", "balance_loss", "lpr_loss"], tuple[str, str]] =
     "balance_loss": ("Load balance (1: every expert gets the same)", "balance loss (no unit)"),
     "lpr_loss": ("Language Priors Routing", "LPR loss, mean of -ln p$_0$ (nats)"),
 }
+
+COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
+"""Those of Okabe and Ito, which colour-blind readers tell apart."""
+MARKERS = "osD^v"
 
 
 def plot_losses(runs: Mapping[str, Sequence[StepMetrics]], path: str | Path) -> None:
@@ -45,7 +49,7 @@ def plot_losses(runs: Mapping[str, Sequence[StepMetrics]], path: str | Path) -> 
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_frozen_share(
@@ -55,7 +59,7 @@ def plot_frozen_share(
 
     Args:
         shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
-            slots that frozen experts get in each MoE layer, 0..1. See `first_and_last`.
+            slots that frozen experts get in each MoE layer, 0..1. See `run_log.first_and_last`.
         path: the PNG.
         max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
             a token takes an expert once.
@@ -81,22 +85,40 @@ def plot_frozen_share(
     bar = figure.colorbar(image, ax=list(panels), format=PercentFormatter(xmax=1, decimals=0))
     bar.set_label(f"share of slots (at most {100 * max_share:.0f}%)")
     figure.suptitle("Routing slots that go to frozen experts")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def first_and_last(records: Iterable[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """Frozen share per language at both ends of a run, for `plot_frozen_share`; {} without statistics of the layers.
+def plot_routing(shares: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path, *, max_share: float) -> None:
+    """Write a PNG that says where each language goes: a row per held-out text, a point per model.
 
-    The first step's forward pass sees the routers as the run before left them. Holds two records at a time.
+    Args:
+        shares: per model, per held-out text: as `plot_frozen_share`. Drawn is the mean over the layers. A model without
+            experts has none, and keeps its colour for other pictures.
+        path: the PNG.
+        max_share: as `plot_frozen_share`; the right end.
+
+    Raises:
+        UserError: no shares at all.
     """
-    ends: list[StepMetrics] = []
-    for record in records:
-        if record.get("router"):
-            ends = [*ends[:1], record]
-    return {
-        f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
-        for record in ends
-    }
+    if not any(shares.values()):
+        raise UserError(f"no router statistics to plot in {path}: the models have none")
+    rows = list(dict.fromkeys(text for model in shares.values() for text in model))
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for number, (model, share_of) in enumerate(shares.items()):
+        if share_of:
+            means, places = [np.mean(share) for share in share_of.values()], [rows.index(text) for text in share_of]
+            marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
+            axes.plot(means, places, marker, color=colour, label=model, markersize=8, markeredgecolor="w")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=f"share of routing slots that go to frozen experts, mean over layers (at most {max_share:.0%})")
+    axes.set_xlim(0, 1.02 * max_share)
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.axvline(max_share, color="0.6", linewidth=1, zorder=0)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=4)
+    save_figure(figure, path)
 
 
 def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:
@@ -116,6 +138,7 @@ def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_sh
     return image
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_figure(path, dpi=130)

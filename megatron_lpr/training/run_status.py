@@ -65,8 +65,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         raise UserError(f"run {run}: no such folder; give the output folder of a run")
     if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
         raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
-    start = (_tail(folder / "starts.jsonl") or [{}])[-1]
-    ends, records = _tail(folder / "ends.jsonl"), _tail(folder / "metrics.jsonl", is_whole=True)
+    start = (tail(folder / "starts.jsonl") or [{}])[-1]
+    ends, records = tail(folder / "ends.jsonl"), tail(folder / "metrics.jsonl", is_whole=True)
     last = records[-1] if records else {}
     recipe = _recipe(folder / "recipe.yaml")
     since = str(start.get("time", ""))
@@ -166,7 +166,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _tail(path: Path, *, is_whole: bool = False) -> list[dict[str, Any]]:
+def tail(path: Path, *, is_whole: bool = False) -> list[dict[str, Any]]:
     """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
 
     Args:

@@ -61,11 +61,16 @@ def test_large_enough_to_run_at_once(megatron):
         return x + main + work.output()
 
     found = []
-    for schedule in (InTurn, Beside):
+    for schedule in (InTurn, Beside, Beside, Beside):
         y = x
         for _ in range(24):
             y = layer(schedule, y)
             y = y / y.detach().abs().max()
         found.append((y.detach(), *torch.autograd.grad(y.float().square().mean(), [x])))
-    for in_turn, beside in zip(*found, strict=True):
-        assert torch.equal(in_turn, beside)
+    in_turn, *beside = found
+    assert torch.equal(in_turn[0], beside[0][0])
+    # a gradient of several parts is summed in the order of their making, which is another: bfloat16 rounds otherwise
+    assert (in_turn[1] - beside[0][1]).norm() < 0.03 * in_turn[1].norm()
+    for again in beside[1:]:
+        for first, second in zip(beside[0], again, strict=True):
+            assert torch.equal(first, second)

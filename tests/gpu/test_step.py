@@ -43,3 +43,16 @@ def test_grouped_products_are_the_loop(megatron, toy_base, tmp_path, monkeypatch
     for at_once, one_by_one in zip(*found, strict=True):
         for name in ("ntp_loss", "balance_loss", "grad_norm"):
             assert at_once[name] == pytest.approx(one_by_one[name], rel=2e-2), name
+
+
+@pytest.mark.parametrize("spec", ["local", "auto"])
+def test_scored_without_training(megatron, source, toy_base, tmp_path, spec):
+    """Megatron-Core leaves router weights on the host until a router's first product with gradients."""
+    from layouts import recipe_of
+
+    from megatron_lpr.evaluation.megatron_model import MegatronModel
+
+    recipe = recipe_of(toy_base, "stage2", tmp_path, {"model": {"spec": spec, "dtype": "bfloat16"}})
+    model = MegatronModel.of_checkpoint(recipe, str(source))
+    tokens_BS = torch.arange(32).view(2, 16)
+    assert model.token_losses(tokens_BS, tokens_BS + 1).isfinite().all()

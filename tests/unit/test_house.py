@@ -178,4 +178,5 @@ def test_no_function_is_longer_than_70_lines():
 def test_unit_tests_mirror_the_rooms():
     unit = ROOT / "tests/unit"
     folders = {path.parent.relative_to(unit) for path in python_files("tests/unit")}
-    assert not {str(folder) for folder in folders if not (ROOT / PACKAGE / folder).is_dir()} - {"docs", "examples"}
+    others = {"benchmarks", "docs", "examples"}
+    assert not {str(folder) for folder in folders if not (ROOT / PACKAGE / folder).is_dir()} - others

@@ -14,13 +14,16 @@ from megatron_lpr.evaluation.megatron_model import MegatronModel
 from megatron_lpr.recipe.settings import Recipe
 
 LOGITS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+NEAR_TIES = 0.01
+"""Share of the positions that may differ by more: rounding chooses between two experts that are as good as equal, and
+changes those that attend to that position too. A model that computes something else differs everywhere."""
 
 
 def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str, tokens: int = 256) -> Check:
     """Of the Megatron model in `checkpoint` and of the export under stock transformers.
 
     tokens: of each held-out corpus of the recipe. The difference is relative to the largest logit: fp32 noise grows
-    with it. An export that transformers cannot load fails the check.
+    with it, position by position. An export that transformers cannot load fails the check.
     """
     rows = _token_rows(recipe, tokens)
     try:
@@ -48,18 +51,21 @@ def _stock_model(export_dir: str) -> torch.nn.Module:
 
 
 def _compare(model: MegatronModel, stock: torch.nn.Module, rows: Iterable[torch.Tensor]) -> Check:
-    worst, largest, agree, total, differences = 0.0, 0.0, 0, 0, 0.0
+    worst, largest, agree, total, beyond, differences = 0.0, 0.0, 0, 0, 0, 0.0
     for row in rows:
         a, b = model.logits(row).float().cpu(), _stock_logits(stock, row)
         difference = (a - b).abs().nan_to_num(nan=math.inf)  # max() would pass over NaN
-        worst, largest = max(worst, float(difference.max())), max(largest, float(b.abs().max()))
+        scale = max(1.0, float(b.abs().max()))
+        beyond += int((difference.amax(-1) > LOGITS_TOLERANCE[model.recipe.model.dtype] * scale).sum())
+        worst, largest = max(worst, float(difference.max())), max(largest, scale)
         differences += float(difference.mean()) * row.numel()
         agree += int((a.argmax(-1) == b.argmax(-1)).sum())
         total += row.numel()
+    ties = f"{beyond} positions beyond rounding, as near ties of two experts are, " if beyond else ""
     return Check(
         name="logits",
-        ok=worst <= LOGITS_TOLERANCE[model.recipe.model.dtype] * max(1.0, largest),
-        detail=f"max |difference| {worst:.1e} of logits up to {largest:.1f}, mean {differences / total:.1e}, "
+        ok=math.isfinite(worst) and beyond <= (NEAR_TIES * total if model.recipe.model.num_experts else 0),
+        detail=f"max |difference| {worst:.1e} of logits up to {largest:.1f}, mean {differences / total:.1e}, {ties}"
         f"same top token at {agree} of {total} positions (Megatron against transformers)",
     )
 

@@ -13,6 +13,7 @@ corpora:
   index_digest: 77c0... # SHA-256 of hu.idx
   spot_digests: {bin: 90ab..., idx: 1c2d...}   # of some blocks of each file (spot_check.py)
   languages: {hu: expanded, en: original}   # where hu.lang says which tokens are in which; with language_digest
+  heldout: {share: 0.001, documents: 2, bytes: 3120, digest: 0d7e...}   # hu.heldout.jsonl.gz
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from megatron_lpr.files import durable
 from megatron_lpr.files.yaml_io import dump_yaml, read_yaml
 
 ROLES = ("expanded", "original")
+HELD_OUT = "heldout.jsonl.gz"  # suffix of a corpus' held-out documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,19 @@ class TextSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Documents that were left out of a corpus, to evaluate on.
+
+    `share` is the one that was asked for, `bytes` those of the text in UTF-8, `digest` the SHA-256 of the file.
+    """
+
+    share: float
+    documents: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """One corpus; `prefix` is its path without .bin, `weight` its share within its role.
 
@@ -85,6 +100,12 @@ class Corpus:
     language_digest: str | None = None
     index_digest: str | None = None
     spot_digests: dict[str, str] | None = None
+    heldout: HeldOut | None = None
+
+    @property
+    def held_out_file(self) -> str:
+        """Where its held-out documents lie, if it has any."""
+        return f"{self.prefix}.{HELD_OUT}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +205,7 @@ class Manifest:
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            for optional in ("source", "languages", "language_digest", "index_digest", "spot_digests"):
+            for optional in ("source", "languages", "language_digest", "index_digest", "spot_digests", "heldout"):
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
@@ -254,10 +275,17 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
             raise UserError(f"{where}: {field} must be at least 1, not {getattr(corpus, field)}")
     if corpus.source is not None and min(corpus.source.seed, corpus.source.skipped_lines) < 0:
         raise UserError(f"{where}: seed and skipped_lines of its source must not be negative")
-    for field, suffix in (("digest", ".bin"), ("index_digest", ".idx"), ("language_digest", ".lang")):
-        digest = getattr(corpus, field)
+    out = corpus.heldout
+    if out is not None and not (0 < out.share < 1 and min(out.documents, out.bytes) >= 0):
+        raise UserError(f"{where}: heldout must have a share between 0 and 1, and no negative counts")
+    for field, suffix, digest in (
+        ("digest", "bin", corpus.digest),
+        ("index_digest", "idx", corpus.index_digest),
+        ("language_digest", "lang", corpus.language_digest),
+        ("heldout: digest", HELD_OUT, out.digest if out else None),
+    ):
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
-            raise UserError(f"{where}: {field} must be the SHA-256 of its {suffix} file, 64 hexadecimal digits")
+            raise UserError(f"{where}: {field} must be the SHA-256 of its .{suffix} file, 64 hexadecimal digits")
     for suffix in corpus.spot_digests or ():
         if suffix not in ("bin", "idx", "lang"):
             raise UserError(f"{where}: spot_digests has the unknown key '{suffix}'; valid: bin, idx, lang")

@@ -74,6 +74,16 @@ def check_spots(corpus: Corpus) -> None:
             raise _altered(path, corpus)
 
 
+def check_held_out(corpus: Corpus) -> None:
+    """Compares a corpus' held-out documents, where it has any, with their SHA-256.
+
+    Raises:
+        UserError: as `check_spots`.
+    """
+    if corpus.heldout is not None and file_sha256(corpus.held_out_file) != corpus.heldout.digest:
+        raise _altered(corpus.held_out_file, corpus)
+
+
 def _altered(path: str, corpus: Corpus) -> UserError:
     return UserError(
         f"{path} does not hold what was written when corpus '{corpus.name}' was made: its bytes have changed "

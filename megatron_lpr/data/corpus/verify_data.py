@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest
+from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest
 from megatron_lpr.data.corpus.spot_check import with_checksums
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
@@ -52,13 +52,19 @@ def verify_data(manifest: Manifest, *, workers: int, show: bool = False) -> Iter
     """Yields (file, what is wrong with it or None) for every file of every corpus, in order; `workers` read at once.
 
     Of a .bin file the SHA-256, the number of tokens, and each token against the vocabulary; of an .idx file every
-    boundary and, where the manifest has it, the SHA-256; of a .lang file the SHA-256 and every run.
+    boundary and, where the manifest has it, the SHA-256; of a .lang file the SHA-256 and every run; of the held-out
+    documents the SHA-256.
     """
     corpora = [
         (corpus, suffix, check)
         for corpus in manifest.corpora
-        for suffix, check in (("bin", _check_tokens), ("idx", _check_index), ("lang", _check_languages))
-        if suffix != "lang" or corpus.languages
+        for suffix, check, is_there in (
+            ("bin", _check_tokens, True),
+            ("idx", _check_index, True),
+            ("lang", _check_languages, corpus.languages),
+            (HELD_OUT, _check_held_out, corpus.heldout),
+        )
+        if is_there
     ]
     paths = [f"{corpus.prefix}.{suffix}" for corpus, suffix, _ in corpora]
     lock = threading.Lock()
@@ -155,6 +161,13 @@ def _check_languages(corpus: Corpus, manifest: Manifest, advance: Advance) -> No
     if digest != corpus.language_digest:
         raise _other_bytes(path, digest, corpus.language_digest)
     LanguageRuns(corpus.prefix, num_tokens=corpus.tokens, num_languages=len(corpus.languages)).check()
+
+
+def _check_held_out(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
+    assert corpus.heldout is not None
+    digest = file_sha256(corpus.held_out_file, advance)
+    if digest != corpus.heldout.digest:
+        raise _other_bytes(corpus.held_out_file, digest, corpus.heldout.digest)
 
 
 def _chunks(path: str, advance: Advance) -> Iterator[tuple[int, np.ndarray]]:

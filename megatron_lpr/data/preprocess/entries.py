@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, check_language_roles, language_roles
-from megatron_lpr.data.corpus.spot_check import check_all_bytes, check_spots, with_checksums
+from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest, check_language_roles, language_roles
+from megatron_lpr.data.corpus.spot_check import check_all_bytes, check_held_out, check_spots, with_checksums
 from megatron_lpr.data.preprocess.work_folder import work_folder
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
@@ -59,18 +59,29 @@ class PendingEntries:
         corpora, self._corpora = self._corpora, []
         with self._locks.manifest():
             try:
-                manifest = self._read().with_corpora(corpora)
+                before = self._read()
+                manifest = before.with_corpora(corpora)
             except UserError as error:
                 names = ", ".join(f"'{corpus.name}'" for corpus in corpora)
                 raise UserError(
                     f"corpus {names} is made but not entered, because the manifest was changed meanwhile: {error}"
                 ) from None
             manifest.save()
+            _remove_held_out(before, corpora)
         for corpus in corpora:
             shutil.rmtree(work_folder(os.path.join(os.path.dirname(manifest.path), corpus.name)), ignore_errors=True)
             self._locks.release(corpus.name)
         now = time.monotonic()
         self._next = max(self._next, now + (now - start) / _SHARE_OF_TIME)
+
+
+def _remove_held_out(before: Manifest, corpora: Iterable[Corpus]) -> None:
+    """What was held out of corpora that have since been made from all of their text."""
+    whole = {corpus.name: corpus.prefix for corpus in corpora if corpus.source and not corpus.heldout}
+    for corpus in before.corpora:
+        if corpus.heldout and corpus.name in whole and _same_file(whole[corpus.name], corpus.prefix):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(corpus.held_out_file)
 
 
 def take_up(
@@ -136,7 +147,7 @@ def _kept(
         corpus = present.get(source.name)
         if corpus is None:
             if not overwrite and source.prefix is None:
-                _check_vacant(manifest, source.name)
+                _check_vacant(manifest, source.name, settings)
         elif source.prefix is not None:
             if not overwrite and (corpus.source is not None or not _same_file(source.prefix, corpus.prefix)):
                 raise _would_replace(manifest, source.name)
@@ -144,13 +155,31 @@ def _kept(
             if _is_intact(manifest, corpus) and (corpus.source.skipped_lines == 0 or settings.on_bad_line == "skip"):
                 kept[source.name] = _with_settings(corpus, source)
         elif not overwrite:
+            _check_held_out(manifest, corpus, settings)
             raise _would_replace(manifest, source.name)
     return kept
 
 
-def _check_vacant(manifest: Manifest, name: str) -> None:
+def _check_held_out(manifest: Manifest, corpus: Corpus, settings: PreprocessConfig) -> None:
+    """The more telling message where another share is held out."""
+    share = corpus.heldout.share if corpus.heldout else 0.0
+    if corpus.source is not None and share != settings.heldout:
+        raise UserError(
+            f"preprocess.heldout: {settings.heldout}; corpus '{corpus.name}' in {manifest.path} was made with {share}; "
+            "pass --overwrite to make it again, or set it back"
+        )
+
+
+def _check_vacant(manifest: Manifest, name: str, settings: PreprocessConfig) -> None:
     prefix = os.path.join(os.path.dirname(manifest.path), name)
-    if os.path.exists(f"{prefix}.bin") and not os.path.exists(work_folder(prefix)):
+    if os.path.exists(work_folder(prefix)):
+        return
+    if settings.heldout and os.path.exists(f"{prefix}.{HELD_OUT}"):
+        raise UserError(
+            f"{prefix}.{HELD_OUT} is there, but not in {manifest.path}; choose another name for the corpus, or pass "
+            "--overwrite to replace the file"
+        )
+    if os.path.exists(f"{prefix}.bin"):
         raise UserError(
             f"{prefix}.bin is there, but not in {manifest.path}; take it over by prefix: {prefix}, choose another "
             "name, or pass --overwrite to replace it"
@@ -172,6 +201,7 @@ def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
     try:
         manifest.check_files(corpus)
         (check_spots if corpus.spot_digests else check_all_bytes)(corpus)
+        check_held_out(corpus)
     except UserError as error:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
         return False

@@ -10,15 +10,16 @@ from typing import Any, TextIO
 import tokenizers
 
 from megatron_lpr.data.corpus.indexed import IndexedWriter, LanguageRunsWriter, token_dtype
-from megatron_lpr.data.corpus.manifest import Corpus, TextSource
+from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, HeldOut, TextSource
 from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge
 from megatron_lpr.data.preprocess.tokenize_parts import PartJob, tokenize_parts
 from megatron_lpr.data.preprocess.work_folder import combine_parts, combined_parts, fan_in, open_work_folder
 from megatron_lpr.data.text.documents import BadLines
 from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.text.tokenize import Tokenizer
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.reporting.progress import DocumentProgress
 
@@ -26,7 +27,7 @@ _LEAST_BLOCK_BYTES = 4 << 20
 
 
 def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tokenizer, sha256: str) -> Corpus:
-    """Writes the corpus' .bin, .idx and, where it mixes languages, .lang; returns the manifest's entry.
+    """Writes the corpus' .bin, .idx, where it mixes languages .lang, and held-out documents; returns its entry.
 
     Args:
         source: its files are paths, without patterns.
@@ -45,8 +46,11 @@ def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tok
             job = PartJob(source=source, settings=settings, sha256=sha256, folder=folder)
             parts = _tokenize(job, prefix, block_bytes, bad_lines)
             if not any(part.record.documents for part in parts):
-                raise UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
-            writer, language_digest = _merge(source, prefix, parts, tokenizer.vocab_size)
+                raise _nothing_to_train_on(source, settings, parts)
+            writer, language_digest = _merge(
+                source, prefix, parts, tokenizer.vocab_size, holds_out=settings.heldout > 0
+            )
+            out = _held_out(folder, prefix, settings.heldout, writer.documents)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
     assert writer.digest is not None
@@ -62,8 +66,29 @@ def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tok
         source=TextSource(sha256=sha256, seed=settings.seed, skipped_lines=bad_lines.count),
         languages=dict(source.languages) or None,
         language_digest=language_digest,
+        heldout=out,
     )
     return with_checksums(entry)
+
+
+def _nothing_to_train_on(source: SourceConfig, settings: PreprocessConfig, parts: Sequence[Part]) -> UserError:
+    if any(part.record.held_out_sha256 for part in parts):
+        return UserError(
+            f"preprocess.heldout: {settings.heldout}; holds out every document of corpus '{source.name}'; lower it"
+        )
+    return UserError(f"corpus '{source.name}' is empty: no usable document in {', '.join(source.files)}")
+
+
+def _held_out(folder: str, prefix: str, share: float, trained_on: int) -> HeldOut | None:
+    if not share:
+        return None
+    out = held_out.collect(folder, prefix, share)
+    if not out.documents:
+        warn(
+            f"preprocess.heldout: {share}; holds out none of the {trained_on:,} documents of {prefix}, so that "
+            f"{prefix}.{HELD_OUT} is empty; raise it"
+        )
+    return out
 
 
 def _identity(settings: PreprocessConfig, tokenizer: Tokenizer, sha256: str) -> dict[str, Any]:
@@ -148,7 +173,7 @@ def _bad_line_report(path: str) -> Iterator[TextIO]:
 
 
 def _merge(
-    source: SourceConfig, prefix: str, parts: Sequence[Part], vocab_size: int
+    source: SourceConfig, prefix: str, parts: Sequence[Part], vocab_size: int, *, holds_out: bool
 ) -> tuple[IndexedWriter, str | None]:
     """Writes the corpus' files; returns their closed writer and the digest of the .lang file."""
     parts = _few_parts(source.name, parts, token_dtype(vocab_size))
@@ -164,8 +189,8 @@ def _merge(
                     runs.add(documents.languages)
                 progress.update(writer.tokens / total, writer.documents, writer.tokens)
             progress.close()
-            # Neither an old index nor old languages may ever stand beside new tokens.
-            for suffix in (".idx", ".lang"):
+            # Neither an old index nor old languages, nor what was held out before, may ever stand beside new tokens.
+            for suffix in (".idx", ".lang", *([f".{HELD_OUT}"] if holds_out else [])):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(prefix + suffix)
             if runs is not None:

@@ -32,13 +32,17 @@ _KEYS_AT_ONCE = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class PartRecord:
-    """What is known of a finished part: counts, bytes of each column, SHA-256 of the columns' SHA-256 sums."""
+    """What is known of a finished part: counts, bytes of each column, SHA-256 of the columns' SHA-256 sums.
+
+    `held_out_sha256` is of the file of its block's held-out documents, None where there are none.
+    """
 
     documents: int
     tokens: int
     columns: tuple[int, ...]
     sha256: str
     bad_lines: tuple[BadLine, ...] = ()
+    held_out_sha256: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,9 @@ class PartWriter:
             if data is not None:
                 self.add(column, data)
 
-    def finish(self, bad_lines: Sequence[BadLine] = (), *, durable: bool = False) -> PartRecord:
+    def finish(
+        self, bad_lines: Sequence[BadLine] = (), held_out_sha256: str | None = None, *, durable: bool = False
+    ) -> PartRecord:
         """Gives the files their names; `durable`: not before the data has reached the disk."""
         assert self._places == self._ends, "a part of another size than was said"
         if durable:
@@ -137,6 +143,7 @@ class PartWriter:
             columns=self._columns,
             sha256=columns_sha256(self._hashes),
             bad_lines=tuple(bad_lines),
+            held_out_sha256=held_out_sha256,
         )
         with open(f"{self._path}.json.partial", "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(record), file)
@@ -151,6 +158,7 @@ def write_part(
     languages: Sequence[np.ndarray] | None,
     dtype: type,
     bad_lines: Sequence[BadLine] = (),
+    held_out_sha256: str | None = None,
 ) -> PartRecord:
     """Writes `documents`, token arrays [n] of `dtype`, in the order of their `keys` [D].
 
@@ -168,7 +176,7 @@ def write_part(
         for column, values in ((2, documents), (3, languages)):
             if values:
                 writer.add(column, np.concatenate([values[index] for index in order]))
-        return writer.finish(bad_lines)
+        return writer.finish(bad_lines, held_out_sha256)
 
 
 def columns_sha256(hashes: Iterable[Any]) -> str:

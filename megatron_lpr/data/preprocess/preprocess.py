@@ -34,8 +34,8 @@ def preprocess(settings: PreprocessConfig, *, overwrite: bool = False) -> Manife
     A corpus that is already there, made from the same text in the same way, is kept; only its languages' roles and
     its weight are taken over. An end-of-document token follows every document, a BOS token opens it where there is
     one. A corpus with a `prefix` is there already and gets its entry only. Lines that are left out are listed in
-    <name>.bad_lines.txt. A process of `settings.workers` holds about 200 MB and the tokenizer, and 140 to 210 bytes for
-    each byte of its longest document.
+    <name>.bad_lines.txt; documents that are held out lie in <name>.heldout.jsonl.gz. A process of
+    `settings.workers` holds about 200 MB and the tokenizer, and 140 to 210 bytes for each byte of its longest document.
 
     Args:
         settings: with an output folder and a tokenizer.
@@ -48,7 +48,7 @@ def preprocess(settings: PreprocessConfig, *, overwrite: bool = False) -> Manife
     """
     corpora, tokenizer, manifest = check(settings)
     folder = os.path.dirname(manifest.path)
-    texts = [files_sha256(source.files, way_of_reading(source, settings.max_document_bytes)) for source in corpora]
+    texts = [files_sha256(source.files, way_of_reading(source, settings)) for source in corpora]
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

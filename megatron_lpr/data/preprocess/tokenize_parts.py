@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 import numpy as np
 
 from megatron_lpr.data.corpus.indexed import token_dtype
+from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import PartRecord, ShuffleKeys, part_path, write_part
 from megatron_lpr.data.preprocess.work_folder import finished_part
 from megatron_lpr.data.text.documents import BadLine, Document, Reading, documents_of
@@ -126,6 +127,7 @@ class _Worker:
         self._opening = [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
         self._dtype = token_dtype(self._tokenizer.vocab_size)
         self._keys = ShuffleKeys(settings.seed, job.sha256)
+        self._held_out_below = held_out.hash_limit(settings.heldout)
         self._number = {language: number for number, language in enumerate(self._reading.languages)}
         tagger = TaggerSettings.of(job.source)
         self._tagger = None if tagger is None else SentenceTagger(tagger, self._reading.languages)
@@ -135,7 +137,8 @@ class _Worker:
         languages: list[np.ndarray] = []
         places: list[tuple[int, int]] = []
         bad_lines: list[BadLine] = []
-        for batch in self._batches(block, bad_lines):
+        kept_back: list[Document] = []
+        for batch in self._batches(block, bad_lines, kept_back):
             for document, (ids, tags) in zip(batch, self._encode(batch), strict=True):
                 bad = self._bad_line(block, document, ids, tags)
                 if bad is not None:
@@ -152,9 +155,12 @@ class _Worker:
         if bad_lines and self._job.stop_at_bad_line:
             return PartRecord(documents=0, tokens=0, columns=(), sha256="", bad_lines=(bad_lines[0],))
         of_tokens = languages if self._reading.languages else None
-        return write_part(self._job.path(number), self._keys(places), tokens, of_tokens, self._dtype, bad_lines)
+        path = self._job.path(number)
+        sha256 = held_out.write_part(path, kept_back)
+        return write_part(path, self._keys(places), tokens, of_tokens, self._dtype, bad_lines, sha256)
 
-    def _batches(self, block: Block, bad_lines: list[BadLine]) -> Iterator[list[Document]]:
+    def _batches(self, block: Block, bad_lines: list[BadLine], kept_back: list[Document]) -> Iterator[list[Document]]:
+        """The documents to tokenise; bad lines and documents that are held out go to the two lists."""
         batch: list[Document] = []
         size = 0
         for document in documents_of(block, self._reading):
@@ -162,6 +168,9 @@ class _Worker:
                 bad_lines.append(document)
                 if self._job.stop_at_bad_line:
                     break
+                continue
+            if self._held_out_below and held_out.hash_of(document.text) < self._held_out_below:
+                kept_back.append(document)
                 continue
             if batch and (len(batch) == _BATCH_DOCUMENTS or size + document.size > _BATCH_BYTES):
                 yield batch

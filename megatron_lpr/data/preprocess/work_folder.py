@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import (
     BUCKET_BYTES,
     Part,
@@ -88,7 +89,7 @@ def finished_part(path: str, *, combined: bool = False) -> PartRecord | None:
             fields = json.load(file)
         bad_lines = tuple(BadLine(*bad) for bad in fields["bad_lines"])
         record = PartRecord(**fields | {"bad_lines": bad_lines, "columns": tuple(fields["columns"])})
-        if combined or _is_intact(f"{path}.part", record):
+        if held_out.is_intact(path, record.held_out_sha256) and (combined or _is_intact(f"{path}.part", record)):
             return record
     return None
 

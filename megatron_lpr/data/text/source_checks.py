@@ -31,6 +31,19 @@ def check_sources(settings: PreprocessConfig) -> None:
         names.add(source.name)
         for problem in _contradictions(source):
             raise UserError(f"corpus '{source.name}' {problem}")
+    if settings.heldout:
+        _check_held_out(settings)
+
+
+def _check_held_out(settings: PreprocessConfig) -> None:
+    existing = [source.name for source in settings.corpora if source.prefix is not None]
+    if len(existing) == len(settings.corpora):
+        raise UserError(
+            f"preprocess.heldout: {settings.heldout}; has no effect on corpora that exist already (prefix); set it "
+            "where they are made from text"
+        )
+    if existing:
+        warn(f"preprocess.heldout: nothing is held out of {', '.join(existing)}, which exist already (prefix)")
 
 
 def _contradictions(source: SourceConfig) -> Iterator[str]:
@@ -98,11 +111,12 @@ def check_plug_ins(source: SourceConfig) -> None:
                     raise UserError(f"{path} has no column '{field}'; it has {', '.join(names)}")
 
 
-def way_of_reading(source: SourceConfig, max_document_bytes: int) -> dict[str, object]:
+def way_of_reading(source: SourceConfig, settings: PreprocessConfig) -> dict[str, object]:
     """What, beside the bytes of the files, decides the tokens and their languages: all that is no default."""
     fields = ("format", "text_field", "language_field", "sample_by", "tagger", "sentence_splitter", "sentence_model")
     defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
-    settings = {name: getattr(source, name) for name in fields if getattr(source, name) != defaults[name]}
-    if max_document_bytes != PreprocessConfig.max_document_bytes:
-        settings["max_document_bytes"] = max_document_bytes
-    return settings | ({"languages": list(source.languages)} if source.languages else {})
+    way = {name: getattr(source, name) for name in fields if getattr(source, name) != defaults[name]}
+    for name in ("max_document_bytes", "heldout"):
+        if getattr(settings, name) != getattr(PreprocessConfig, name):
+            way[name] = getattr(settings, name)
+    return way | ({"languages": list(source.languages)} if source.languages else {})

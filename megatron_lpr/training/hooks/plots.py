@@ -28,7 +28,8 @@ def plot_run(recipe: Recipe) -> Path:
     Raises:
         UserError: metrics.jsonl cannot be read.
     """
-    from megatron_lpr.reporting.plots import LOSSES, first_and_last, plot_frozen_share, plot_losses
+    from megatron_lpr.reporting.plots import LOSSES, plot_frozen_share, plot_losses
+    from megatron_lpr.reporting.run_log import first_and_last
 
     metrics, folder = Path(recipe.output) / "metrics.jsonl", Path(recipe.output) / "plots"
     losses = [cast(StepMetrics, {key: record.get(key) for key in ("step", *LOSSES)}) for record in each_record(metrics)]

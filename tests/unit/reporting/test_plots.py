@@ -7,7 +7,8 @@ from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting import plots as routing_plots
-from megatron_lpr.reporting.plots import first_and_last, plot_frozen_share, plot_losses
+from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses, plot_routing
+from megatron_lpr.reporting.run_log import first_and_last
 
 
 @pytest.fixture
@@ -75,9 +76,15 @@ def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
     assert imread(path).shape[0] > 300
 
 
-def test_first_and_last_skip_steps_without_router_statistics():
-    records = [record(1, 1.0), record(2, 1.0, hu=[0.25]), record(3, 1.0, hu=[0.5]), record(4, 1.0)]
-    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
+def test_routing_has_a_row_per_text_and_a_point_per_model(tmp_path, figures):
+    shares = {"base": {}, "stage 1": {"hu": [0.0, 0.25], "en": [0.25, 0.5]}, "review": {"en": [0.5, 0.5]}}
+    plot_routing(shares, tmp_path / "routing.png", max_share=0.5)
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["hu", "en"] and axes.yaxis_inverted()
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert "base" not in drawn and axes.lines[0].get_color() == routing_plots.COLOURS[1]
+    assert drawn["stage 1"] == [[0.125, 0], [0.375, 1]] and drawn["review"] == [[0.5, 1]]
+    assert imread(tmp_path / "routing.png").shape[1] > 1000
 
 
 def test_nothing_to_plot_is_refused(tmp_path):
@@ -85,3 +92,5 @@ def test_nothing_to_plot_is_refused(tmp_path):
         plot_losses({"stage 1": []}, tmp_path / "loss.png")
     with pytest.raises(UserError, match="no router statistics"):
         plot_frozen_share(first_and_last([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)
+    with pytest.raises(UserError, match="the models have none"):
+        plot_routing({"base": {}}, tmp_path / "routing.png", max_share=0.5)

@@ -1,0 +1,157 @@
+"""`megatron-lpr report`: what is on the page, and what is refused."""
+
+import json
+import re
+import xml.dom.minidom
+
+import pytest
+from logged_runs import log_run
+
+from megatron_lpr import cli
+from megatron_lpr.evaluation.perplexity import CorpusScore
+from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.reporting.svg import tick_label, ticks
+
+HOSTILE = '<script>alert("1")</script> & \x00\ud800'
+
+
+def report(*words):
+    return cli.main(["report", *map(str, words)])
+
+
+def text_of(page):
+    """What a reader sees, and what the pointer finds."""
+    return " ".join(re.sub("<style>.*?</style>|<[^>]+>", " ", page, flags=re.S).split())
+
+
+def result(file, model, bits, routing=None):
+    score = CorpusScore(name="wiki", language="en", role="original", bits_per_byte=bits, tokens=9, bytes=9)
+    EvaluationResult(model=model, window=8, corpora=(score,), routing=routing or {}).save(file)
+    return file
+
+
+def test_a_run(tmp_path, capsys):
+    run = log_run(tmp_path / "run", "stage 2")
+    assert report(run) == 0
+    assert capsys.readouterr().out == f"{run}/report.html\n"
+    page = (run / "report.html").read_text()
+    text = text_of(page)
+    for told in (
+        "state finished", "step 30 of 30 (100%)", "tokens read 1,920", "Next-token prediction, by language",
+        "language step 10 step 30 kept", "en 1.", "99.0", "before: step 1", "after: step 30", "expert 0 (frozen)",
+        "mixture expanded 75%, original 25%", "replayed so far 960 tokens of original languages, 50% of what",
+        "manifest data/manifest.yaml (cannot be read here", "layout tensor 2, data 4", "python 3.11.7",
+        "step 30 hu: ",
+    ):  # fmt: skip
+        assert told in text, told
+    assert [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_it_needs_nothing_beside_it_and_its_pictures_are_xml(tmp_path):
+    report(log_run(tmp_path / "run", "stage 2"), "--out", tmp_path / "new" / "page.html")
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert not re.search(r"<script|<link|<img|src=|url\(|@import", page)
+    assert {link[:2] for link in re.findall('href="(..)', page)} == {"#s"}
+    pictures = re.findall("<figure>(.*?)</figure>", page, flags=re.S)
+    assert len(pictures) > 10 and all(xml.dom.minidom.parseString(picture) for picture in pictures)
+
+
+def test_names_are_shown_and_do_nothing(tmp_path):
+    run = log_run(tmp_path / "run", HOSTILE, languages=("hu", '"><b>'))
+    assert report(run) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>" not in page
+    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp;" in page and "&quot;&gt;&lt;b&gt;" in page
+
+
+def test_two_runs_and_what_differs(tmp_path):
+    one = log_run(tmp_path / "a", "one", lr=0.001)
+    two = log_run(tmp_path / "b", "two", steps=20, languages=("hu", "el"), lr=0.002, weight_decay=0.0)
+    assert report(one, two, one) == 0
+    text = text_of((one / "report.html").read_text())
+    assert "one, two Written" in text and "folder " + f"{one} {two} " in text
+    settings = text.split(" Settings ")[2].split("All settings of one")[0]
+    assert (
+        settings.split()
+        == (
+            "one two train.steps 30 20 optimizer.lr 0.001 0.002 "
+            "evaluation.corpora.en.language en – evaluation.corpora.en.role original – "
+            "evaluation.corpora.el.language – el evaluation.corpora.el.role – original"
+        ).split()
+    )
+    assert "step 20 one: " in text and "Next-token prediction: el" in text
+
+
+def test_two_of_one_name_go_by_their_folders(tmp_path):
+    runs = [log_run(tmp_path / name, "stage 1") for name in ("a", "b")]
+    assert report(*runs) == 0
+    assert f"<title>{runs[0]}, {runs[1]}</title>" in (runs[0] / "report.html").read_text()
+
+
+def test_results_of_evaluate(tmp_path):
+    run = log_run(tmp_path / "run", "stage 2")
+    results = [result(tmp_path / "base.json", "base", 1.0), result(tmp_path / "it.json", "it", 1.25, {"wiki": [0.5]})]
+    assert report(run, *results) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "wiki en original 1.000 1.250 80.0% kept" in text and "it: held-out text wiki 0 layer 50 0% 50%" in text
+
+
+def test_a_run_that_is_still_writing(tmp_path):
+    run = log_run(tmp_path / "run", "stage 2")
+    (run / "ends.jsonl").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "ntp_lo')
+    assert report(run) == 0 and "step 30 of 30" in text_of((run / "report.html").read_text())
+
+
+def test_a_dense_run_and_one_of_an_old_version(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [
+        {"step": step, "stage": "old", "ntp_loss": 1.0, "balance_loss": None, "lpr_loss": None} for step in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert report(run) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "Next-token prediction" in text and "Routing" not in text
+
+
+def test_what_is_refused(tmp_path, capsys):
+    run, empty, young = log_run(tmp_path / "run", "x"), tmp_path / "empty", log_run(tmp_path / "young", "y")
+    empty.mkdir()
+    (young / "metrics.jsonl").unlink()
+    damaged = log_run(tmp_path / "damaged", "z")
+    lines = (damaged / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (damaged / "metrics.jsonl").write_text("".join([*lines[:6], "}{\n", *lines[6:]]))
+    file = result(tmp_path / "base.json", "base", 1.0)
+    (tmp_path / "other.json").write_text("{}")
+    for words, told in (
+        ([tmp_path / "none"], f"run {tmp_path}/none: no such folder"),
+        ([empty], f"run {empty}: no training run there"),
+        ([young], f"run {young}: no metrics yet (no metrics.jsonl)"),
+        ([damaged], f"metrics {damaged}/metrics.jsonl, line 7: not a step's record; remove the line"),
+        ([file], "report: no run is named, only results"),
+        ([run, tmp_path / "other.json"], "other.json: not written by `megatron-lpr evaluate`"),
+        ([run, "--out", tmp_path], f"--out {tmp_path}: is a folder; name a file, as {tmp_path}/report.html"),
+        ([run, "--out", run / "metrics.jsonl"], "is no name of a page; let it end in .html"),
+        ([run, "--out", file / "x.html"], f"--out {file}/x.html: cannot be written in {file}"),
+    ):
+        assert report(*words) == 2
+        error = capsys.readouterr().err
+        assert told in error and error.count("\n") == 1, error
+    assert not list(tmp_path.rglob("*.html*"))
+
+
+@pytest.mark.parametrize(
+    "low, high, labels",
+    [
+        (0, 50_000, "0 10k 20k 30k 40k 50k"),
+        (1.012, 1.021, "1.012 1.014 1.016 1.018 1.020"),
+        (1, 12, "2.5 5.0 7.5 10.0"),
+        (0, 5e-5, "0 1e-05 2e-05 3e-05 4e-05 5e-05"),
+        (980, 1030, "980 990 1,000 1,010 1,020 1,030"),
+    ],
+)
+def test_axes_have_round_numbers(low, high, labels):
+    values = ticks(low, high)
+    assert " ".join(tick_label(value, values[1] - values[0], values[-1]) for value in values) == labels
