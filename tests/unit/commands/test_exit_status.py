@@ -14,7 +14,13 @@ from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.testing.toy_models import write_toy_model
 
 ROOT = Path(__file__).resolve().parents[3]
-MORE = {"evaluate": ["--name", "n", "--out", "o"], "export": ["o"], "plan": ["--gpus", "8"], "plot": ["--out", "o"]}
+MORE = {
+    "evaluate": ["--name", "n", "--out", "o"],
+    "export": ["o"],
+    "plan": ["--gpus", "8"],
+    "plot": ["--out", "o"],
+    "route": ["--out", "o", "--prompt", "p"],
+}
 
 
 @pytest.mark.parametrize("command", all_commands(), ids=lambda command: command.name)
