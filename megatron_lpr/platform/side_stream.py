@@ -1,10 +1,11 @@
 """Work that may run on a second stream of the GPU, beside what the main one does in the meantime.
 
 A kernel starts when those before it on its own stream are done: while tokens travel between GPUs, or small kernels
-leave most of a GPU idle, the main stream lets nothing else through. Where several streams share tensors there are two
+leave most of a GPU idle, the main stream lets nothing else through. Where several streams share tensors there are three
 things to get right. A stream must wait for what another one computes for it; in the backward pass PyTorch sees to that
 and runs each operation on the stream of its forward. And memory that is let go of is given out again in the order of
-the stream that it was taken on: nobody may let go of a tensor that another stream still reads.
+the stream that it was taken on: nobody may let go of a tensor that another stream still reads. And PyTorch adds up
+gradients in place where it holds the only reference: to one that the side stream still reads there must be a second.
 """
 
 import functools
@@ -39,7 +40,8 @@ class Beside(InTurn):
     """
 
     def __init__(self, *inputs: Tensor) -> None:
-        super().__init__(*_Fork.apply(*inputs))
+        self._still_read: list[Tensor] = []
+        super().__init__(*_Fork.apply(self._still_read, *inputs))
         self._side = _side_stream()
         self._side.wait_stream(torch.cuda.current_stream())
 
@@ -51,7 +53,7 @@ class Beside(InTurn):
     def output(self) -> Tensor:
         """The output, for which the main stream waits and the host does not."""
         torch.cuda.current_stream().wait_stream(self._side)
-        return self._output
+        return _Join.apply(self._still_read, self._output)
 
 
 @functools.cache
@@ -68,14 +70,30 @@ class _Fork(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs: Tensor):
+    def forward(ctx, still_read: list[Tensor], *inputs: Tensor):
         ctx.set_materialize_grads(False)
+        ctx.still_read = still_read
         views = tuple(tensor.view_as(tensor) for tensor in inputs)
         ctx.mark_non_differentiable(
-            *(view for view, needed in zip(views, ctx.needs_input_grad, strict=True) if not needed)
+            *(view for view, needed in zip(views, ctx.needs_input_grad[1:], strict=True) if not needed)
         )
         return views
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
-        return gradients
+        ctx.still_read.clear()  # the main stream has waited for the side stream
+        return None, *gradients
+
+
+class _Join(torch.autograd.Function):
+    """The output; in the backward pass its gradient, which the sum that it came from may have handed to others too."""
+
+    @staticmethod
+    def forward(ctx, still_read: list[Tensor], output: Tensor):
+        ctx.still_read = still_read
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.still_read.append(gradient)
+        return None, gradient

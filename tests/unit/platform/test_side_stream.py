@@ -49,6 +49,28 @@ def test_layers_share_one_stream_and_its_memory(monkeypatch):
     assert {stream for stream, _ in found.calls} == {"main", "side"}
 
 
+@pytest.mark.parametrize("schedule", [InTurn, Beside])
+def test_a_gradient_that_is_read_beside_is_added_to_in_no_place(monkeypatch, schedule):
+    """A sum hands one gradient to all its terms: what the main stream adds to in place must not be what is read."""
+    leaf = torch.arange(3.0).requires_grad_()
+    places = {}
+
+    def noted(name, tensor):
+        tensor.register_hook(lambda gradient: places.update({name: gradient.data_ptr()}))
+        return tensor
+
+    with streams(monkeypatch):
+        x = noted("sum", leaf * 1)
+        work = schedule(x)
+        main = x * 3  # its gradient is added to the sum's while the work's is computed
+        work.start(lambda x: noted("read", 2 * x))
+        output = x + main + work.output()
+    (output * output.detach()).sum().backward()
+    assert leaf.grad.tolist() == [0.0, 36.0, 72.0]
+    assert places["sum"] != places["read"]
+    assert not getattr(work, "_still_read", [])
+
+
 def test_what_is_a_race(monkeypatch):
     side = Stream()
     with streams(monkeypatch) as found:
