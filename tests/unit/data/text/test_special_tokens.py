@@ -240,7 +240,7 @@ def test_the_manifest_s_record_is_checked(run, edited, field, value):
 def test_parts_of_an_interrupted_run_are_not_mixed(run, edited, capsys, monkeypatch):
     from megatron_lpr.data.preprocess import make_corpus
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     folder = edited(OPENS)
