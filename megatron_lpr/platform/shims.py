@@ -154,6 +154,7 @@ def _leave_gloo_out_where_a_rank_is_alone() -> None:
 
 def mend_megatron(on_cpu: bool) -> None:
     """Patch the imported Megatron-Core; `on_cpu` adds what only a machine without CUDA needs."""
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random as mcore_random
     from megatron.core.transformer.moe import moe_utils
 
@@ -167,6 +168,12 @@ def mend_megatron(on_cpu: bool) -> None:
             mcore_random,
             _get_cuda_rng_state=lambda *a, **k: torch.get_rng_state(),
             _set_cuda_rng_state=lambda state, *a, **k: torch.set_rng_state(state),
+        )
+        # bound at import too, which may have been before `stand_in_for_cuda`
+        _replace(
+            param_and_grad_buffer,
+            dist_all_gather_func=dist.all_gather_into_tensor,
+            dist_reduce_scatter_func=dist.reduce_scatter_tensor,
         )
 
 
