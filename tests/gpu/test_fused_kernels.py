@@ -30,10 +30,10 @@ def test_same_losses(source, toy_base, tmp_path, stage, dtype, tolerance):
     expected = {"rotary embedding"} | (set() if stage == "stage2" else {"gradient accumulation"})
     expected |= set() if stage == "dense" else {"router", "permutation"}
     assert used.startswith(f"fused kernels: {', '.join(sorted(expected))};")
-    for off, auto in zip(metrics["off"], metrics["auto"], strict=True):
+    for step, (off, auto) in enumerate(zip(metrics["off"], metrics["auto"], strict=True)):
         for name in ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm"):
-            # a token or two of a toy's batch that go to another expert are a tenth of a norm in bfloat16
-            near = tolerance * (2 if name == "grad_norm" else 1)
+            # an update of a toy in bfloat16 sends a token or two elsewhere, which the next norm shows and no loss does
+            near = tolerance * (2 if step and name == "grad_norm" else 1)
             assert auto[name] == (off[name] and pytest.approx(off[name], rel=near)), name
 
 
