@@ -64,7 +64,10 @@ def test_a_row_that_fails_is_said(capsys, monkeypatch, megatron_imported):
         raise RuntimeError("it broke\nin two lines")
 
     monkeypatch.setattr(train_step, "measure", measure)
-    assert train_step.main(["--shapes", "tiny", "--methods", "stage1", "dense", "--no-baseline"]) == 1
+    assert (
+        train_step.main(["--shapes", "tiny", "--methods", "stage1", "dense", "--precision", "fp32", "--no-baseline"])
+        == 1
+    )
     printed = capsys.readouterr()
     assert printed.out.count("not run: RuntimeError: it broke |") == 2 and "Traceback" in printed.err
 
