@@ -168,10 +168,10 @@ def main(words: Sequence[str] | None = None) -> int:
     if options.only:
         run(wanted[options.only], settings, out)
         return 0
-    check_same(settings, out)
     tree = common(settings, out)
     if not tree["preprocess"]["corpora"] or not tree["evaluation"]["corpora"]:
         raise UserError(f"--text {settings.text}: no *.train.jsonl.gz or no *.heldout.jsonl.gz; see method_text.py")
+    check_same(settings, out)
     (out / "common.yaml").write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     if status := megatron_lpr(["preprocess", str(out / "common.yaml")]):
         return status
