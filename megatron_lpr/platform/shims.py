@@ -148,8 +148,11 @@ def _leave_gloo_out_where_a_rank_is_alone() -> None:
 
         return collective
 
-    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
-        setattr(dist, name, alone(getattr(dist, name)))
+    _replace(
+        dist,
+        reduce_scatter_tensor=alone(dist.reduce_scatter_tensor),
+        all_gather_into_tensor=alone(dist.all_gather_into_tensor),
+    )
 
 
 def mend_megatron(on_cpu: bool) -> None:

@@ -3,11 +3,12 @@
 Shapes: T tokens, L MoE layers, E experts, the frozen ones first.
 """
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_lpr.reporting.svg import escape
 
 _LEVELS = 20  # of the colours
 _NEW, _EVEN, _FROZEN = (0xF1, 0xA3, 0x40), (0xF7, 0xF7, 0xF7), (0x99, 0x8E, 0xC3)  # told apart by colour-blind readers
@@ -76,14 +77,14 @@ class RoutingPage:
     def html(self, texts: Sequence[RoutedText]) -> Iterator[str]:
         """The page, some of it at a time."""
         colours = "".join(f".c{level}{{background:{_colour(level / _LEVELS)}}}" for level in range(_LEVELS + 1))
-        title = html.escape(self.title)
+        title = escape(self.title)
         yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        yield f"<style>{_STYLE}{colours}</style></head><body>\n<h1>{title}</h1>\n<p>{html.escape(self.about)}</p>\n"
+        yield f"<style>{_STYLE}{colours}</style></head><body>\n<h1>{title}</h1>\n<p>{escape(self.about)}</p>\n"
         yield self._legend()
         yield self._summary(texts)
         yield self._layers(texts)
         for text in texts:
-            yield f"<h2>{html.escape(text.name)}</h2>\n"
+            yield f"<h2>{escape(text.name)}</h2>\n"
             yield from self._lines(text)
         yield "</body></html>\n"
 
@@ -126,7 +127,7 @@ class RoutingPage:
         for text in texts:
             means_L = text.frozen_weights(self.num_frozen).mean(0)
             cells = "".join(f'<td class="c{_level(mean)}">{100 * mean:.0f}</td>' for mean in means_L)
-            lines.append(f"<tr><td>{html.escape(text.name)}</td>{cells}</tr>\n")
+            lines.append(f"<tr><td>{escape(text.name)}</td>{cells}</tr>\n")
         return "<p>Layer by layer, in percent:</p>\n" + f'<table class="layers">\n{"".join(lines)}</table>\n'
 
     def _lines(self, text: RoutedText) -> Iterator[str]:
@@ -150,18 +151,18 @@ class RoutingPage:
             experts = [expert for expert in np.argsort(-mean_E, kind="stable") if mean_E[expert] > 0]
             parts = (f"{e}{'*' if e < self.num_frozen else ''} {_percent(mean_E[e])}" for e in experts)
             lines.append(f"layer {layer}: {', '.join(parts)}")
-        hover = html.escape("\n".join(line.translate(_CONTROLS) for line in lines)).replace("\n", "&#10;")
+        hover = escape("\n".join(line.translate(_CONTROLS) for line in lines)).replace("\n", "&#10;")
         kind = f"c{_level(shown_T[tokens].mean())}" + (" control" if piece.is_control else "")
         return f'<span class="{kind}" title="{hover}">{_visible(piece.text)}</span>'
 
 
 def _visible(text: str) -> str:
     """Text in which every character is seen."""
-    return html.escape(text.translate(_CONTROLS))
+    return escape(text.translate(_CONTROLS))
 
 
 def _row(cell: str, values: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{html.escape(value)}</{cell}>" for value in values) + "</tr>\n"
+    return "<tr>" + "".join(f"<{cell}>{escape(value)}</{cell}>" for value in values) + "</tr>\n"
 
 
 def _percent(share: float) -> str:
