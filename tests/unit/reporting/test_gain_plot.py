@@ -4,27 +4,12 @@ import itertools
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.reporting import gain_plot
 from megatron_lpr.reporting.gain_plot import Arm, plot_retention_against_gain
 
 REPLAYED, NEVER = "replayed (en)", "never replayed (es, fr)"
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    made = []
-
-    class Recorded(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(gain_plot, "Figure", Recorded)
-    return made
 
 
 def arm(name, gain, en, es, fr, curve=None):

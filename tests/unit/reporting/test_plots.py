@@ -2,27 +2,12 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting import plots as routing_plots
 from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses, plot_routing
 from megatron_lpr.reporting.run_log import first_and_last
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures in the order in which they were made."""
-    made = []
-
-    class Recorded(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(routing_plots, "Figure", Recorded)
-    return made
 
 
 def record(step, ntp, balance=None, lpr=None, **shares):
