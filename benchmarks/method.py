@@ -28,7 +28,8 @@ import torch
 import yaml
 from method_arms import GROUPS, Arm, Settings, arms, common
 from method_lora import train_lora
-from method_tables import environment, tables
+from method_tables import tables
+from train_step import surroundings
 
 from megatron_lpr import Hook, api
 from megatron_lpr.cli import main as megatron_lpr
@@ -100,7 +101,7 @@ def run(arm: Arm, settings: Settings, out: Path) -> None:
         peak = torch.cuda.max_memory_allocated if on_gpu else peak_of_process
         (folder / "cost.json").write_text(json.dumps(cost and cost | {"peak_bytes": peak()}))
     result = api.evaluate(model, recipe=recipe, name=arm.name)
-    (folder / "environment.json").write_text(json.dumps(environment()))
+    (folder / "environment.json").write_text(json.dumps(surroundings("transformers", "peft")))
     result.save(folder / "result.json")  # the last thing: an arm that has it is finished
 
 

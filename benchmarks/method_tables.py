@@ -1,16 +1,12 @@
 """What benchmarks/method.py found, as Markdown and JSON: gain in the new languages, and what was kept of the others."""
 
 import dataclasses
-import datetime
 import json
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from method_arms import BASE, REPLAYED, VALIDATION, Arm, Settings
 
 from megatron_lpr.evaluation.gain import arms as points
@@ -140,18 +136,6 @@ def _family(found: Mapping[str, Found], first: str, others: str) -> list[str]:
 def _on_table_text(one: Found, name: str) -> EvaluationResult:
     corpora = tuple(one.bits(validation=False).values())
     return dataclasses.replace(one.result, model=name, corpora=corpora, routing={})
-
-
-def environment() -> dict[str, Any]:
-    names = ("torch", "megatron-core", "transformer-engine", "transformers", "peft")
-    found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
-    return found
 
 
 def tables(arms: Mapping[str, Arm], settings: Settings, out: Path) -> str:

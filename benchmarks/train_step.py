@@ -211,10 +211,10 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def surroundings() -> dict[str, Any]:
-    """What the figures depend on."""
+def surroundings(*packages: str) -> dict[str, Any]:
+    """What the figures depend on; `packages` beside those that every step does."""
     versions = {"python": machine.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("megatron-core", "transformer-engine", "triton"):
+    for package in ("megatron-core", "transformer-engine", "triton", *packages):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
