@@ -74,12 +74,20 @@ class FrozenExpert(MegatronModule):
         gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
         return self.linear_fc2(F.silu(gate_TF) * up_TF)
 
-    def rows_for(self, tokens: int) -> int:
-        """Rows of its products for so many tokens: in FP8 a multiple of 16 (MXFP8: 32), and never none."""
-        if not self.config.fp8:
-            return tokens
-        multiple = get_align_size_for_quantization(self.config)
-        return max(1, -(-tokens // multiple)) * multiple
+    def rows_for(self, tokens: int, x_TH: Tensor) -> int:
+        """Rows of its products for so many of x's tokens: in FP8 a multiple of 16 (MXFP8: 32), and never none.
+
+        On a GPU at most a 64th of x's tokens more, so that few numbers occur: cuBLAS chooses a kernel for each number
+        of rows that it has not seen, which takes the host longer than ten launches.
+        """
+        multiple = needed = get_align_size_for_quantization(self.config) if self.config.fp8 else 1
+        if x_TH.is_cuda:
+            while 2 * multiple <= len(x_TH) // 64:
+                multiple *= 2
+        tokens = max(tokens, needed) if self.config.fp8 else tokens
+        rows = min(-(-tokens // multiple) * multiple, len(x_TH))
+        assert rows % needed == 0, f"{len(x_TH)} tokens are too few for {tokens} rows in multiples of {needed}"
+        return rows
 
 
 def add_frozen_experts(
@@ -97,10 +105,9 @@ def add_frozen_experts(
     output_TH = torch.zeros_like(x_TH)
     of_experts = zip(experts, counts_J.read().tolist(), probs_TJ.split(1, dim=1), chosen_TJ.unbind(1), strict=True)
     for expert, count, probs_T1, chosen_T in of_experts:
-        # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows that
-        # FP8 wants beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
-        rows = expert.rows_for(count)
-        assert rows <= len(x_TH), f"{len(x_TH)} tokens are too few for {rows} rows"
+        # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows
+        # beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
+        rows = expert.rows_for(count, x_TH)
         tokens = chosen_T.to(torch.uint8).argsort(descending=True, stable=True)[:rows]
         weight_T1 = probs_T1.index_select(0, tokens).to(x_TH.dtype)
         output_TH.index_add_(0, tokens, expert(x_TH.index_select(0, tokens)) * weight_T1)

@@ -20,11 +20,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
-from megatron_lpr.model.grouped_experts import GroupedExperts
+from megatron_lpr.model.grouped_experts import GroupedExperts, computes_at_once
 from megatron_lpr.model.grouped_linear import frozen_aware
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
-from megatron_lpr.model.transformer_config import layer_has_experts
+from megatron_lpr.model.transformer_config import LPRTransformerConfig, layer_has_experts
 
 
 def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -42,6 +42,7 @@ def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None)
 def _layer(config: TransformerConfig, te: bool, has_experts: bool) -> ModuleSpec:
     layer = _te_layer(config, has_experts) if te else _local_layer(config)
     if has_experts:
+        assert isinstance(config, LPRTransformerConfig)
         layer.submodules.mlp = _lpr_moe(config, te)
         # Without this a local-spec checkpoint names the MoE layer's norm as if it were fused into a linear layer,
         # and a TE-spec model could not load it.
@@ -72,12 +73,13 @@ def _te_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
     return layer
 
 
-def _lpr_moe(config: TransformerConfig, te: bool) -> ModuleSpec:
-    moe = get_moe_module_spec(use_te=te, num_experts=config.num_moe_experts, moe_grouped_gemm=te)
+def _lpr_moe(config: LPRTransformerConfig, te: bool) -> ModuleSpec:
+    te_experts = te and not computes_at_once(config)
+    moe = get_moe_module_spec(use_te=te_experts, num_experts=config.num_moe_experts, moe_grouped_gemm=te_experts)
     submodules = submodules_of(moe)
     submodules.router = LPRRouter
     linears = submodules_of(submodules.experts)
-    if te:
+    if te_experts:
         linears.linear_fc1, linears.linear_fc2 = map(frozen_aware, (linears.linear_fc1, linears.linear_fc2))
     else:
         linears.linear_fc1 = ExpertColumnParallelLinear

@@ -22,6 +22,7 @@ class LPRTransformerConfig(TransformerConfig):
     lpr_coeff: float = 0.0
     lpr_double_softmax: bool = False
     overlap_frozen: bool = False
+    rows_of_an_expert: int = 0
 
     @property
     def num_moe_layers(self) -> int:
@@ -87,6 +88,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         lpr_coeff=recipe.lpr.coeff,
         lpr_double_softmax=recipe.lpr.loss == "double_softmax",
         overlap_frozen=_overlaps_frozen(recipe),
+        rows_of_an_expert=_rows_of_an_expert(recipe),
     )
 
 
@@ -129,7 +131,7 @@ def _parallel(recipe: Recipe) -> dict:
         expert_tensor_parallel_size=sizes.expert_tensor,
         batch_p2p_comm=on_gpu,  # gloo has no batched point-to-point
         gradient_accumulation_fusion=False,  # fused_kernels.py turns it on for the weights that train
-        bias_dropout_fusion=on_gpu,
+        bias_dropout_fusion=False,  # without biases and dropout that is one addition, which needs no compiled kernel
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
     )
@@ -142,6 +144,15 @@ def _overlaps_frozen(recipe: Recipe) -> bool:
     tokens_travel = sizes.expert * sizes.expert_tensor > 1
     trains_all = recipe.train is not None and recipe.train.trainable == "all"
     return torch.cuda.is_available() and tokens_travel and not trains_all
+
+
+def _rows_of_an_expert(recipe: Recipe) -> int:
+    """Of a micro-batch, on a rank, where every expert gets as many; 0 where nothing is trained."""
+    if recipe.train is None or recipe.data is None:
+        return 0
+    sizes = recipe.parallel
+    tokens = recipe.data.seq_length * recipe.train.micro_batch_size // (sizes.context * sizes.tensor)
+    return tokens * sizes.expert * sizes.expert_tensor * recipe.model.topk // recipe.model.num_experts
 
 
 def _recompute(recipe: Recipe) -> dict:

@@ -4,8 +4,9 @@ A kernel starts when those before it on its own stream are done: while tokens tr
 leave most of a GPU idle, the main stream lets nothing else through. Where several streams share tensors there are three
 things to get right. A stream must wait for what another one computes for it; in the backward pass PyTorch sees to that
 and runs each operation on the stream of its forward. And memory that is let go of is given out again in the order of
-the stream that it was taken on: nobody may let go of a tensor that another stream still reads. And PyTorch adds up
-gradients in place where it holds the only reference: to one that the side stream still reads there must be a second.
+the stream that it was taken on: nobody may let go of a tensor that another stream still reads, as PyTorch does with
+what an operation saved when it has launched the kernels of its backward pass. And PyTorch adds up gradients in place
+where it holds the only reference: to one that the side stream still reads there must be a second.
 """
 
 import functools
@@ -73,6 +74,7 @@ class _Fork(torch.autograd.Function):
     def forward(ctx, still_read: list[Tensor], *inputs: Tensor):
         ctx.set_materialize_grads(False)
         ctx.still_read = still_read
+        still_read.extend(inputs)
         views = tuple(tensor.view_as(tensor) for tensor in inputs)
         ctx.mark_non_differentiable(
             *(view for view, needed in zip(views, ctx.needs_input_grad[1:], strict=True) if not needed)

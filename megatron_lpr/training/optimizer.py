@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from megatron_lpr.model.fused_kernels import fuse_gradient_accumulation
+from megatron_lpr.model.fused_gradients import fuse_gradient_accumulation
 from megatron_lpr.platform import on_leave
 from megatron_lpr.platform.shards import marks_kept
 from megatron_lpr.platform.shims import cuda_type_names

@@ -27,7 +27,9 @@ def test_same_losses(source, toy_base, tmp_path, stage, dtype, tolerance):
         used = description(trainer.chunks)
         del trainer
         leave_layout()
-    expected = {"rotary embedding"} | (set() if stage == "stage2" else {"gradient accumulation"})
+    # in bfloat16 new experts are torch's grouped products, whose gradients stay its own
+    accumulates = stage in ("dense", "moe_full") or (stage == "stage1" and dtype == "float32")
+    expected = {"rotary embedding"} | ({"gradient accumulation"} if accumulates else set())
     expected |= set() if stage == "dense" else {"router", "permutation"}
     assert used.startswith(f"fused kernels: {', '.join(sorted(expected))};")
     for step, (off, auto) in enumerate(zip(metrics["off"], metrics["auto"], strict=True)):

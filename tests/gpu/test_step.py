@@ -1,12 +1,14 @@
 """On a GPU: nothing of ours waits for the device in a step, and grouped products compute what the loop does."""
 
+import importlib.util
 import warnings
 
 import pytest
 import torch
-from layouts import trainer_of, write_source
+from layouts import trainer_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NEEDS_TE = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
 LOCAL = {"model": {"spec": "local", "dtype": "bfloat16", "num_experts": 5}}
 
 
@@ -24,19 +26,21 @@ def test_no_wait_of_ours(megatron, toy_base, tmp_path, stage):
     assert not [f"{wait.filename}:{wait.lineno}" for wait in waits if "/megatron_lpr/" in wait.filename]
 
 
-def test_grouped_products_are_the_loop(megatron, toy_base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("spec", ["local", pytest.param("te", marks=NEEDS_TE)])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_grouped_products_are_those_of_each_expert(source, toy_base, tmp_path, monkeypatch, stage, spec):
     from megatron_lpr.model import grouped_experts
     from megatron_lpr.platform import leave_layout
 
-    source = write_source(toy_base, tmp_path / "source")
-    leave_layout()
+    changes = {"model": LOCAL["model"] | {"spec": spec}}
     found = []
-    for largest in (grouped_experts.LARGEST, 0):
+    for largest in (grouped_experts.LARGEST, -1):
         monkeypatch.setattr(grouped_experts, "LARGEST", largest)
-        trainer = trainer_of(toy_base, "stage1", tmp_path / str(largest), LOCAL, source=source)
+        trainer = trainer_of(toy_base, stage, tmp_path / str(largest), changes, source=source)
         modules = [module for chunk in trainer.chunks for module in chunk.modules()]
         experts = [module for module in modules if isinstance(module, grouped_experts.GroupedExperts)]
-        assert experts and all(module.is_grouped == bool(largest) for module in experts)
+        assert bool(experts) == (largest > 0 or spec == "local")
+        assert all(module.is_grouped == (largest > 0) for module in experts)
         found.append([trainer.train_step() for _ in range(2)])
         del trainer, modules, experts
         leave_layout()

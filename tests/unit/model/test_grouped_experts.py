@@ -14,15 +14,13 @@ def experts(megatron, toy_base, tmp_path):
 
 @pytest.mark.parametrize("tokens", [(5, 0, 8), (0, 0, 3)])
 def test_same_as_the_loop(experts, tokens, monkeypatch):
-    from megatron_lpr.model.grouped_experts import GroupedExperts
-
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(sum(tokens), 32, generator=generator, requires_grad=True)
     probs = torch.rand(sum(tokens), generator=generator, requires_grad=True)
     weights = [hidden, probs, *experts.parameters()]
     found = []
     for is_grouped in (False, True):
-        monkeypatch.setattr(GroupedExperts, "is_grouped", is_grouped)
+        monkeypatch.setattr(experts, "is_grouped", is_grouped)
         output, _ = experts(hidden, torch.tensor(tokens), probs)
         found.append([output, *torch.autograd.grad(output.sum(), weights)])
     for one_by_one, at_once in zip(*found, strict=True):
@@ -32,6 +30,6 @@ def test_same_as_the_loop(experts, tokens, monkeypatch):
 def test_large_experts_and_cpus_keep_the_loop(experts, monkeypatch):
     from megatron_lpr.model import grouped_experts
 
-    assert experts.suits_grouping and not experts.is_grouped
+    assert grouped_experts.suits_grouping(experts.config) and not experts.is_grouped
     monkeypatch.setattr(grouped_experts, "LARGEST", 100)
-    assert not experts.suits_grouping
+    assert not grouped_experts.suits_grouping(experts.config)
