@@ -137,6 +137,15 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
     return load_recipe(None, case.overrides, under=tree)
 
 
+def write_base(case: Case, recipe: Recipe) -> Path:
+    """The base that the recipe names: a config.json without weights."""
+    base = Path(recipe.model.base)
+    base.mkdir(exist_ok=True)
+    size = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
+    (base / "config.json").write_text(json.dumps(SHAPES[case.shape].config | size))
+    return base
+
+
 class RandomPlan(Plan):
     """A plan whose base has no files that a checkpoint could name."""
 
@@ -151,11 +160,7 @@ def plan_of(case: Case, folder: Path) -> RandomPlan:
     """
     recipe = recipe_of(case, folder)
     assert recipe.data is not None and recipe.train is not None
-    base = Path(recipe.model.base)
-    base.mkdir(exist_ok=True)
-    size = {"num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
-    (base / "config.json").write_text(json.dumps(SHAPES[case.shape].config | size))
-    arch = read_architecture(base)
+    arch = read_architecture(write_base(case, recipe))
     check_recipe(recipe, arch, 1)
     check_fp8_here(recipe)
     manifest = _manifest(folder / f"corpora-{arch.vocab_size}", arch.vocab_size)
