@@ -71,6 +71,21 @@ def test_a_gradient_that_is_read_beside_is_added_to_in_no_place(monkeypatch, sch
     assert not getattr(work, "_still_read", [])
 
 
+def test_inputs_are_held_until_the_backward_pass_has_read_them(monkeypatch):
+    """PyTorch lets go of what an operation saved when it has launched the kernels that read it."""
+    leaf = torch.arange(3.0).requires_grad_()
+    held = []
+    with streams(monkeypatch):
+        x = leaf * 1
+        place = x.data_ptr()
+        work = Beside(x)
+        work.start(torch.sin)  # saves its input
+        output = work.output()
+    work._inputs[0].register_hook(lambda _: held.append({tensor.data_ptr() for tensor in work._still_read}))
+    output.sum().backward()
+    assert place in held[0] and not work._still_read
+
+
 def test_what_is_a_race(monkeypatch):
     side = Stream()
     with streams(monkeypatch) as found:
