@@ -59,6 +59,12 @@ class GroupedExperts(SequentialMLP):
 
     def at_once(self, x_TH: Tensor, tokens_N: Tensor, probs_T: Tensor) -> Tensor:
         """probs * fc2(silu(gate) * up) with [gate; up] = fc1, each token with the weights of its expert."""
+        for linear in (
+            getattr(expert, layer) for expert in self.local_experts for layer in ("linear_fc1", "linear_fc2")
+        ):
+            # Megatron waits for the weights of its last step there (`overlap_param_gather`); nobody calls these modules
+            for hook in linear._forward_pre_hooks.values():
+                hook(linear, ())
         ends_N = tokens_N.cumsum(0).to(x_TH.device, torch.int32, non_blocking=True)
         fc1, fc2 = (
             [getattr(expert, layer).weight for expert in self.local_experts] for layer in ("linear_fc1", "linear_fc2")

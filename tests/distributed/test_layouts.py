@@ -91,10 +91,23 @@ REPLICATED = {
     "dp4_sharded": "dp4",
     "ep4_sharded": "as_many_ranks_as_new_experts",
 }
+# as on a GPU: where weights are on their way when their layer begins, sharded, recomputed, or few
+GROUPED = {
+    1: {"grouped": {}},
+    2: {"dp2_sharded_grouped": {"frozen": "sharded"}, "tp2_grouped_recompute_full": {"tensor": 2, "recompute": "full"}},
+    4: {
+        "dp4_overlap_grouped": OVERLAP,
+        "ep2_overlap_grouped": {"expert": 2} | OVERLAP,
+        "pp2_vpp2_overlap_grouped": {"pipeline": 2, "virtual_pipeline": 2} | OVERLAP,
+        "etp2_ep2_grouped": {"expert_tensor": 2, "expert": 2},
+    },
+}
+for ranks, layouts in GROUPED.items():
+    LAYOUTS[ranks] |= {name: sizes | {"grouped": True} for name, sizes in layouts.items()}
 TRAIN = ("micro_batch_size", "recompute")
 NEEDS_EXPERTS = {"expert", "expert_tensor", "dispatcher"}
 SAMPLES = len(unfair_batch().tags_BS)
-VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen"}
+VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen", "grouped"}
 
 
 def sections(world_size: int, sizes: dict) -> dict:
@@ -107,7 +120,7 @@ def sections(world_size: int, sizes: dict) -> dict:
     copies = world_size // (sizes.get("tensor", 1) * pipeline * sizes.get("context", 1))
     micro_batch_size = 1 if copies == world_size else max(1, SAMPLES // copies // (2 * pipeline))
     return {
-        "parallel": {name: value for name, value in sizes.items() if name not in TRAIN},
+        "parallel": {name: value for name, value in sizes.items() if name not in (*TRAIN, "grouped")},
         "train": {"micro_batch_size": micro_batch_size} | {n: value for n, value in sizes.items() if n in TRAIN},
     }
 
@@ -133,7 +146,12 @@ def steps(name: str, stage: str, sizes: dict) -> int:
 CASES = {
     f"{name}-{stage}": (
         world_size,
-        Case(stage=stage, changes=sections(world_size, sizes), steps=steps(name, stage, sizes)),
+        Case(
+            stage=stage,
+            changes=sections(world_size, sizes),
+            steps=steps(name, stage, sizes),
+            grouped=sizes.get("grouped", False),
+        ),
     )
     for world_size, layouts in LAYOUTS.items()
     for name, sizes in layouts.items()
@@ -161,7 +179,7 @@ CASES |= {
 # what loading depends on
 LOADS = {
     world_size: {
-        name: sections(world_size, sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP} & sizes.keys()
+        name: sections(world_size, sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP, "grouped"} & sizes.keys()
     }
     for world_size, layouts in LAYOUTS.items()
 }
