@@ -6,13 +6,20 @@ import sys
 import pytest
 import torch
 
+# Apex is looked at only where there is a GPU for its kernels
+PREPARE = (
+    "import sys; sys.path.insert(0, {!r})\n"
+    "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
+    "sys.modules['transformer_engine'] = None\n"
+    "from megatron_lpr.platform import prepare; prepare()"
+)
+
 
 def test_foreign_apex_is_refused(tmp_path):
     """PyPI's `apex` is a web toolkit."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom megatron_lpr.platform import prepare; prepare()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", PREPARE.format(str(tmp_path))], capture_output=True, text=True)
     assert f"UserError: the package `apex` in {tmp_path}/apex is not NVIDIA's Apex" in result.stderr
 
 
@@ -20,14 +27,7 @@ def test_apex_without_its_kernels_is_refused(tmp_path):
     """Its optimizer imports, and raises at the first step."""
     (tmp_path / "apex/multi_tensor_apply").mkdir(parents=True)
     (tmp_path / "apex/__init__.py").touch()
-    program = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom megatron_lpr.platform import device\n"
-        "sys.modules['transformer_engine'] = None\n"
-        "import importlib.util; find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'transformer_engine' else find(name)\n"
-        "from megatron_lpr.platform import prepare; prepare()"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", PREPARE.format(str(tmp_path))], capture_output=True, text=True)
     assert "Apex in" in result.stderr and "without its CUDA extensions" in result.stderr
 
 
