@@ -2,12 +2,14 @@
 
     make gpu-report                          # or: python benchmarks/gpu_report.py [arguments of train_step.py]
 
-Writes benchmarks/results/<date>-<hardware>.json and .md, versions included.
+Writes benchmarks/results/<date>-<hardware>.json and .md, versions included; a further report of the day has -2, -3
+after its name.
 """
 
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -42,6 +44,12 @@ def tested(report: Path) -> dict[str, Any]:
     return {"status": status, "counts": dict(counts), "failed": failed}
 
 
+def free_name(name: str) -> str:
+    """The name, with the first number after it that no earlier report has: figures are never written over."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not any((RESULTS / f"{name}.{end}").exists() for end in ("md", "json")))
+
+
 class Twice(io.TextIOBase):
     """Writes to two streams what is written to it."""
 
@@ -68,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     around = train_step.surroundings()
-    name = f"{around['date']}-{re.sub('[^a-z0-9]+', '-', around['hardware'].lower()).strip('-')}"
     RESULTS.mkdir(exist_ok=True)
+    name = free_name(f"{around['date']}-{re.sub('[^a-z0-9]+', '-', around['hardware'].lower()).strip('-')}")
     figures, page = RESULTS / f"{name}.json", RESULTS / f"{name}.md"
     tests = tested(RESULTS / f"{name}.xml") if options.tests else None
     (RESULTS / f"{name}.xml").unlink(missing_ok=True)

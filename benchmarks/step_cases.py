@@ -14,8 +14,7 @@ from megatron_lpr.data.corpus.indexed import IndexedWriter, token_dtype
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.families import read_architecture
-from megatron_lpr.recipe.checks import check_recipe
-from megatron_lpr.recipe.fp8 import check_fp8_here
+from megatron_lpr.recipe.checks import check_machine, check_recipe
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.plan import Plan
@@ -162,7 +161,7 @@ def plan_of(case: Case, folder: Path) -> RandomPlan:
     assert recipe.data is not None and recipe.train is not None
     arch = read_architecture(write_base(case, recipe))
     check_recipe(recipe, arch, 1)
-    check_fp8_here(recipe)
+    check_machine(recipe)
     manifest = _manifest(folder / f"corpora-{arch.vocab_size}", arch.vocab_size)
     return RandomPlan(
         recipe=recipe,

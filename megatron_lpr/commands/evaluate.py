@@ -21,6 +21,7 @@ SPELLING = (
 READS = (
     "model.base",
     "model.load",
+    "model.spec",
     "evaluation",
     "preprocess.bos",
     "preprocess.parse_special_tokens",

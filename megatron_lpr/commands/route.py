@@ -11,6 +11,7 @@ SPELLING = "the checkpoint comes first and brings its recipe, as route CHECKPOIN
 READS = (
     "model.base",
     "model.load",
+    "model.spec",
     "evaluation.window",
     "evaluation.batch",
     "preprocess.bos",

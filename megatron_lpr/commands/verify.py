@@ -20,7 +20,14 @@ SPELLING = (
     "the export comes first and a checkpoint brings its recipe, "
     "as verify EXPORT [--checkpoint CHECKPOINT | --base BASE] [--recipe RECIPE]"
 )
-READS = ("model.base", "model.load", "evaluation.corpora", "evaluation.on_bad_line", "checkpoint.verify")
+READS = (
+    "model.base",
+    "model.load",
+    "model.spec",
+    "evaluation.corpora",
+    "evaluation.on_bad_line",
+    "checkpoint.verify",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -73,11 +73,12 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     from megatron_lpr.checkpoint.same_run import base_identity
     from megatron_lpr.families.remarks import base_remarks, model_bytes, new_bytes
     from megatron_lpr.files.output_place import check_place
-    from megatron_lpr.recipe.checks import check_recipe
+    from megatron_lpr.recipe.checks import check_recipe, use_transformer_engine
 
     model, ranks = recipe.model, Ranks.from_environment()
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
     check_recipe(recipe, arch, ranks.world_size)
+    use_transformer_engine(model.spec)
     check_checkpoint(SafetensorsReader(model.base), arch)
     needed = model_bytes(arch, model.num_experts, model.dtype)
     if _content(recipe) == "over base":

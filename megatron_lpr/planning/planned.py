@@ -1,5 +1,6 @@
 """One rank of a run, planned: what its memory holds, what its collectives carry, how long a step takes it at least."""
 
+import importlib.util
 from functools import cached_property
 
 from megatron_lpr.families import Architecture
@@ -16,7 +17,6 @@ from megatron_lpr.planning.moves import Move, counted, repeated
 from megatron_lpr.planning.parameters import parameters
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
-from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
 
 
@@ -40,7 +40,7 @@ class PlannedRank:
         self.place = Place(recipe.parallel, world_size, rank, shards_frozen(recipe, arch, world_size))
         self.chunks = parameters(recipe, arch, self.place)
         self.buckets = buckets(self.chunks, self.place, recipe.model.dtype)
-        self.te = recipe.fp8.recipe != "none" or use_transformer_engine(recipe.model.spec)
+        self.te = _with_transformer_engine(recipe)
         self._layers: dict[str, Layers] = {}
         self._gathered: dict[str, list[Move]] = {}
         self._whole: dict[str, int] = {}
@@ -91,3 +91,10 @@ class PlannedRank:
 
     def _activations(self, train: TrainConfig, device: Device = "cuda") -> Activations:
         return Activations(self.recipe, self.arch, train, device, te=self.te)
+
+
+def _with_transformer_engine(recipe: Recipe) -> bool:
+    """On the machine that trains. `auto` is planned as what is installed where it is planned, with a GPU or without."""
+    if recipe.model.spec != "auto":
+        return recipe.model.spec == "te"
+    return recipe.fp8.recipe != "none" or importlib.util.find_spec("transformer_engine") is not None

@@ -11,7 +11,6 @@ import functools
 import multiprocessing
 import os
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from megatron_lpr.families import Architecture
 from megatron_lpr.planning.amounts import Amount, RankMemory, Traffic
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
+from megatron_lpr.platform.transformer_engine import hide_kernels
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -115,4 +115,4 @@ def _step_of(part: Part, samples: int) -> tuple[RankMemory, Traffic]:
 def _leave_the_gpu_alone() -> None:
     """Neither a GPU nor Transformer Engine, whose kernels know no tensors without memory, is seen by this process."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    hide_kernels()

@@ -68,14 +68,12 @@ def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> 
 
 
 def _without_this_machine(recipe: Recipe) -> Recipe:
-    """What the machine that trains must have, this one need not: W&B, DeepEP, for FP8 Transformer Engine.
+    """What the machine that trains must have, this one need not: W&B, DeepEP.
 
     And its GPUs, of all kinds that are known, are fast in bfloat16 (`model.dtype: auto`).
     """
     dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
     parallel, model = dataclasses.replace(recipe.parallel, dispatcher=dispatcher), recipe.model
-    if recipe.fp8.recipe != "none" and model.spec == "te":
-        model = dataclasses.replace(model, spec="auto")
     if model.dtype == "auto":
         model = dataclasses.replace(model, dtype="bfloat16")
     return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel, model=model)

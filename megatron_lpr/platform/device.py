@@ -11,6 +11,7 @@ import torch
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import shims
+from megatron_lpr.platform.transformer_engine import hide_kernels, kernels_run_here
 
 # What no user of this package can act on: optional packages that are missing, names of torch and of its own that
 # Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type"), and outputs of sharded
@@ -48,7 +49,10 @@ def prepare() -> None:
     Raises:
         UserError: an importable `apex` is not NVIDIA's or has no kernels, or Transformer Engine is half installed.
     """
-    _refuse_wrong_apex()
+    if kernels_run_here():
+        _refuse_wrong_apex()
+    else:
+        hide_kernels()
     for message in MEGATRON_NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)

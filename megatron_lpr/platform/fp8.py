@@ -1,12 +1,12 @@
 """What this machine can compute in FP8."""
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 
 from megatron_lpr.platform.device import device
+from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
 
 _ASKED = {
     "tensorwise": "is_fp8_available",
@@ -20,8 +20,8 @@ def lacking_for_fp8(recipe: str) -> str | None:
 
     It knows the GPUs and versions of CUDA that each recipe needs, and they differ from version to version.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed: pip install 'megatron-lpr[te]'"
+    if lacking := lacking_for_transformer_engine():
+        return f"it {lacking}"
     try:
         can_say = getattr(fp8_state_manager(), _ASKED[recipe], None)
         if can_say is None:
@@ -29,7 +29,7 @@ def lacking_for_fp8(recipe: str) -> str | None:
         if device().type == "cuda":
             torch.cuda.set_device(device())
         available, reason = can_say()
-    except (RuntimeError, AssertionError, ImportError, OSError) as error:  # no GPU, or no core library
+    except (RuntimeError, AssertionError, ImportError, OSError) as error:  # another GPU, or no core library
         return str(error).strip().splitlines()[0]
     return None if available else reason.rstrip(".")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.families.expansion import Expansion, check_upcycling
-from megatron_lpr.recipe.fp8 import check_fp8
+from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
+from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import DataConfig, LoggingConfig, ModelConfig, Recipe, TrainConfig
@@ -25,7 +26,6 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         raise UserError(f"the number of ranks: {world_size}; at least 1")
     check_section(recipe)
     _check_experts(recipe)
-    use_transformer_engine(recipe.model.spec)
     check_upcycling(arch, expansion_of(recipe.model))
     check_layout(recipe, arch, world_size)
     if recipe.train is not None:
@@ -36,6 +36,12 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         check_batch(recipe.train, recipe.parallel, world_size)
         check_logging(recipe.logging, steps=recipe.train.steps, world_size=world_size)
     check_fp8(recipe, arch)
+
+
+def check_machine(recipe: Recipe) -> None:
+    """What this machine must have to train a checked recipe: Transformer Engine, and a GPU for its FP8. UserError."""
+    use_transformer_engine(recipe.model.spec)
+    check_fp8_here(recipe)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
@@ -53,10 +59,12 @@ def check_preprocessing(recipe: Recipe) -> None:
 
 def use_transformer_engine(spec: str) -> bool:
     """Whether `model.spec` (auto, local or te) means Transformer Engine's modules here. UserError where they lack."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if spec == "te" and not installed:
-        raise UserError("model.spec: te needs Transformer Engine: pip install 'megatron-lpr[te]', or use local")
-    return installed and spec != "local"
+    if spec == "local":
+        return False
+    lacking = lacking_for_transformer_engine()
+    if lacking and spec == "te":
+        raise UserError(f"model.spec: te {lacking}, or use local")
+    return lacking is None
 
 
 def expansion_of(model: ModelConfig) -> Expansion:

@@ -57,7 +57,7 @@ def check_fp8_here(recipe: Recipe) -> None:
     if wanted == "none" or recipe.train is None:
         return
     if lacking := lacking_for_fp8(wanted):
-        others = "tensorwise or none" if wanted != "tensorwise" else "none"
+        others = "none" if wanted == "tensorwise" or lacking_for_fp8("tensorwise") else "tensorwise or none"
         raise UserError(f"fp8.recipe: {wanted} does not run here ({lacking}); set {others}")
 
 

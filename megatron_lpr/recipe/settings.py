@@ -36,7 +36,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = opt(
         "float32", "parameters and activations; `auto`: bfloat16 where the GPU or processor is fast in it"
     )
-    spec: Literal["auto", "local", "te"] = opt("auto", "layer modules: Transformer Engine's where it is installed")
+    spec: Literal["auto", "local", "te"] = opt(
+        "auto", "layer modules: Transformer Engine's where it and a GPU are there"
+    )
     fused_kernels: Literal["auto", "off"] = opt(
         "auto", "Transformer Engine's and Apex's kernels for router, permutation, RoPE and gradients, where installed"
     )

@@ -37,8 +37,7 @@ from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.model.parameters import shards_frozen
 from megatron_lpr.platform import Ranks
-from megatron_lpr.recipe.checks import check_recipe
-from megatron_lpr.recipe.fp8 import check_fp8_here
+from megatron_lpr.recipe.checks import check_machine, check_recipe
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
 from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
@@ -141,7 +140,8 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     world_size = ranks.world_size if world_size is None else world_size
     arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     check_recipe(recipe, arch, world_size)
-    check_fp8_here(recipe)
+    if world_size == ranks.world_size:  # with another number it is checked for other machines (--dry-run --ranks)
+        check_machine(recipe)
     assert train is not None and data is not None
     manifest = Manifest.load(data.manifest)
     tokenizer = _checked_tokenizer(recipe, arch, manifest)
@@ -191,13 +191,14 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         damaged=damaged,
         dtype=dtype,
     )
-    if recipe.fp8.frozen_weights == "fp8":
-        _check_frozen_fp8(plan)
+    _check_frozen_fp8(plan)
     return plan
 
 
 def _check_frozen_fp8(plan: Plan) -> None:
     """UserError where weights could not be held in FP8, each whole, or would have to be saved."""
+    if plan.recipe.fp8.frozen_weights != "fp8":
+        return
     if shards_frozen(plan.recipe, plan.arch, plan.world_size):
         raise UserError(
             "fp8.frozen_weights: fp8 does not go with sharded frozen weights (parallel.frozen); set parallel.frozen: "

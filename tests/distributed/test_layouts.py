@@ -179,7 +179,9 @@ CASES |= {
 # what loading depends on
 LOADS = {
     world_size: {
-        name: sections(world_size, sizes) for name, sizes in layouts.items() if not {*TRAIN, *OVERLAP, "grouped"} & sizes.keys()
+        name: sections(world_size, sizes)
+        for name, sizes in layouts.items()
+        if not {*TRAIN, *OVERLAP, "grouped"} & sizes.keys()
     }
     for world_size, layouts in LAYOUTS.items()
 }

@@ -144,6 +144,9 @@ def test_report(tmp_path, capsys, monkeypatch):
     assert "1 passed, 1 failed, 1 skipped" in page.read_text() and "* failed: test_it::test_b" in page.read_text()
     assert "the table" in page.read_text() and "the table" in capsys.readouterr().out
     assert json.loads(figures.read_text())["tests"]["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    earlier = page.read_text(), figures.read_text()
+    assert gpu_report.main(["--no-parts", "--no-tests"]) == 0
+    assert (page.read_text(), figures.read_text()) == earlier and (tmp_path / "2026-11-26-nvidia-h100-2.json").is_file()
 
 
 def _of_base(name: str) -> str:

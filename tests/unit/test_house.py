@@ -180,3 +180,16 @@ def test_unit_tests_mirror_the_rooms():
     folders = {path.parent.relative_to(unit) for path in python_files("tests/unit")}
     others = {"benchmarks", "docs", "examples"}
     assert not {str(folder) for folder in folders if not (ROOT / PACKAGE / folder).is_dir()} - others
+
+
+def test_no_merge_was_left_half_done():
+    files = [
+        path for folder in (*FOLDERS, "docs") for path in (ROOT / folder).rglob("*") if path.suffix in {*CODE, ".md"}
+    ]
+    marked = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*files, *ROOT.glob("*.md")]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if line.startswith(("<" * 7 + " ", ">" * 7 + " "))
+    ]
+    assert not marked

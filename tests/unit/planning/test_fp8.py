@@ -1,6 +1,9 @@
 """FP8 in a plan: copies of weights, the rate of the products, and what cannot be (tests/te counts real copies)."""
 
 import dataclasses
+import importlib.util
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from megatron_lpr.planning.search import batches
 from megatron_lpr.planning.step_time import at_peak
 from megatron_lpr.recipe.reading import load_recipe
 
+SPECS = ("te", "local", "auto")
 FP8 = ["fp8.recipe=tensorwise", "model.spec=te"]
 
 
@@ -57,6 +61,16 @@ def test_rate_of_the_products(root):
 def test_gpus_without_fp8(root):
     with pytest.raises(UserError, match="--gpu a100: does not compute in FP8"):
         plan_run(recipe_of(*FP8), 8, "a100")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_plan_needs_no_gpu(root, monkeypatch, installed):
+    """`te` is planned as it is, whatever this machine has; `auto` as what is installed here."""
+    loader = SimpleNamespace()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleSpec(name, loader) if installed else None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    held = {spec: plan_run(recipe_of(f"model.spec={spec}"), 8, "h100", most=1).own.memory for spec in SPECS}
+    assert held["te"] != held["local"] and held["auto"] == held["te" if installed else "local"]
 
 
 def test_a_plan_needs_no_transformer_engine(root):

@@ -5,14 +5,22 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Apex is looked at only where there is a GPU for its kernels
+PREPARE = (
+    "import sys; sys.path.insert(0, {!r})\n"
+    "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1\n"
+    "sys.modules['transformer_engine'] = None\n"
+    "from megatron_lpr.platform import prepare; prepare()"
+)
 
 
 def test_foreign_apex_is_refused(tmp_path):
     """PyPI's `apex` is a web toolkit."""
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom megatron_lpr.platform import prepare; prepare()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", PREPARE.format(str(tmp_path))], capture_output=True, text=True)
     assert f"UserError: the package `apex` in {tmp_path}/apex is not NVIDIA's Apex" in result.stderr
 
 
@@ -20,14 +28,7 @@ def test_apex_without_its_kernels_is_refused(tmp_path):
     """Its optimizer imports, and raises at the first step."""
     (tmp_path / "apex/multi_tensor_apply").mkdir(parents=True)
     (tmp_path / "apex/__init__.py").touch()
-    program = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom megatron_lpr.platform import device\n"
-        "sys.modules['transformer_engine'] = None\n"
-        "import importlib.util; find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name: None if name == 'transformer_engine' else find(name)\n"
-        "from megatron_lpr.platform import prepare; prepare()"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", PREPARE.format(str(tmp_path))], capture_output=True, text=True)
     assert "Apex in" in result.stderr and "without its CUDA extensions" in result.stderr
 
 
@@ -48,3 +49,33 @@ def test_type_names_are_cudas_only_where_megatron_asks(megatron):
     with cuda_type_names():
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
         assert torch.zeros(1).type(torch.double).dtype == torch.double
+
+
+class NewElements(TorchDispatchMode):
+    """The most elements of a tensor that an operation found memory for."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.most = max(self.most, result.numel())
+        return result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where Megatron may have kernels of Transformer Engine or Apex")
+def test_gradients_are_clipped_in_place_with_megatrons_bits(megatron):
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.utils import local_multi_tensor_scale
+
+    from megatron_lpr.platform.shims import cuda_type_names
+
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    parameter.grad = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    expected = parameter.grad.clone()
+    local_multi_tensor_scale(0, None, [[expected], [expected]], 0.3 / (7.0 + 1e-6))
+    with cuda_type_names(), NewElements() as new:
+        clip_grad_by_total_norm_fp32([parameter], 0.3, 7.0)
+    assert torch.equal(parameter.grad, expected) and new.most <= 1

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
-from megatron_lpr.recipe.checks import check_preprocessing, check_recipe, use_transformer_engine
+from megatron_lpr.recipe.checks import check_machine, check_preprocessing, check_recipe, use_transformer_engine
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -50,11 +50,19 @@ def test_valid(arch, world_size, sections):
     check_recipe(recipe(**sections), arch, world_size)
 
 
-def test_transformer_engine_that_is_not_there(arch, monkeypatch):
+@pytest.mark.parametrize("gpu, lacking", [(True, "Transformer Engine: pip install .*"), (False, "a GPU, .*")])
+def test_transformer_engine_that_is_not_there(arch, monkeypatch, gpu, lacking):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not use_transformer_engine("auto")
-    with pytest.raises(UserError, match="model.spec: te needs Transformer Engine"):
-        check_recipe(recipe(model={"spec": "te"}), arch, 1)
+    te = recipe(model={"spec": "te"})
+    check_recipe(te, arch, 1)
+    with pytest.raises(UserError, match=f"^model.spec: te needs {lacking}, or use local$"):
+        check_machine(te)
+
+
+def test_transformer_engine_that_is_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert [use_transformer_engine(spec) for spec in ("auto", "te", "local")] == [True, True, False]
 

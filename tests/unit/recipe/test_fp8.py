@@ -137,9 +137,10 @@ def transformer_engine(monkeypatch):
     """A function: Transformer Engine as it answers when it is asked for its recipes."""
 
     def stand_in(**answers):
-        for name in ("", ".pytorch", ".pytorch.quantization"):
+        loader = SimpleNamespace(needs_no_gpu=True)
+        for name in ("_torch", "", ".pytorch", ".pytorch.quantization"):
             module = ModuleType(f"transformer_engine{name}")
-            module.__spec__ = ModuleSpec(module.__name__, None)
+            module.__spec__ = ModuleSpec(module.__name__, loader)
             monkeypatch.setitem(sys.modules, module.__name__, module)
         module.FP8GlobalStateManager = SimpleNamespace(**{name: lambda a=a: a for name, a in answers.items()})
 
@@ -161,5 +162,6 @@ def test_transformer_engine_says_what_the_machine_lacks(transformer_engine):
 
 def test_no_transformer_engine(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tensorwise does not run here \(Transformer Engine is not installed"):
-        check_fp8_here(recipe())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UserError, match=r"mxfp8 does not run here \(it needs Transformer Engine: pip .*\); set none$"):
+        check_fp8_here(recipe({"fp8": {"recipe": "mxfp8"}}))
