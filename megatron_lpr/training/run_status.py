@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import from_json
 from megatron_lpr.files.locks import holder_of
 from megatron_lpr.files.yaml_io import read_yaml
+from megatron_lpr.reporting.sound_record import sound_record
 
 State = Literal["running", "stale", "finished", "stopped", "failed"]
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss")
@@ -52,6 +53,7 @@ class RunStatus:
     held_by: dict[str, Any] | None  # host, pid, slurm_job, since
     slowest_rank: dict[str, Any] | None  # of the last record that has one
     validation: dict[str, Any] | None  # the last one: step, bits_per_byte, retention
+    damaged_lines: int  # near the end of metrics.jsonl, no steps' records: left out
 
 
 def run_status(run: str, now: datetime | None = None) -> RunStatus:
@@ -66,7 +68,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
         raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
     start = (tail(folder / "starts.jsonl") or [{}])[-1]
-    ends, records = tail(folder / "ends.jsonl"), tail(folder / "metrics.jsonl", is_whole=True)
+    ends, found = tail(folder / "ends.jsonl"), [sound_record(line) for line in _last_lines(folder / "metrics.jsonl")]
+    records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
     last = records[-1] if records else {}
     recipe = _recipe(folder / "recipe.yaml")
     since = str(start.get("time", ""))
@@ -107,6 +110,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         held_by=held_by,
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
         validation=_validation(folder / "metrics.jsonl") if recipe.get("evaluation", {}).get("every") else None,
+        damaged_lines=found.count(None),
     )
 
 
@@ -153,7 +157,7 @@ def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
         return records[-1].get("seconds") if records else None
     first, last = timed[0], timed[-1]
     between = _moment(last["time"]) - _moment(first["time"])  # type: ignore[operator]
-    return between.total_seconds() / max(last["step"] - first["step"], 1)
+    return max(between.total_seconds() / max(last["step"] - first["step"], 1), 0.0)
 
 
 def _trend(losses: Sequence[float]) -> float | None:
@@ -166,18 +170,13 @@ def _recipe(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def tail(path: Path, *, is_whole: bool = False) -> list[dict[str, Any]]:
+def tail(path: Path) -> list[dict[str, Any]]:
     """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
-
-    Args:
-        is_whole: no process leaves a torn line in it, as one that is killed does elsewhere.
 
     Raises:
         UserError: it cannot be read.
     """
     records = [from_json(line) for line in _last_lines(path)]
-    if is_whole and None in records:
-        raise UserError(f"{path}: a line near its end is damaged; remove the line")
     return [record for record in records if record is not None][-_TAIL_STEPS:]
 
 
@@ -191,8 +190,8 @@ def _validation(path: Path) -> dict[str, Any] | None:
                 begin = max(end - _TAIL_BYTES, 0)
                 file.seek(begin)
                 rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-                found = [from_json(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
-                if record := next((record for record in reversed(found) if record), None):
+                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
+                if record := next((record for record in reversed(found) if record and "validation" in record), None):
                     return {"step": record["step"], **record["validation"]}
                 end = begin
     except OSError:

@@ -1,5 +1,6 @@
 """`megatron-lpr report`: what is on the page, and what is refused."""
 
+import html
 import json
 import re
 import xml.dom.minidom
@@ -104,6 +105,22 @@ def test_a_run_that_is_still_writing(tmp_path):
     assert report(run) == 0 and "step 30 of 30" in text_of((run / "report.html").read_text())
 
 
+def test_damaged_lines_are_left_out_and_the_page_says_so(tmp_path, capsys):
+    run = log_run(tmp_path / "run", "stage 2")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    string = json.dumps(json.loads(lines[8]) | {"lr": "0.001"}) + "\n"
+    (run / "metrics.jsonl").write_text(
+        "".join([*lines[:6], "}{\n", "[1]\n", *lines[6:8], string, *lines[9:], lines[9]])
+    )
+    assert report(run) == 0
+    told = (
+        "lines left out: 3, no steps' records, from line 7 on; lines whose step does not come after the one before: 1, "
+        "from line 33 on"
+    )
+    assert f" log {told}" in html.unescape(text_of((run / "report.html").read_text()))
+    assert told in capsys.readouterr().err
+
+
 def test_a_dense_run_and_one_of_an_old_version(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -121,15 +138,14 @@ def test_what_is_refused(tmp_path, capsys):
     empty.mkdir()
     (young / "metrics.jsonl").unlink()
     damaged = log_run(tmp_path / "damaged", "z")
-    lines = (damaged / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (damaged / "metrics.jsonl").write_text("".join([*lines[:6], "}{\n", *lines[6:]]))
+    (damaged / "metrics.jsonl").write_bytes(b"\xff\x00\n")
     file = result(tmp_path / "base.json", "base", 1.0)
     (tmp_path / "other.json").write_text("{}")
     for words, told in (
         ([tmp_path / "none"], f"run {tmp_path}/none: no such folder"),
         ([empty], f"run {empty}: no training run there"),
         ([young], f"run {young}: no metrics yet (no metrics.jsonl)"),
-        ([damaged], f"metrics {damaged}/metrics.jsonl, line 7: not a step's record; remove the line"),
+        ([damaged], f"metrics {damaged}/metrics.jsonl: no line of 1 is a step's record; move the file away"),
         ([file], "report: no run is named, only results"),
         ([run, tmp_path / "other.json"], "other.json: not written by `megatron-lpr evaluate`"),
         ([run, "--out", tmp_path], f"--out {tmp_path}: is a folder; name a file, as {tmp_path}/report.html"),
