@@ -10,9 +10,11 @@ from typing import Any
 
 from megatron_lpr.checkpoint.run_state import find_checkpoint, read_run_state
 from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.yaml_io import read_yaml
-from megatron_lpr.recipe.reading import flat
+from megatron_lpr.recipe.reading import flat, from_tree
+from megatron_lpr.recipe.settings import DataConfig, TrainConfig
 from megatron_lpr.reporting.run_log import RunLog, read_log
 from megatron_lpr.training.run_status import RunStatus, run_status, tail
 
@@ -66,6 +68,30 @@ class ReportedRun:
             return Manifest.load(str(here if here.is_file() else path), check_files=False)
         except UserError as error:
             return error
+
+    @cached_property
+    def epochs(self) -> dict[str, tuple[float, float]] | UserError:
+        """How often each corpus, or what is read of it, is passed over: so far, and by the whole run.
+
+        Or why that cannot be told: it takes the corpora, and a recipe of this version.
+        """
+        if isinstance(self.manifest, UserError):
+            return self.manifest
+        try:
+            data = from_tree(DataConfig, self.section("data"), f"data of {self.folder}")
+            train = from_tree(TrainConfig, self.section("train"), f"train of {self.folder}")
+            sampler = ReplaySampler.of(self.manifest, data, train.seed)
+        except UserError as error:
+            return error
+        assert self.log.last is not None
+        whole = train.steps * train.global_batch_size
+        so_far = min(self.log.last.get("consumed_samples", 0), whole)
+        read = zip(sampler.samples_before(so_far), sampler.samples_before(whole), strict=True)
+        windows = [sampler.num_windows(number) for number in range(len(self.manifest.corpora))]
+        return {
+            corpus.name: (now / windows[number], end / windows[number])
+            for number, (corpus, (now, end)) in enumerate(zip(self.manifest.corpora, read, strict=True))
+        }
 
     @property
     def roles(self) -> dict[str, str]:
@@ -122,17 +148,21 @@ def data_facts(run: ReportedRun) -> dict[str, str | None]:
         "replay": _replay_limits(_section(data, "replay")),
         "manifest": f"{data.get('manifest')}" + ("" if own else f" (cannot be read here: {run.manifest})"),
         "tokenizer": run.manifest.tokenizer.name if isinstance(run.manifest, Manifest) else None,
+        "epochs": f"cannot be told here: {run.epochs}" if own and isinstance(run.epochs, UserError) else None,
     }
 
 
 def corpora_rows(run: ReportedRun) -> list[list[str]]:
-    """A table of the corpora there are; [] without their manifest."""
+    """A table of the corpora there are, with the epochs that the run makes of each; [] without their manifest."""
     if not isinstance(run.manifest, Manifest):
         return []
-    rows = [["corpus", "language", "role", "weight", "documents", "tokens"]]
+    epochs = {} if isinstance(run.epochs, UserError) else run.epochs
+    titles = ["epochs so far", "of the whole run"] if epochs else []
+    rows = [["corpus", "language", "role", "weight", "documents", "tokens", *titles]]
     for corpus in run.manifest.corpora:
         counts = [f"{corpus.weight:g}", f"{corpus.documents:,}", f"{corpus.tokens:,}"]
-        rows.append([corpus.name, corpus.language, corpus.role, *counts])
+        passes = [f"{its:.3f}" for its in epochs.get(corpus.name, ())]
+        rows.append([corpus.name, corpus.language, corpus.role, *counts, *passes])
     return rows
 
 

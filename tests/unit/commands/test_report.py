@@ -5,10 +5,13 @@ import json
 import re
 import xml.dom.minidom
 
+import numpy as np
 import pytest
 from logged_runs import log_run
 
 from megatron_lpr import cli
+from megatron_lpr.data.corpus.indexed import IndexedWriter
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.reporting.svg import tick_label, ticks
@@ -119,6 +122,31 @@ def test_damaged_lines_are_left_out_and_the_page_says_so(tmp_path, capsys):
     )
     assert f" log {told}" in html.unescape(text_of((run / "report.html").read_text()))
     assert told in capsys.readouterr().err
+
+
+def test_how_often_each_corpus_is_passed_over(tmp_path, monkeypatch):
+    """30 steps of 4 samples, three quarters of them hu, of corpora that fill ten windows; half of them are made."""
+    run = log_run(tmp_path / "run", "stage 2")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:15]))
+    (tmp_path / "data").mkdir()
+    corpora = []
+    for name, role in (("hu", "expanded"), ("en", "original")):
+        with IndexedWriter(str(tmp_path / "data" / name), 100) as writer:
+            writer.add_document(np.ones(161))
+        files = {"prefix": str(tmp_path / "data" / name), "documents": 1, "tokens": 161, "digest": "0" * 64}
+        corpora.append(Corpus(name=f"{name} web", language=name, role=role, **files))
+    tokenizer = TokenizerRecord(name="toy", vocab_size=100, sha256="0" * 64, eod_id=0)
+    Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer, corpora=tuple(corpora)).save()
+    monkeypatch.chdir(tmp_path)
+    assert report(run) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "documents tokens epochs so far of the whole run hu web hu expanded 1 1 161 4.500 9.000 en web" in text
+    assert "en web en original 1 1 161 1.500 3.000" in text
+    (tmp_path / "data/en.idx").unlink()
+    assert report(run) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "epochs cannot be told here: " in text and "documents tokens hu web hu expanded 1 1 161 en web" in text
 
 
 def test_a_dense_run_and_one_of_an_old_version(tmp_path):
