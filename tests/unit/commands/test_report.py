@@ -14,6 +14,8 @@ from megatron_lpr.data.corpus.indexed import IndexedWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.reporting.line_chart import line_chart
+from megatron_lpr.reporting.run_log import Curve
 from megatron_lpr.reporting.svg import tick_label, ticks
 
 HOSTILE = '<script>alert("1")</script> & \x00\ud800'
@@ -184,6 +186,20 @@ def test_what_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1, error
     assert not list(tmp_path.rglob("*.html*"))
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [0.1234567890123, 1.0, 2.5e-5, 4e17])
+def test_a_long_flat_curve_is_flat(value, log):
+    """The means of many equal numbers are not quite equal."""
+    curve = Curve()
+    for step in range(1, 2001):
+        curve.add(step, value * (1 + step % 7 * 1e-16))
+    picture = xml.dom.minidom.parseString(line_chart("lr", "", {"run": curve}, log=log))
+    labels = [
+        text.firstChild.data for text in picture.getElementsByTagName("text") if "end" in text.getAttribute("class")
+    ]
+    assert len(labels) == len(set(labels)) > 2
 
 
 @pytest.mark.parametrize(
