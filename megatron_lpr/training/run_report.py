@@ -16,7 +16,7 @@ from megatron_lpr.files.yaml_io import read_yaml
 from megatron_lpr.recipe.reading import flat, from_tree
 from megatron_lpr.recipe.settings import DataConfig, TrainConfig
 from megatron_lpr.reporting.run_log import RunLog, read_log
-from megatron_lpr.training.run_status import RunStatus, run_status, tail
+from megatron_lpr.training.run_status import RunStatus, run_status, section, tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,7 @@ class ReportedRun:
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the recipe; {} where there is none."""
-        found = self.recipe.get(name)
-        return found if isinstance(found, dict) else {}
+        return section(self.recipe, name)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -110,7 +109,7 @@ class ReportedRun:
     @property
     def stage1_tokens(self) -> int | None:
         """Of the run whose weights this one began with; None: not known."""
-        if own := _section(self.section("data"), "replay").get("stage1_tokens"):
+        if own := section(self.section("data"), "replay").get("stage1_tokens"):
             return int(own)
         try:
             found = find_checkpoint(self.folder)
@@ -145,7 +144,7 @@ def data_facts(run: ReportedRun) -> dict[str, str | None]:
         "windows": data.get("windows"),
         "mixture": "; ".join(mixture(run)) or None,
         "replayed so far": _replayed(run),
-        "replay": _replay_limits(_section(data, "replay")),
+        "replay": _replay_limits(section(data, "replay")),
         "manifest": f"{data.get('manifest')}" + ("" if own else f" (cannot be read here: {run.manifest})"),
         "tokenizer": run.manifest.tokenizer.name if isinstance(run.manifest, Manifest) else None,
         "epochs": f"cannot be told here: {run.epochs}" if own and isinstance(run.epochs, UserError) else None,
@@ -235,11 +234,6 @@ def _named(tree: Any) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -77,7 +77,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     seconds = _seconds_per_step(fresh or records)
     checkpoint = _checkpoint(run, now)
     held_by = holder_of(run)
-    steps = last.get("steps") or recipe.get("train", {}).get("steps")
+    steps = last.get("steps") or section(recipe, "train").get("steps")
+    steps = steps if type(steps) is int else None  # a recipe may have been edited
     step = max(int(last.get("step", 0)), checkpoint["checkpoint_step"] or 0)
     signs = [since, str((fresh or [{}])[-1].get("time", ""))]
     silence = min((age for age in (_age(sign, now) for sign in signs) if age is not None), default=None)
@@ -85,7 +86,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     state, reason = _state(held_by, told, silence, seconds, is_done=steps is not None and step >= steps)
     if state == "stopped" and not reason:
         reason = _text(folder / "stopped")
-    goes_on = state == "running" and steps is not None and seconds is not None
+    eta = (steps - step) * seconds if state == "running" and steps is not None and seconds is not None else None
     scored = [record for record in records if record.get("ntp_loss") is not None]
     newest = scored[-1] if scored else {}
     return RunStatus(
@@ -95,7 +96,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         reason=reason,
         step=step,
         steps=steps,
-        eta_seconds=(steps - step) * seconds if goes_on else None,
+        eta_seconds=eta,
         losses={key: newest[key] for key in LOSSES if newest.get(key) is not None},
         trend=_trend([record["ntp_loss"] for record in scored]),
         trend_steps=len(scored),
@@ -109,7 +110,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         last_record_age_seconds=_age(str(last.get("time", "")), now),
         held_by=held_by,
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
-        validation=_validation(folder / "metrics.jsonl") if recipe.get("evaluation", {}).get("every") else None,
+        validation=_validation(folder / "metrics.jsonl") if section(recipe, "evaluation").get("every") else None,
         damaged_lines=found.count(None),
     )
 
@@ -168,6 +169,12 @@ def _trend(losses: Sequence[float]) -> float | None:
 def _recipe(path: Path) -> dict[str, Any]:
     tree = read_yaml(path, str(path)) if path.is_file() else {}
     return tree if isinstance(tree, dict) else {}
+
+
+def section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of a recipe; {} where there is none."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def tail(path: Path) -> list[dict[str, Any]]:

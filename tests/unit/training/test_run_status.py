@@ -175,6 +175,12 @@ def test_lines_that_are_no_records_are_left_out_and_counted(held):
     assert status_rows(status)["log"] == "lines near the end of metrics.jsonl left out: 3, no steps' records"
 
 
+def test_a_recipe_that_was_edited(held):
+    held.append("starts", {"time": "2026-11-25T12:00:00.000Z"})
+    (held.folder / "recipe.yaml").write_text("train: {steps: many}\nevaluation: [every]\n")
+    assert held.status(30).steps is None
+
+
 def test_checkpoints_that_are_damaged_are_told(held):
     held.steps(1, 9)
     held.checkpoint(8, 80)
