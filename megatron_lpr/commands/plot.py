@@ -61,12 +61,12 @@ def _check(options: argparse.Namespace, has_results: bool) -> None:
 
 
 def _losses(runs: list[str], path: Path) -> None:
-    from megatron_lpr.reporting.metrics_log import read_metrics
     from megatron_lpr.reporting.plots import plot_losses
+    from megatron_lpr.reporting.run_log import read_log
 
-    records = {run: read_metrics(Path(run) / "metrics.jsonl") for run in dict.fromkeys(runs)}
-    names = {run: lines[-1].get("stage", run) if lines else run for run, lines in records.items()}
-    plot_losses(told_apart(names, records), path)
+    logs = {run: read_log(Path(run) / "metrics.jsonl") for run in dict.fromkeys(runs)}
+    names = {run: log.last.get("stage", run) if log.last else run for run, log in logs.items()}
+    plot_losses(told_apart(names, logs), path)
     print(path)
 
 

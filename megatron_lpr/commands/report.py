@@ -30,10 +30,8 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out or Path(folders[0]) / "report.html")
     if out.suffix != ".html" and not out.is_dir():
         raise UserError(f"--out {out}: is no name of a page; let it end in .html")
-    if options.out:
-        check_file(out, "report.html")
-    runs = {folder: ReportedRun.read(folder) for folder in folders}
     check_file(out, "report.html")
+    runs = {folder: ReportedRun.read(folder) for folder in folders}
     page = report(told_apart({folder: run.name for folder, run in runs.items()}, runs), results)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

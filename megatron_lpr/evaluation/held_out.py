@@ -72,7 +72,9 @@ def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> 
         where = f"the first at {first.path}:{first.line}"
         print(f"evaluate {corpus.name}: left out {count:,} lines ({reason}), {where}", file=sys.stderr)
     if not documents:
-        raise UserError(f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}")
+        raise UserError(
+            f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}; name other files, or leave it out"
+        )
     return documents
 
 

@@ -70,7 +70,7 @@ def from_json(line: bytes | str) -> dict[str, Any] | None:
     """The record of a line; None where there is none, as in one that a killed process has not finished."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -148,6 +148,8 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where, name)
+    if value is None:
+        raise UserError(f"{where}: {name}: is empty (null); give it a value, or leave it out")
     if origin is typing.Literal:
         if isinstance(value, bool):
             # YAML reads the words true, on and off as bools
@@ -172,7 +174,8 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    wrong = UserError(f"{where}: expected {hint.__name__}, found {value!r}")
+    found = str(value).lower() if isinstance(value, bool) else repr(value)  # as YAML writes it
+    wrong = UserError(f"{where}: expected {hint.__name__}, found {found}")
     if hint is bool or isinstance(value, bool):
         if hint is bool and isinstance(value, bool):
             return value

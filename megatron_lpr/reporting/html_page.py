@@ -29,6 +29,7 @@ pre{background:var(--card);padding:12px 14px;overflow-x:auto;font:12.5px/1.45 ui
 summary{cursor:pointer;color:var(--soft);margin:8px 0}
 @media print{main{max-width:none}figure{break-inside:avoid}}
 """
+CLOSING = "</body></html>\n"
 
 
 def page(title: str, head: str, sections: Mapping[str, str]) -> str:
@@ -37,12 +38,17 @@ def page(title: str, head: str, sections: Mapping[str, str]) -> str:
     ids = {name: f"s{number}" for number, name in enumerate(shown)}
     links = "".join(f'<a href="#{ids[name]}">{escape(name)}</a>' for name in shown)
     body = "".join(f'<section id="{ids[name]}"><h2>{escape(name)}</h2>{shown[name]}</section>\n' for name in shown)
+    main = f"<main><h1>{escape(title)}</h1>{head}<nav>{links}</nav>\n{body}</main>"
+    return opening(title, _STYLE + STYLE) + main + CLOSING
+
+
+def opening(title: str, style: str) -> str:
+    """What any page begins with, up to its body; `CLOSING` ends it."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escape(title)}</title><style>{_STYLE}{STYLE}</style></head>\n"
-        f"<body><main><h1>{escape(title)}</h1>{head}<nav>{links}</nav>\n{body}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body>"
     )
 
 

@@ -13,6 +13,7 @@ _SMOOTHED, _DOTTED = 60, 40  # points that are apart on a smoothed line; up to s
 _BANDS = 3  # lines that have a band behind them at most
 _OUTLIERS = 0.03  # of a band, which may be out of sight at either side
 _STRIPS = 40  # places where the pointer finds the values
+_ROUNDING = 1e-9  # of the values: what lies closer together is all the same
 _FINE = 2  # of a pixel, in which curves are drawn
 
 
@@ -65,7 +66,10 @@ class _Axes:
         low, high = min(values), max(values)
         if self.log:
             low, high = math.log10(low), math.log10(high)
-        margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+        # means of equal numbers differ by their rounding, which is no curve
+        is_flat = high - low <= _ROUNDING * (1.0 if self.log else max(abs(low), abs(high)))
+        flat_margin = 0.3 if self.log else 0.05 * abs(high) or 1.0
+        margin = flat_margin if is_flat else 0.06 * (high - low)
         self.low, self.high = low - margin, high + margin
         if not self.log and low >= 0:
             self.low = max(self.low, 0.0)

@@ -137,24 +137,20 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[StepMetrics]:
-    """All records of a metrics.jsonl.
+    """All records of a metrics.jsonl; a last line that a killed process has not finished is left out.
 
     Raises:
         UserError: no such file, or a line that is no record.
     """
-    return list(each_record(path))
-
-
-def each_record(path: str | Path) -> Iterator[StepMetrics]:
-    """The same one by one; a last line that a killed process has not finished is left out."""
-    path = Path(path)
+    path, records = Path(path), []
     if not path.is_file():
         raise UserError(f"metrics {path}: no such file")
     for number, line in enumerate(complete_lines(path), start=1):
         record = from_json(line)
         if record is None or "step" not in record:
             raise UserError(f"metrics {path}, line {number}: not a step's record; remove the line")
-        yield cast(StepMetrics, record)
+        records.append(cast(StepMetrics, record))
+    return records
 
 
 def _set_aside(path: Path, step: int) -> str | None:

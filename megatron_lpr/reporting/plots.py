@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +12,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.reporting.run_log import RunLog
 
-LOSSES: dict[Literal["ntp_loss", "balance_loss", "lpr_loss"], tuple[str, str]] = {
+LOSSES = {
     "ntp_loss": ("Next-token prediction", "NTP loss (nats per token)"),
     "balance_loss": ("Load balance (1: every expert gets the same)", "balance loss (no unit)"),
     "lpr_loss": ("Language Priors Routing", "LPR loss, mean of -ln p$_0$ (nats)"),
@@ -25,25 +25,29 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#5
 MARKERS = "osD^v"
 
 
-def plot_losses(runs: Mapping[str, Sequence[StepMetrics]], path: str | Path) -> None:
+def plot_losses(runs: Mapping[str, RunLog], path: str | Path) -> None:
     """Write a PNG of the loss curves, one panel per loss that any run has, one line per run.
 
+    Of a long run a point is the mean of neighbouring steps; the pale band goes from their least to their most.
+
     Args:
-        runs: records of a metrics.jsonl under the name of each run.
+        runs: logs under the name of each run.
         path: the PNG.
 
     Raises:
-        UserError: no records at all.
+        UserError: no losses at all.
     """
-    panels = [key for key in LOSSES if any(record[key] is not None for run in runs.values() for record in run)]
+    panels = [key for key in LOSSES if any(run.curves[key] for run in runs.values())]
     if not panels:
         raise UserError(f"no steps to plot in {path}: the runs {', '.join(runs) or '(none)'} logged nothing")
     figure = Figure(figsize=(1 + 4.6 * len(panels), 3.8), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, (name, records) in enumerate(runs.items()):
-            points = [(record["step"], record[key]) for record in records if record[key] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=".", label=name, color=f"C{number}")
+        for number, (name, run) in enumerate(runs.items()):
+            if curve := run.curves[key].get(""):
+                steps, means, least, most = zip(*curve.points(), strict=True)
+                axes.plot(steps, means, marker=".", label=name, color=f"C{number}")
+                if curve.width > 1:
+                    axes.fill_between(steps, least, most, color=f"C{number}", alpha=0.2, linewidth=0)
         title, unit = LOSSES[key]
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -59,7 +63,7 @@ def plot_frozen_share(
 
     Args:
         shares: per moment (as "before review"), per language or held-out corpus: the share of its routing
-            slots that frozen experts get in each MoE layer, 0..1. See `run_log.first_and_last`.
+            slots that frozen experts get in each MoE layer, 0..1. See `RunLog.frozen_shares`.
         path: the PNG.
         max_share: the largest possible share, top of the colour scale: min(frozen experts, topk) / topk, for
             a token takes an expert once.
@@ -78,7 +82,7 @@ def plot_frozen_share(
         share_LC = np.full((layers, len(columns)), np.nan)
         for index, column in enumerate(columns):
             if column in share_of:
-                share_LC[:, index] = share_of[column]
+                share_LC[: len(share_of[column]), index] = share_of[column]
         image = _heatmap(axes, share_LC, columns, max_share=max_share)
         axes.set_title(moment)
     panels[0].set_ylabel("layer")

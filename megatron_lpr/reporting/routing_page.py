@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_lpr.reporting.html_page import CLOSING, opening, table
 from megatron_lpr.reporting.svg import escape
 
 _LEVELS = 20  # of the colours
@@ -77,16 +78,15 @@ class RoutingPage:
     def html(self, texts: Sequence[RoutedText]) -> Iterator[str]:
         """The page, some of it at a time."""
         colours = "".join(f".c{level}{{background:{_colour(level / _LEVELS)}}}" for level in range(_LEVELS + 1))
-        title = escape(self.title)
-        yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        yield f"<style>{_STYLE}{colours}</style></head><body>\n<h1>{title}</h1>\n<p>{escape(self.about)}</p>\n"
+        yield opening(self.title, _STYLE + colours)
+        yield f"<h1>{escape(self.title)}</h1>\n<p>{escape(self.about)}</p>\n"
         yield self._legend()
-        yield self._summary(texts)
+        yield table(self.rows(texts), 1)
         yield self._layers(texts)
         for text in texts:
             yield f"<h2>{escape(text.name)}</h2>\n"
             yield from self._lines(text)
-        yield "</body></html>\n"
+        yield CLOSING
 
     def shown(self, text: RoutedText) -> np.ndarray:
         """[T]: what colours show, the weight of the frozen experts."""
@@ -116,14 +116,9 @@ class RoutingPage:
             "share a character are drawn as one; what has a dotted frame is no part of the text.</p>\n"
         )
 
-    def _summary(self, texts: Sequence[RoutedText]) -> str:
-        header, *rows = self.rows(texts)
-        lines = [_row("th", header), *(_row("td", row) for row in rows)]
-        return "<table>\n" + "".join(lines) + "</table>\n"
-
     def _layers(self, texts: Sequence[RoutedText]) -> str:
         """Weight of the frozen experts in percent, layer by layer."""
-        lines = [_row("th", ["layer", *map(str, self.layers)])]
+        lines = ["<tr><th>layer</th>" + "".join(f"<th>{layer}</th>" for layer in self.layers) + "</tr>\n"]
         for text in texts:
             means_L = text.frozen_weights(self.num_frozen).mean(0)
             cells = "".join(f'<td class="c{_level(mean)}">{100 * mean:.0f}</td>' for mean in means_L)
@@ -159,10 +154,6 @@ class RoutingPage:
 def _visible(text: str) -> str:
     """Text in which every character is seen."""
     return escape(text.translate(_CONTROLS))
-
-
-def _row(cell: str, values: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{escape(value)}</{cell}>" for value in values) + "</tr>\n"
 
 
 def _percent(share: float) -> str:

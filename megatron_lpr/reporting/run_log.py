@@ -1,13 +1,14 @@
 """What metrics.jsonl shows of a run, read once, line by line, and kept small: 50,000 steps are a few hundred points."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_lpr.errors import UserError
-from megatron_lpr.reporting.metrics_log import StepMetrics, each_record
+from megatron_lpr.errors import UserError, warn
+from megatron_lpr.reporting.metrics_log import StepMetrics
+from megatron_lpr.reporting.sound_record import sound_record
 
 MOST_POINTS = 300
 # what is kept of a record, as its keys lie inside each other; * is any language
@@ -101,6 +102,18 @@ def _join(sums: list[float], more: Sequence[float]) -> None:
 
 
 @dataclass
+class Lines:
+    """Of one kind: how many, and the number of the first."""
+
+    count: int = 0
+    first: int = 0
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        self.first = self.first or number
+
+
+@dataclass
 class RunLog:
     """curves: by path and language, which is empty where the path has none."""
 
@@ -108,28 +121,74 @@ class RunLog:
     last: StepMetrics | None = None
     router_ends: list[StepMetrics] = field(default_factory=list)  # the first and last with all layers' statistics
     validation_ends: list[StepMetrics] = field(default_factory=list)  # the first and last with a validation
+    damaged: Lines = field(default_factory=Lines)  # no step's record
+    backwards: Lines = field(default_factory=Lines)  # the step is not after the one before
+    is_cut: bool = False  # the last line has no end
+
+    @property
+    def notes(self) -> str | None:
+        """What is wrong with the file, for those who see the rest of it; None: nothing."""
+        notes = []
+        if self.damaged.count:
+            notes.append(
+                f"lines left out: {self.damaged.count:,}, no steps' records, from line {self.damaged.first:,} on"
+            )
+        if self.is_cut:
+            notes.append("the last line left out, which is not finished")
+        if self.backwards.count:
+            notes.append(
+                f"lines whose step does not come after the one before: {self.backwards.count:,}, from line "
+                f"{self.backwards.first:,} on; of a step that is there twice curves have the mean"
+            )
+        return "; ".join(notes) or None
+
+    def frozen_shares(self) -> dict[str, dict[str, list[float]]]:
+        """Frozen share per language at both ends of a run; {} without statistics of the layers.
+
+        The first step's forward pass sees the routers as the run before left them.
+        """
+        return {
+            f"step {end['step']}": {language: its["frozen_share"] for language, its in end["router"].items()}
+            for end in self.router_ends
+        }
 
 
 def read_log(path: str | Path) -> RunLog:
-    """Read a metrics.jsonl; a line that a running process has not finished is left out.
+    """Read a metrics.jsonl; lines that are no step's record are left out, which the log notes and a warning says.
 
     Raises:
-        UserError: no such file, no step in it, or a line that is no record.
+        UserError: no such file, it cannot be read, or there is no step in it.
     """
-    log = RunLog()
-    for number, record in enumerate(each_record(path), start=1):
-        try:
-            _take(log, record)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-            raise UserError(f"metrics {path}, line {number}: not a step's record; remove the line") from None
+    path, log = Path(path), RunLog()
+    if not path.is_file():
+        raise UserError(f"metrics {path}: no such file")
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                _take_line(log, number, line)
+    except OSError as error:
+        raise UserError(f"metrics {path}: cannot be read ({error.strerror}); look at the disk") from None
+    if log.last is None and log.damaged.count:
+        raise UserError(f"metrics {path}: no line of {log.damaged.count:,} is a step's record; move the file away")
     if log.last is None:
         raise UserError(f"metrics {path}: no step in it yet; wait until the run has made one")
+    if log.notes:
+        warn(f"metrics {path}: {log.notes}")
     return log
 
 
+def _take_line(log: RunLog, number: int, line: bytes) -> None:
+    if not line.endswith(b"\n"):
+        log.is_cut = True
+    elif (record := sound_record(line)) is None:
+        log.damaged.add(number)
+    else:
+        if log.last is not None and record["step"] <= log.last["step"]:
+            log.backwards.add(number)
+        _take(log, record)
+
+
 def _take(log: RunLog, record: StepMetrics) -> None:
-    if not isinstance(record["step"], int):
-        raise TypeError
     log.last = record
     if record.get("router"):
         log.router_ends = [*log.router_ends[:1], record]
@@ -138,11 +197,10 @@ def _take(log: RunLog, record: StepMetrics) -> None:
     step = record["step"]
     for path, keys in _KEYS.items():
         for language, value in _values(record, keys):
-            if math.isfinite(value):
-                curves = log.curves[path]
-                if language not in curves:
-                    curves[language] = Curve()
-                curves[language].add(step, value)
+            curves = log.curves[path]
+            if language not in curves:
+                curves[language] = Curve()
+            curves[language].add(step, value)
 
 
 def _values(record: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -154,25 +212,9 @@ def _values(record: Mapping[str, Any], keys: Sequence[str]) -> Iterator[tuple[st
             for language, its in found.items():
                 for inner in rest:
                     its = its[inner]
-                if its is not None:
-                    yield language, its
+                yield language, its
             return
         found = found.get(key)
         if found is None:
             return
     yield "", found
-
-
-def first_and_last(records: Iterable[StepMetrics]) -> dict[str, dict[str, list[float]]]:
-    """Frozen share per language at both ends of a run; {} without statistics of the layers.
-
-    The first step's forward pass sees the routers as the run before left them. Holds two records at a time.
-    """
-    ends: list[Any] = []
-    for record in records:
-        if record.get("router"):
-            ends = [*ends[:1], record]
-    return {
-        f"step {record['step']}": {language: m["frozen_share"] for language, m in record["router"].items()}
-        for record in ends
-    }

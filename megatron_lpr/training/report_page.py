@@ -79,6 +79,7 @@ def _overview(run: ReportedRun) -> dict[str, str | None]:
         "experts": experts if model.get("num_experts") else None,
         "trained": str(run.section("train").get("trainable") or "").replace("_", " ") or None,
         **status_rows(status),
+        "log": run.log.notes,
     }
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from megatron_lpr.checkpoint.run_state import find_checkpoint, read_run_state
 from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.yaml_io import read_yaml
-from megatron_lpr.recipe.reading import flat
+from megatron_lpr.recipe.reading import flat, from_tree
+from megatron_lpr.recipe.settings import DataConfig, TrainConfig
 from megatron_lpr.reporting.run_log import RunLog, read_log
-from megatron_lpr.training.run_status import RunStatus, run_status, tail
+from megatron_lpr.training.run_status import RunStatus, run_status, section, tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,7 @@ class ReportedRun:
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the recipe; {} where there is none."""
-        found = self.recipe.get(name)
-        return found if isinstance(found, dict) else {}
+        return section(self.recipe, name)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -67,6 +68,30 @@ class ReportedRun:
         except UserError as error:
             return error
 
+    @cached_property
+    def epochs(self) -> dict[str, tuple[float, float]] | UserError:
+        """How often each corpus, or what is read of it, is passed over: so far, and by the whole run.
+
+        Or why that cannot be told: it takes the corpora, and a recipe of this version.
+        """
+        if isinstance(self.manifest, UserError):
+            return self.manifest
+        try:
+            data = from_tree(DataConfig, self.section("data"), f"data of {self.folder}")
+            train = from_tree(TrainConfig, self.section("train"), f"train of {self.folder}")
+            sampler = ReplaySampler.of(self.manifest, data, train.seed)
+        except UserError as error:
+            return error
+        assert self.log.last is not None
+        whole = train.steps * train.global_batch_size
+        so_far = min(self.log.last.get("consumed_samples", 0), whole)
+        read = zip(sampler.samples_before(so_far), sampler.samples_before(whole), strict=True)
+        windows = [sampler.num_windows(number) for number in range(len(self.manifest.corpora))]
+        return {
+            corpus.name: (now / windows[number], end / windows[number])
+            for number, (corpus, (now, end)) in enumerate(zip(self.manifest.corpora, read, strict=True))
+        }
+
     @property
     def roles(self) -> dict[str, str]:
         """Of languages, as the manifest tells, or without it the recipe."""
@@ -84,7 +109,7 @@ class ReportedRun:
     @property
     def stage1_tokens(self) -> int | None:
         """Of the run whose weights this one began with; None: not known."""
-        if own := _section(self.section("data"), "replay").get("stage1_tokens"):
+        if own := section(self.section("data"), "replay").get("stage1_tokens"):
             return int(own)
         try:
             found = find_checkpoint(self.folder)
@@ -119,20 +144,24 @@ def data_facts(run: ReportedRun) -> dict[str, str | None]:
         "windows": data.get("windows"),
         "mixture": "; ".join(mixture(run)) or None,
         "replayed so far": _replayed(run),
-        "replay": _replay_limits(_section(data, "replay")),
+        "replay": _replay_limits(section(data, "replay")),
         "manifest": f"{data.get('manifest')}" + ("" if own else f" (cannot be read here: {run.manifest})"),
         "tokenizer": run.manifest.tokenizer.name if isinstance(run.manifest, Manifest) else None,
+        "epochs": f"cannot be told here: {run.epochs}" if own and isinstance(run.epochs, UserError) else None,
     }
 
 
 def corpora_rows(run: ReportedRun) -> list[list[str]]:
-    """A table of the corpora there are; [] without their manifest."""
+    """A table of the corpora there are, with the epochs that the run makes of each; [] without their manifest."""
     if not isinstance(run.manifest, Manifest):
         return []
-    rows = [["corpus", "language", "role", "weight", "documents", "tokens"]]
+    epochs = {} if isinstance(run.epochs, UserError) else run.epochs
+    titles = ["epochs so far", "of the whole run"] if epochs else []
+    rows = [["corpus", "language", "role", "weight", "documents", "tokens", *titles]]
     for corpus in run.manifest.corpora:
         counts = [f"{corpus.weight:g}", f"{corpus.documents:,}", f"{corpus.tokens:,}"]
-        rows.append([corpus.name, corpus.language, corpus.role, *counts])
+        passes = [f"{its:.3f}" for its in epochs.get(corpus.name, ())]
+        rows.append([corpus.name, corpus.language, corpus.role, *counts, *passes])
     return rows
 
 
@@ -205,11 +234,6 @@ def _named(tree: Any) -> Any:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import from_json
 from megatron_lpr.files.locks import holder_of
 from megatron_lpr.files.yaml_io import read_yaml
+from megatron_lpr.reporting.sound_record import sound_record
 
 State = Literal["running", "stale", "finished", "stopped", "failed"]
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss")
@@ -52,6 +53,7 @@ class RunStatus:
     held_by: dict[str, Any] | None  # host, pid, slurm_job, since
     slowest_rank: dict[str, Any] | None  # of the last record that has one
     validation: dict[str, Any] | None  # the last one: step, bits_per_byte, retention
+    damaged_lines: int  # near the end of metrics.jsonl, no steps' records: left out
 
 
 def run_status(run: str, now: datetime | None = None) -> RunStatus:
@@ -66,7 +68,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
         raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
     start = (tail(folder / "starts.jsonl") or [{}])[-1]
-    ends, records = tail(folder / "ends.jsonl"), tail(folder / "metrics.jsonl", is_whole=True)
+    ends, found = tail(folder / "ends.jsonl"), [sound_record(line) for line in _last_lines(folder / "metrics.jsonl")]
+    records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
     last = records[-1] if records else {}
     recipe = _recipe(folder / "recipe.yaml")
     since = str(start.get("time", ""))
@@ -74,7 +77,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     seconds = _seconds_per_step(fresh or records)
     checkpoint = _checkpoint(run, now)
     held_by = holder_of(run)
-    steps = last.get("steps") or recipe.get("train", {}).get("steps")
+    steps = last.get("steps") or section(recipe, "train").get("steps")
+    steps = steps if type(steps) is int else None  # a recipe may have been edited
     step = max(int(last.get("step", 0)), checkpoint["checkpoint_step"] or 0)
     signs = [since, str((fresh or [{}])[-1].get("time", ""))]
     silence = min((age for age in (_age(sign, now) for sign in signs) if age is not None), default=None)
@@ -82,7 +86,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     state, reason = _state(held_by, told, silence, seconds, is_done=steps is not None and step >= steps)
     if state == "stopped" and not reason:
         reason = _text(folder / "stopped")
-    goes_on = state == "running" and steps is not None and seconds is not None
+    eta = (steps - step) * seconds if state == "running" and steps is not None and seconds is not None else None
     scored = [record for record in records if record.get("ntp_loss") is not None]
     newest = scored[-1] if scored else {}
     return RunStatus(
@@ -92,7 +96,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         reason=reason,
         step=step,
         steps=steps,
-        eta_seconds=(steps - step) * seconds if goes_on else None,
+        eta_seconds=eta,
         losses={key: newest[key] for key in LOSSES if newest.get(key) is not None},
         trend=_trend([record["ntp_loss"] for record in scored]),
         trend_steps=len(scored),
@@ -106,7 +110,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         last_record_age_seconds=_age(str(last.get("time", "")), now),
         held_by=held_by,
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
-        validation=_validation(folder / "metrics.jsonl") if recipe.get("evaluation", {}).get("every") else None,
+        validation=_validation(folder / "metrics.jsonl") if section(recipe, "evaluation").get("every") else None,
+        damaged_lines=found.count(None),
     )
 
 
@@ -153,7 +158,7 @@ def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
         return records[-1].get("seconds") if records else None
     first, last = timed[0], timed[-1]
     between = _moment(last["time"]) - _moment(first["time"])  # type: ignore[operator]
-    return between.total_seconds() / max(last["step"] - first["step"], 1)
+    return max(between.total_seconds() / max(last["step"] - first["step"], 1), 0.0)
 
 
 def _trend(losses: Sequence[float]) -> float | None:
@@ -166,18 +171,19 @@ def _recipe(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def tail(path: Path, *, is_whole: bool = False) -> list[dict[str, Any]]:
-    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
+def section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of a recipe; {} where there is none."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
 
-    Args:
-        is_whole: no process leaves a torn line in it, as one that is killed does elsewhere.
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
 
     Raises:
         UserError: it cannot be read.
     """
     records = [from_json(line) for line in _last_lines(path)]
-    if is_whole and None in records:
-        raise UserError(f"{path}: a line near its end is damaged; remove the line")
     return [record for record in records if record is not None][-_TAIL_STEPS:]
 
 
@@ -191,8 +197,8 @@ def _validation(path: Path) -> dict[str, Any] | None:
                 begin = max(end - _TAIL_BYTES, 0)
                 file.seek(begin)
                 rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-                found = [from_json(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
-                if record := next((record for record in reversed(found) if record), None):
+                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
+                if record := next((record for record in reversed(found) if record and "validation" in record), None):
                     return {"step": record["step"], **record["validation"]}
                 end = begin
     except OSError:

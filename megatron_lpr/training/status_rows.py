@@ -21,6 +21,9 @@ def status_rows(status: RunStatus) -> dict[str, str]:
         "last record": status.last_record and f"{status.last_record}, {clock(status.last_record_age_seconds or 0)} ago",
         "held by": status.held_by and ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in status.held_by.items()),
         "skipped": f"{status.skipped_steps:,} steps" if status.skipped_steps else None,
+        "log": f"lines near the end of metrics.jsonl left out: {status.damaged_lines:,}, no steps' records"
+        if status.damaged_lines
+        else None,
         "slowest": status.slowest_rank
         and "rank {rank} ({host}), {max:.3g} s, median {median:.3g} s".format(**status.slowest_rank),
     }

@@ -63,7 +63,7 @@ def test_runs_and_results_have_a_picture_each(tmp_path, drawn, capsys):
     assert capsys.readouterr().out.split() == [str(out / f"{name}.png") for name in names]
     assert all(imread(file).ndim == 3 for file in out.iterdir())
     losses, _ = drawn["plot_losses"]
-    assert {name: [r["ntp_loss"] for r in records] for name, records in losses.items()} == {
+    assert {name: [point.value for point in log.curves["ntp_loss"][""].points()] for name, log in losses.items()} == {
         "stage1": [3.0, 2.0], "stage2": [3.0, 2.0],
     }  # fmt: skip
     shares, more = drawn["plot_frozen_share"]
@@ -112,9 +112,11 @@ def test_two_runs_of_one_name_go_by_their_folders(tmp_path, drawn):
 def test_what_cannot_be_drawn(tmp_path, capsys):
     out = tmp_path / "plots"
     here, empty, dense = run(tmp_path / "run", "x"), tmp_path / "empty", result(tmp_path / "dense.json", "base", {})
+    damaged = run(tmp_path / "damaged", [1])
     empty.mkdir()
     for words, told in (
         ([empty], f"metrics {empty}/metrics.jsonl: no such file"),
+        ([damaged], f"metrics {damaged}/metrics.jsonl: no line of 2 is a step's record; move the file away"),
         ([tmp_path / "none.json"], "evaluation result"),
         ([dense], f"{dense}: says nothing of routing"),
         ([dense, "--svg"], "--svg: has no effect without a run"),

@@ -1,15 +1,21 @@
 """`megatron-lpr report`: what is on the page, and what is refused."""
 
+import html
 import json
 import re
 import xml.dom.minidom
 
+import numpy as np
 import pytest
 from logged_runs import log_run
 
 from megatron_lpr import cli
+from megatron_lpr.data.corpus.indexed import IndexedWriter
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.reporting.line_chart import line_chart
+from megatron_lpr.reporting.run_log import Curve
 from megatron_lpr.reporting.svg import tick_label, ticks
 
 HOSTILE = '<script>alert("1")</script> & \x00\ud800'
@@ -104,6 +110,47 @@ def test_a_run_that_is_still_writing(tmp_path):
     assert report(run) == 0 and "step 30 of 30" in text_of((run / "report.html").read_text())
 
 
+def test_damaged_lines_are_left_out_and_the_page_says_so(tmp_path, capsys):
+    run = log_run(tmp_path / "run", "stage 2")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    string = json.dumps(json.loads(lines[8]) | {"lr": "0.001"}) + "\n"
+    (run / "metrics.jsonl").write_text(
+        "".join([*lines[:6], "}{\n", "[1]\n", *lines[6:8], string, *lines[9:], lines[9]])
+    )
+    assert report(run) == 0
+    told = (
+        "lines left out: 3, no steps' records, from line 7 on; lines whose step does not come after the one before: 1, "
+        "from line 33 on"
+    )
+    assert f" log {told}" in html.unescape(text_of((run / "report.html").read_text()))
+    assert told in capsys.readouterr().err
+
+
+def test_how_often_each_corpus_is_passed_over(tmp_path, monkeypatch):
+    """30 steps of 4 samples, three quarters of them hu, of corpora that fill ten windows; half of them are made."""
+    run = log_run(tmp_path / "run", "stage 2")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:15]))
+    (tmp_path / "data").mkdir()
+    corpora = []
+    for name, role in (("hu", "expanded"), ("en", "original")):
+        with IndexedWriter(str(tmp_path / "data" / name), 100) as writer:
+            writer.add_document(np.ones(161))
+        files = {"prefix": str(tmp_path / "data" / name), "documents": 1, "tokens": 161, "digest": "0" * 64}
+        corpora.append(Corpus(name=f"{name} web", language=name, role=role, **files))
+    tokenizer = TokenizerRecord(name="toy", vocab_size=100, sha256="0" * 64, eod_id=0)
+    Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer, corpora=tuple(corpora)).save()
+    monkeypatch.chdir(tmp_path)
+    assert report(run) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "documents tokens epochs so far of the whole run hu web hu expanded 1 1 161 4.500 9.000 en web" in text
+    assert "en web en original 1 1 161 1.500 3.000" in text
+    (tmp_path / "data/en.idx").unlink()
+    assert report(run) == 0
+    text = text_of((run / "report.html").read_text())
+    assert "epochs cannot be told here: " in text and "documents tokens hu web hu expanded 1 1 161 en web" in text
+
+
 def test_a_dense_run_and_one_of_an_old_version(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
@@ -121,15 +168,14 @@ def test_what_is_refused(tmp_path, capsys):
     empty.mkdir()
     (young / "metrics.jsonl").unlink()
     damaged = log_run(tmp_path / "damaged", "z")
-    lines = (damaged / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (damaged / "metrics.jsonl").write_text("".join([*lines[:6], "}{\n", *lines[6:]]))
+    (damaged / "metrics.jsonl").write_bytes(b"\xff\x00\n")
     file = result(tmp_path / "base.json", "base", 1.0)
     (tmp_path / "other.json").write_text("{}")
     for words, told in (
         ([tmp_path / "none"], f"run {tmp_path}/none: no such folder"),
         ([empty], f"run {empty}: no training run there"),
         ([young], f"run {young}: no metrics yet (no metrics.jsonl)"),
-        ([damaged], f"metrics {damaged}/metrics.jsonl, line 7: not a step's record; remove the line"),
+        ([damaged], f"metrics {damaged}/metrics.jsonl: no line of 1 is a step's record; move the file away"),
         ([file], "report: no run is named, only results"),
         ([run, tmp_path / "other.json"], "other.json: not written by `megatron-lpr evaluate`"),
         ([run, "--out", tmp_path], f"--out {tmp_path}: is a folder; name a file, as {tmp_path}/report.html"),
@@ -140,6 +186,20 @@ def test_what_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1, error
     assert not list(tmp_path.rglob("*.html*"))
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [0.1234567890123, 1.0, 2.5e-5, 4e17])
+def test_a_long_flat_curve_is_flat(value, log):
+    """The means of many equal numbers are not quite equal."""
+    curve = Curve()
+    for step in range(1, 2001):
+        curve.add(step, value * (1 + step % 7 * 1e-16))
+    picture = xml.dom.minidom.parseString(line_chart("lr", "", {"run": curve}, log=log))
+    labels = [
+        text.firstChild.data for text in picture.getElementsByTagName("text") if "end" in text.getAttribute("class")
+    ]
+    assert len(labels) == len(set(labels)) > 2
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "evaluation corpus help: no text in .*bad.jsonl"),
+        ("", "evaluation corpus help: no text in .*bad.jsonl; name other files, or leave it out"),
         ('{"text": ""}\n', "bad.jsonl:1: empty text; .* with evaluation.on_bad_line: skip"),
         ('{"text": "a"}\n{"content": "b"}\n', 'bad.jsonl:2: no "text" string'),
         ('{"text": "a"\n', "bad.jsonl:1: broken JSON"),

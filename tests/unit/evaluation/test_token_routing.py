@@ -58,7 +58,7 @@ def test_the_shares_are_those_of_evaluate(upcycled, tmp_path, capsys):
     assert [line[1].strip() for line in table[2:4]] == [files[0], "prompt 1"]
     share = f"{100 * np.mean(next(iter(routing.values()))):.1f}%"
     assert table[2][3].strip() == share and table[-1] == [f"-> {page}"]
-    assert f"<td>{share}</td>" in page.read_text() and "layer 1" in page.read_text()
+    assert f">{share}</td>" in page.read_text() and "layer 1" in page.read_text()
 
 
 @pytest.mark.megatron

@@ -1,5 +1,8 @@
 """What the plots draw, read back from the figures and from the files."""
 
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -7,18 +10,32 @@ from matplotlib.image import imread
 from megatron_lpr.errors import UserError
 from megatron_lpr.reporting import plots as routing_plots
 from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses, plot_routing
-from megatron_lpr.reporting.run_log import first_and_last
+from megatron_lpr.reporting.run_log import MOST_POINTS, RunLog, read_log
 
 
 def record(step, ntp, balance=None, lpr=None, **shares):
-    router = {language: {"frozen_share": share} for language, share in shares.items()}
+    router = {
+        language: {"frozen_share": share, "p0": share, "load": [[0.5, 0.5]]} for language, share in shares.items()
+    }
     return {"step": step, "ntp_loss": ntp, "balance_loss": balance, "lpr_loss": lpr, "router": router}
 
 
-def test_losses_have_a_panel_each_and_a_line_per_run(tmp_path, figures):
+@pytest.fixture
+def log(tmp_path):
+    """The log of a run that has made these steps."""
+
+    def of(*records):
+        with (tmp_path / "metrics.jsonl").open("w") as file:
+            file.writelines(json.dumps(its) + "\n" for its in records)
+        return read_log(tmp_path / "metrics.jsonl")
+
+    return of
+
+
+def test_losses_have_a_panel_each_and_a_line_per_run(log, tmp_path, figures):
     runs = {
-        "stage 1": [record(1, 3.0, balance=1.25), record(2, 2.0, balance=1.125)],
-        "stage 2": [record(1, 1.5, lpr=0.75), record(2, 1.25, lpr=0.5), record(3, 1.0, lpr=0.25)],
+        "stage 1": log(record(1, 3.0, balance=1.25), record(2, 2.0, balance=1.125)),
+        "stage 2": log(record(1, 1.5, lpr=0.75), record(2, 1.25, lpr=0.5), record(3, 1.0, lpr=0.25)),
     }
     path = tmp_path / "plots" / "loss.png"
     plot_losses(runs, path)
@@ -37,19 +54,39 @@ def test_losses_have_a_panel_each_and_a_line_per_run(tmp_path, figures):
     assert imread(path).shape[0] > 300
 
 
-def test_loss_panels_that_no_run_has_are_left_out(tmp_path, figures):
-    plot_losses({"dense": [record(1, 3.0)]}, tmp_path / "loss.png")
+def test_a_long_run_takes_no_more_than_a_short_one(tmp_path, figures):
+    """200,000 steps are a few hundred points, with a band of all that they had."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        file.writelines(f'{{"step": {step}, "ntp_loss": {step % 7}}}\n' for step in range(1, 200_001))
+    tracemalloc.start()
+    log = read_log(path)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000 < path.stat().st_size / 5
+    tracemalloc.stop()
+    plot_losses({"long": log}, tmp_path / "loss.png")
+    axes = figures[0].axes[0]
+    steps, means = axes.lines[0].get_data()
+    assert 150 <= len(steps) <= MOST_POINTS and steps[0] < 1000 and steps[-1] > 199_000
+    assert means == pytest.approx(np.full(len(steps), 3.0), abs=0.05)
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().intervaly.tolist() == [0, 6]
+    assert (tmp_path / "loss.png").stat().st_size < 100_000
+
+
+def test_loss_panels_that_no_run_has_are_left_out(log, tmp_path, figures):
+    plot_losses({"dense": log(record(1, 3.0))}, tmp_path / "loss.png")
+    assert not figures[0].axes[0].collections
     assert [axes.get_ylabel() for axes in figures[0].axes] == ["NTP loss (nats per token)"]
 
 
-def test_heatmaps_hold_layers_by_languages(tmp_path, figures):
+def test_heatmaps_hold_layers_by_languages(log, tmp_path, figures):
     records = [
         record(1, 1.0, hu=[0.25, 0.375]),
         record(2, 1.0, hu=[0.0, 0.0], en=[0.0, 0.0]),
         record(3, 1.0, hu=[0.125, 0.25], en=[0.5, 0.5]),
     ]
     path = tmp_path / "heat.png"
-    plot_frozen_share(first_and_last(records), path, max_share=0.5)
+    plot_frozen_share(log(*records).frozen_shares(), path, max_share=0.5)
     before, after, bar = figures[0].axes
     np.testing.assert_array_equal(before.images[0].get_array().filled(-1), [[0.25, -1], [0.375, -1]])
     np.testing.assert_array_equal(after.images[0].get_array(), [[0.125, 0.5], [0.25, 0.5]])
@@ -74,8 +111,8 @@ def test_routing_has_a_row_per_text_and_a_point_per_model(tmp_path, figures):
 
 def test_nothing_to_plot_is_refused(tmp_path):
     with pytest.raises(UserError, match="no steps to plot"):
-        plot_losses({"stage 1": []}, tmp_path / "loss.png")
+        plot_losses({"stage 1": RunLog()}, tmp_path / "loss.png")
     with pytest.raises(UserError, match="no router statistics"):
-        plot_frozen_share(first_and_last([record(1, 1.0)]), tmp_path / "heat.png", max_share=0.5)
+        plot_frozen_share(RunLog().frozen_shares(), tmp_path / "heat.png", max_share=0.5)
     with pytest.raises(UserError, match="the models have none"):
         plot_routing({"base": {}}, tmp_path / "routing.png", max_share=0.5)

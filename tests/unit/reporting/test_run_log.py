@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.reporting.run_log import MOST_POINTS, Curve, Point, first_and_last, read_log
+from megatron_lpr.reporting.run_log import MOST_POINTS, Curve, Point, read_log
 
 
 def curve(values, most=MOST_POINTS):
@@ -49,15 +49,21 @@ def log(path, records, rest=""):
     return path
 
 
+VALIDATION = {"validation": {"bits_per_byte": {"hu": 1.25}}}
+
+
 def test_what_a_log_keeps(tmp_path):
     router = {"hu": {"frozen_share": [0.25], "p0": [0.1], "load": [[0.25, 0.75]]}}
     records = [{"step": step, "ntp_loss": 1.0, "lpr_loss": None, "router_summary": {}} for step in range(1, 7)]
     records[1] |= {"router": router, "ntp_loss_per_language": {"hu": 1.5, "en": None}}
-    records[2] |= {"router": router, "validation": {"bits_per_byte": {"hu": 1.25}}}
-    records[3] |= {"router": router, "ranks": {"memory_gb": {"max": 3.0}}, "ntp_loss": None}
+    records[2] |= {"router": router} | VALIDATION
+    fullest, slowest = {"max": 3.0, "rank": 0, "host": "n"}, {"median": 1.0, "max": 2.0, "rank": 1, "host": "n"}
+    ranks = {"memory_gb": fullest, "compute_seconds": slowest}
+    records[3] |= {"router": router, "ranks": ranks, "ntp_loss": None}
     found = read_log(log(tmp_path / "metrics.jsonl", records, rest='{"step": 7, "ntp'))
-    assert found.last == records[-1] and found.router_ends == [records[1], records[3]]
-    assert found.validation_ends == [records[2]]
+    assert found.last == {"step": 6, "ntp_loss": 1.0}
+    assert [(end["step"], end["router"]) for end in found.router_ends] == [(2, router), (4, router)]
+    assert found.validation_ends == [{"step": 3, "ntp_loss": 1.0, "router": router, **VALIDATION}]
     drawn = {(path, language) for path, its in found.curves.items() for language in its}
     assert drawn == {
         ("ntp_loss", ""), ("ntp_loss_per_language/*", "hu"), ("validation/bits_per_byte/*", "hu"),
@@ -66,11 +72,31 @@ def test_what_a_log_keeps(tmp_path):
     assert [point.step for point in found.curves["ntp_loss"][""].points()] == [1, 2, 3, 5, 6]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"step": "x"}', '{"step": 2, "ntp_loss": "x"}'])
-def test_a_damaged_line_is_named(tmp_path, line):
-    path = log(tmp_path / "metrics.jsonl", [{"step": 1, "ntp_loss": 1.0}], rest=f"{line}\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: not a step's record; remove the line"):
-        read_log(path)
+def test_damaged_lines_are_left_out_and_told(tmp_path, capsys):
+    path = log(
+        tmp_path / "metrics.jsonl", [{"step": 1, "ntp_loss": 1.0}], rest='{\n\n{"step": 2, "ntp_loss": 3}\n[]\n{"st'
+    )
+    found = read_log(path)
+    assert [point.value for point in found.curves["ntp_loss"][""].points()] == [1.0, 3]
+    said = "lines left out: 3, no steps' records, from line 2 on; the last line left out, which is not finished"
+    assert found.notes == said and capsys.readouterr().err == f"warning: metrics {path}: {said}\n"
+
+
+def test_steps_that_go_back_are_told(tmp_path):
+    """Two runs in one file, or one that was started again beside its own log."""
+    records = [{"step": step, "ntp_loss": float(loss)} for loss, step in enumerate([1, 2, 3, 2, 3, 4])]
+    found = read_log(log(tmp_path / "metrics.jsonl", records))
+    assert found.notes.startswith("lines whose step does not come after the one before: 1, from line 4 on; ")
+    assert [point.value for point in found.curves["ntp_loss"][""].points()] == [0, 2, 3, 5]
+    assert read_log(log(tmp_path / "metrics.jsonl", records[:3])).notes is None
+
+
+def test_a_file_without_any_record(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no line of 2 is a step's record; move the file away"):
+        read_log(log(tmp_path / "metrics.jsonl", [], rest="\0\n[]\n"))
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(UserError, match="no step in it yet"):
+        read_log(tmp_path / "metrics.jsonl")
 
 
 def test_a_log_without_a_step(tmp_path):
@@ -92,9 +118,11 @@ def test_a_log_is_never_in_memory(tmp_path):
     assert most < 1_000_000 < path.stat().st_size / 10 and found.last["step"] == 3000
 
 
-def test_first_and_last_skip_steps_without_router_statistics():
+def test_frozen_shares_skip_steps_without_router_statistics(tmp_path):
     def record(step, **shares):
-        return {"step": step, "router": {language: {"frozen_share": share} for language, share in shares.items()}}
+        router = {name: {"frozen_share": share, "p0": share, "load": [[1.0]]} for name, share in shares.items()}
+        return {"step": step, "router": router}
 
     records = [record(1), record(2, hu=[0.25]), record(3, hu=[0.5]), record(4)]
-    assert first_and_last(records) == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
+    found = read_log(log(tmp_path / "metrics.jsonl", records)).frozen_shares()
+    assert found == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}

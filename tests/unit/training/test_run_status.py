@@ -12,6 +12,7 @@ from fake_checkpoints import write_fake_checkpoint
 from megatron_lpr.errors import UserError
 from megatron_lpr.training import run_status as run_status_module
 from megatron_lpr.training.run_status import run_status
+from megatron_lpr.training.status_rows import status_rows
 
 START = datetime(2026, 11, 25, 12, tzinfo=UTC)
 
@@ -164,6 +165,22 @@ def test_lines_that_a_killed_process_has_left(held):
     assert held.status(30).step == 2
 
 
+def test_lines_that_are_no_records_are_left_out_and_counted(held):
+    held.steps(1, 9)
+    assert held.status(30).damaged_lines == 0
+    for damaged in ([1], {"step": "10"}, {"step": 10, "ntp_loss": "x"}):
+        held.append("metrics", damaged)
+    status = held.status(30)
+    assert (status.step, status.damaged_lines) == (9, 3)
+    assert status_rows(status)["log"] == "lines near the end of metrics.jsonl left out: 3, no steps' records"
+
+
+def test_a_recipe_that_was_edited(held):
+    held.append("starts", {"time": "2026-11-25T12:00:00.000Z"})
+    (held.folder / "recipe.yaml").write_text("train: {steps: many}\nevaluation: [every]\n")
+    assert held.status(30).steps is None
+
+
 def test_checkpoints_that_are_damaged_are_told(held):
     held.steps(1, 9)
     held.checkpoint(8, 80)
@@ -177,7 +194,6 @@ def test_checkpoints_that_are_damaged_are_told(held):
     [
         (lambda folder: None, "no such folder; give the output folder of a run"),
         (lambda folder: folder.mkdir(), "no training run there"),
-        (lambda folder: Run(folder).append("metrics", [1]), "metrics.jsonl: a line near its end is damaged; remove"),
     ],
 )
 def test_what_is_no_run(tmp_path, make, sentence):

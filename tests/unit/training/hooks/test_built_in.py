@@ -8,7 +8,7 @@ import pytest
 from harness import make_plan, make_recipe, mixed_batch
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.reporting.metrics_log import each_record, read_metrics
+from megatron_lpr.reporting.metrics_log import read_metrics
 
 
 def test_a_script_can_write_a_hook_before_it_has_megatron():
@@ -56,11 +56,10 @@ def test_plots_of_the_whole_run_resumed_or_not(reported, tmp_path, capsys):
 
 def test_what_cannot_be_plotted_does_not_fail_a_run_that_is_saved(reported, tmp_path, capsys):
     run = reported(metrics(1))
-    with (tmp_path / "out/metrics.jsonl").open("a") as out:
-        out.write("nonsense\n")
+    (tmp_path / "out/metrics.jsonl").write_text("nonsense\n")
     run.finish()
     printed = capsys.readouterr().out
-    assert "warning: no plots: metrics" in printed and "line 2: not a step's record; remove the line" in printed
+    assert "warning: no plots: metrics" in printed and "no line of 1 is a step's record" in printed
     assert not (tmp_path / "out/plots").exists()
 
 
@@ -68,7 +67,7 @@ def test_lines_that_are_moved_are_said(reported, tmp_path, capsys):
     reported(metrics(1))
     reported()
     assert "lines of steps 1 to 1, beyond step 0 where this run goes on, are now in" in capsys.readouterr().out
-    assert not list(each_record(tmp_path / "out/metrics.jsonl"))
+    assert not read_metrics(tmp_path / "out/metrics.jsonl")
 
 
 @pytest.fixture
