@@ -11,9 +11,8 @@ from megatron_lpr.reporting.metrics_log import StepMetrics
 _LARGEST = 1e100  # no measurement is beyond it, and sums of what is below it are finite
 _MOST = 1 << 63  # what is counted is fewer
 
-Shape = Callable[
-    [Any], Any
-]  # a value without what holds no number; None: it holds none. ValueError: it has another shape
+# a value without what holds no number; None: it holds none. ValueError: it has another shape
+Shape = Callable[[Any], Any]
 
 
 def sound_record(line: bytes | str) -> StepMetrics | None:
