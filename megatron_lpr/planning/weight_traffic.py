@@ -40,6 +40,8 @@ def _passes(parameter: Parameter, layers: Layers, tied: bool) -> int:
         return 1 + tied
     if not parameter.name.startswith("decoder.layers."):
         return 2
+    if ".mlp.experts." in parameter.name:  # what they compute is weighed by a router, which learns
+        return 2
     return 1 + layers.below_learns[int(parameter.name.split(".")[2])]
 
 
