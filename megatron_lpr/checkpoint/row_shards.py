@@ -15,12 +15,15 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_lpr.platform.shards import group_of, is_sharded, own_part, own_rows
+from megatron_lpr.platform.shards import group_of, is_quantised, is_sharded, own_part, own_rows
 
 
 def sharded_state(model: Any) -> dict[str, Any]:
-    """`model.sharded_state_dict()`, and in place of each sharded parameter this rank's own rows of it, as a list."""
-    sharded = {name: parameter for name, parameter in model.named_parameters() if is_sharded(parameter)}
+    """`model.sharded_state_dict()`, and in place of each sharded parameter this rank's own rows of it, as a list.
+
+    Of quantised rows, which no checkpoint holds, it has the stand-ins.
+    """
+    sharded = {name: p for name, p in model.named_parameters() if is_sharded(p) and not is_quantised(p)}
     with _stand_ins(model):
         state = dict(model.sharded_state_dict())
     for name, parameter in sharded.items():

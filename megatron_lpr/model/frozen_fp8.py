@@ -7,7 +7,8 @@ Engine makes it where a backward pass first asks for it, and keeps it. Below the
     fp8.frozen_weights: bf16    the weight, and beside it those bytes
     fp8.frozen_weights: fp8     those bytes alone; nothing gives the base's own values back
 
-Both compute the same to the last bit. A sharded weight is whole for a moment only, and so is what it is cast to.
+Both compute the same to the last bit. A sharded weight is whole for a moment only, and so is what it is cast to; with
+`fp8` its rows are cast once, and gathered as bytes (fp8_rows.py).
 """
 
 import warnings
@@ -18,6 +19,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_lpr.model.fp8_rows import hold_in_fp8
 from megatron_lpr.platform.shards import is_sharded
 from megatron_lpr.recipe.settings import Fp8Config
 
@@ -51,17 +53,27 @@ def _quantise_module(module: Any) -> None:
     names = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight")]
     module.init_fp8_metadata(num_gemms=len(names))  # which makes the quantizers, as a first forward pass would
     for name, quantizer in zip(names, module._get_weight_quantizers(), strict=True):
-        if quantizer is not None:  # it is in layers that stay in bfloat16
-            setattr(module, name, _quantised(getattr(module, name), quantizer))
+        if quantizer is None:  # it is in layers that stay in bfloat16
+            continue
+        weight, own = getattr(module, name), _by_rows(quantizer)
+        if is_sharded(weight):
+            hold_in_fp8(weight, own)
+        else:
+            setattr(module, name, _quantised(weight, own))
 
 
-def _quantised(weight: torch.nn.Parameter, quantizer: Any) -> torch.nn.Parameter:
+def _by_rows(quantizer: Any) -> Any:
+    """A copy of a module's, which lays values out for the forward product."""
     from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Quantizer
 
     quantizer = quantizer.copy()
     quantizer.internal = False
     # 32 numbers of a column share another scale than those of a row, and the rows do not tell it
     quantizer.set_usage(rowwise=True, columnwise=isinstance(quantizer, MXFP8Quantizer))
+    return quantizer
+
+
+def _quantised(weight: torch.nn.Parameter, quantizer: Any) -> torch.nn.Parameter:
     quantised = torch.nn.Parameter(quantizer(weight.detach()), requires_grad=False)
     vars(quantised).update(vars(weight))  # Megatron's marks
     return quantised

@@ -3,19 +3,21 @@
 The second is what a gradient of the layer's input reads: nothing of it is there where nothing below learns, but of a
 linear layer with the norm before it, which casts both ways whatever is asked, unless the copy is all there is. They
 stay from step to step; those of frozen weights are all that there is of these with `fp8.frozen_weights: fp8`. A sharded
-weight is cast whenever it is gathered, and its copy does not stay.
+weight is cast whenever it is gathered, and its copy does not stay; what it is instead with `fp8.frozen_weights: fp8`,
+the rows of a rank, has nothing transposed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
-from megatron_lpr.planning.shards import is_spread
+from megatron_lpr.planning.shards import held_elements, is_spread
 from megatron_lpr.recipe.settings import Recipe
 
 _BLOCK = 128
+FP8 = 1  # bytes of a number
+_SCALE = 4  # bytes
 
 
 def layers_in_fp8(recipe: Recipe, arch: Architecture) -> range:
@@ -38,20 +40,21 @@ def has_no_other(recipe: Recipe, parameter: Parameter, in_fp8: range) -> bool:
 
 def cast_bytes(recipe: Recipe, chunks: Sequence[Sequence[Parameter]], layers: Layers, arch: Architecture) -> int:
     """What a rank keeps of all its weights, scales included."""
-    in_fp8, place = layers_in_fp8(recipe, arch), layers.place
+    in_fp8 = layers_in_fp8(recipe, arch)
     return sum(
-        of_weight(
-            recipe.fp8.recipe,
-            parameter,
-            transposed=_has_input_gradient(parameter, layers)
-            or (_has_norm(parameter) and not has_no_other(recipe, parameter, in_fp8)),
-        )
-        for parameter in _kept(chunks, in_fp8, place)
+        _kept(recipe, parameter, layers, alone=has_no_other(recipe, parameter, in_fp8))
+        for chunk in chunks
+        for parameter in chunk
+        if is_cast(parameter, in_fp8)
     )
 
 
-def _kept(chunks: Sequence[Sequence[Parameter]], in_fp8: range, place: Place) -> Iterable[Parameter]:
-    return (p for chunk in chunks for p in chunk if is_cast(p, in_fp8) and not is_spread(p, place))
+def _kept(recipe: Recipe, parameter: Parameter, layers: Layers, *, alone: bool) -> int:
+    """alone: the copy is in the place of the weight."""
+    if is_spread(parameter, layers.place):
+        return held_elements(parameter, layers.place) + _SCALE if alone else 0
+    transposed = _has_input_gradient(parameter, layers) or (_has_norm(parameter) and not alone)
+    return of_weight(recipe.fp8.recipe, parameter, transposed=transposed)
 
 
 def _has_input_gradient(parameter: Parameter, layers: Layers) -> bool:
@@ -68,7 +71,7 @@ def of_weight(recipe: str, parameter: Parameter, *, transposed: bool) -> int:
     """Of one weight as Transformer Engine lays it out on an H100: newer GPUs need no transposed copy (`tensorwise`)."""
     values = parameter.elements * (1 + transposed)
     if recipe == "tensorwise":
-        return values + 4
+        return values + _SCALE
     if recipe == "mxfp8":  # a byte for 32 numbers
         return values + values // 32
     rows, columns = -(-parameter.rows // _BLOCK), -(-parameter.columns // _BLOCK)

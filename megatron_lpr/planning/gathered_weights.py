@@ -13,6 +13,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 class GatheredWeights(ExitStack):
     """Inside it gathered weights are counted: what a collective returns, and the weights that are copied from it.
 
+    Weights in FP8 are counted with what they are transposed to.
+
     Attributes:
         peak: most bytes of them at once.
         storages: where they lie, also while they are empty.
@@ -32,6 +34,7 @@ class GatheredWeights(ExitStack):
         for owner, name, exchange in (
             (parameter, "init_all_gather_outputs", self._counted_all),
             (parameter, "alloc_all_gather_outputs", self._counted_all),
+            (parameter, "init_unsharded_param", self._counted_all),
             (parameter, "free_unsharded_param", self._counted_all),
             (group, "foreach_all_gather", self._sending),
         ):
@@ -41,7 +44,7 @@ class GatheredWeights(ExitStack):
     def _counted_all(self, change: Callable) -> Callable:
         def changed(parameter: Any, *args: Any, **kwargs: Any) -> Any:
             result = change(parameter, *args, **kwargs)
-            for tensor in parameter.all_gather_outputs:
+            for tensor in (*parameter.all_gather_outputs, *getattr(parameter, "_unsharded_inner_tensors", ())):
                 self._count(tensor)
             return result
 

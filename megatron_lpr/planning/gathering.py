@@ -1,14 +1,16 @@
 """How much of the sharded weights is whole at once: a micro-batch's gathering, unit for unit.
 
 A unit is asked for ahead of its use, and what the collective returns is there from then on. Where it computes, FSDP2
-copies its weights out of that (both are there for a moment), and lets go of them afterwards.
+copies its weights out of that (both are there for a moment), and lets go of them afterwards. Weights in FP8 have a
+byte for each number, and in a backward pass another of the same transposed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.model import gather_order
+from megatron_lpr.planning.casts import FP8
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.parameters import Parameter
 from megatron_lpr.planning.place import Place
@@ -17,15 +19,20 @@ from megatron_lpr.planning.shards import held_elements, is_spread, unit_name
 
 @dataclass(eq=False)
 class _Unit:
-    """whole: elements of its weights; sent: of what the collective returns, the rows of all ranks padded alike."""
+    """Bytes of its weights, whole and transposed; sent: of what the collective returns, the rows of all ranks padded
+    alike.
+    """
 
     kind: gather_order.Kind
     whole: int = 0
+    transposed: int = 0
     sent: int = 0
 
-    def add(self, parameter: Parameter, place: Place) -> None:
-        self.whole += parameter.elements
-        self.sent += held_elements(parameter, place) * place.size(parameter.copies)
+    def add(self, parameter: Parameter, place: Place, itemsize: int) -> None:
+        self.whole += parameter.elements * itemsize
+        self.sent += held_elements(parameter, place) * place.size(parameter.copies) * itemsize
+        if itemsize == FP8:
+            self.transposed += parameter.elements
 
 
 @dataclass
@@ -34,7 +41,7 @@ class _Held:
 
     peak: int = 0
     _sent: set[_Unit] = field(default_factory=set)
-    _whole: set[_Unit] = field(default_factory=set)
+    _whole: dict[_Unit, int] = field(default_factory=dict)
     _late: int = 0
 
     def gather(self, unit: _Unit, following: Sequence[_Unit] = (), *, is_forward: bool = False) -> None:
@@ -42,7 +49,7 @@ class _Held:
         if unit not in self._whole:
             was_asked = unit in self._sent
             self._sent.add(unit)
-            self._whole.add(unit)
+            self._whole[unit] = unit.whole if is_forward else unit.whole + unit.transposed
             self._note()
             self._sent.remove(unit)
             # of what it has waited for FSDP2 lets go after it has copied the next one
@@ -51,26 +58,37 @@ class _Held:
         self._note()
 
     def drop(self, unit: _Unit) -> None:
-        self._whole.remove(unit)
+        del self._whole[unit]
 
     def _note(self) -> None:
-        now = sum(unit.sent for unit in self._sent) + sum(unit.whole for unit in self._whole)
+        now = sum(unit.sent for unit in self._sent) + sum(self._whole.values())
         self.peak = max(self.peak, now + self._late)
 
 
-def gathered_elements(chunks: Sequence[Sequence[Parameter]], layers: Layers, recompute: str) -> int:
-    """Most elements of gathered weights at once on a rank; its chunks compute one after another."""
+def gathered_bytes(
+    chunks: Sequence[Sequence[Parameter]], layers: Layers, recompute: str, itemsize: Callable[[Parameter], int]
+) -> int:
+    """Most bytes of gathered weights at once on a rank; its chunks compute one after another.
+
+    itemsize: bytes of a number of a parameter.
+    """
     return max(
-        _of_chunk([p for p in parameters if is_spread(p, layers.place)], numbers, layers, recompute)
+        _of_chunk([p for p in parameters if is_spread(p, layers.place)], numbers, layers, recompute, itemsize)
         for parameters, numbers in zip(chunks, layers.chunks, strict=True)
     )
 
 
-def _of_chunk(spread: Sequence[Parameter], numbers: range, layers: Layers, recompute: str) -> int:
+def _of_chunk(
+    spread: Sequence[Parameter],
+    numbers: range,
+    layers: Layers,
+    recompute: str,
+    itemsize: Callable[[Parameter], int],
+) -> int:
     units: dict[str, _Unit] = {}
     for parameter in spread:
         name = unit_name(parameter)
-        units.setdefault(name, _Unit(_kind(name))).add(parameter, layers.place)
+        units.setdefault(name, _Unit(_kind(name))).add(parameter, layers.place, itemsize(parameter))
     of_layers = [[unit for name, unit in units.items() if _layer(name) == number] for number in numbers]
     last = [units[OUTPUT_LAYER]] if OUTPUT_LAYER in units else []
     held = _Held()

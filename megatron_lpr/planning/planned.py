@@ -10,11 +10,11 @@ from megatron_lpr.planning import memory, traffic, weight_traffic
 from megatron_lpr.planning.activations import Activations, Device
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.buffers import buckets
-from megatron_lpr.planning.casts import cast_bytes
-from megatron_lpr.planning.gathering import gathered_elements
+from megatron_lpr.planning.casts import FP8, cast_bytes, has_no_other, layers_in_fp8
+from megatron_lpr.planning.gathering import gathered_bytes
 from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, counted, repeated
-from megatron_lpr.planning.parameters import parameters
+from megatron_lpr.planning.parameters import Parameter, parameters
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
@@ -54,7 +54,13 @@ class PlannedRank:
         return weight_traffic.of_gradients(self.chunks, self.buckets, self.place)
 
     @cached_property
-    def _itemsize(self) -> int:
+    def _in_fp8(self) -> range:
+        return layers_in_fp8(self.recipe, self.arch)
+
+    def _itemsize(self, parameter: Parameter) -> int:
+        """Bytes of a number of a frozen parameter, as it is gathered."""
+        if has_no_other(self.recipe, parameter, self._in_fp8):
+            return FP8
         return torch_dtype(self.recipe.model.dtype).itemsize
 
     def layers(self, train: TrainConfig) -> Layers:
@@ -76,7 +82,7 @@ class PlannedRank:
     def _gathered_bytes(self, train: TrainConfig) -> int:
         key = train.recompute
         if key not in self._whole:
-            self._whole[key] = gathered_elements(self.chunks, self.layers(train), key) * self._itemsize
+            self._whole[key] = gathered_bytes(self.chunks, self.layers(train), key, self._itemsize)
         return self._whole[key]
 
     def moves(self, train: TrainConfig) -> list[Move]:

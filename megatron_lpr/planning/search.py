@@ -18,7 +18,7 @@ from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
 from megatron_lpr.planning.step_time import at_peak
-from megatron_lpr.recipe.fp8 import check_fp8
+from megatron_lpr.recipe.fp8 import check_fp8, lacking_to_shard
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 
@@ -89,7 +89,7 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
         for chunks in (1, 2, 4)
         if arch.num_layers % (stages * chunks) == 0
     ]
-    can_shard = recipe.train.trainable != "all" and recipe.fp8.frozen_weights != "fp8"
+    can_shard = recipe.train.trainable != "all" and not lacking_to_shard(recipe.fp8)
     spread: list[Literal["replicated", "sharded"]] = ["replicated", "sharded"] if can_shard else ["replicated"]
     tensors = _divisors(arch.num_query_groups, gpu.per_node)
     for frozen, context, tensor, (stages, chunks), expert in itertools.product(

@@ -1,7 +1,7 @@
 """What the collectives of a rank carry of weights and their gradients in one optimizer step."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.planning.amounts import Group
@@ -14,16 +14,20 @@ from megatron_lpr.planning.shards import held_elements, is_spread, unit_name
 
 _FP32 = 4
 Chunks = Sequence[Sequence[Parameter]]
+Itemsize = Callable[[Parameter], int]
 
 
-def of_frozen_weights(layers: Layers, chunks: Chunks, itemsize: int) -> list[Move]:
-    """Gathered for the forward pass of a micro-batch, and again for its backward pass."""
+def of_frozen_weights(layers: Layers, chunks: Chunks, itemsize: Itemsize) -> list[Move]:
+    """Gathered for the forward pass of a micro-batch, and again for its backward pass.
+
+    itemsize: bytes of a number of a parameter.
+    """
     place = layers.place
     tied = place.is_last and all(parameter.name != OUTPUT_LAYER for chunk in chunks for parameter in chunk)
     units: Counter[tuple[str, Group, int]] = Counter()
     for parameter in (p for chunk in chunks for p in chunk if is_spread(p, place)):
         key = unit_name(parameter), parameter.copies, _passes(parameter, layers, tied)
-        units[key] += held_elements(parameter, place) * itemsize
+        units[key] += held_elements(parameter, place) * itemsize(parameter)
     alike = Counter((ranks, passes, size) for (_, ranks, passes), size in units.items())
     return [
         Move("all_gather", ranks, size, number * passes, purpose="frozen")
@@ -39,6 +43,8 @@ def _passes(parameter: Parameter, layers: Layers, tied: bool) -> int:
     if parameter.name == EMBEDDING:
         return 1 + tied
     if not parameter.name.startswith("decoder.layers."):
+        return 2
+    if ".mlp.experts." in parameter.name:  # what they compute is weighed by a router, which learns
         return 2
     return 1 + layers.below_learns[int(parameter.name.split(".")[2])]
 

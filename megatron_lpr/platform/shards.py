@@ -14,6 +14,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_quantised(tensor: torch.Tensor) -> bool:
+    """Whether it is sharded, and its rows lie here quantised: these tell FSDP2 themselves how to gather them."""
+    return isinstance(tensor, DTensor) and hasattr(tensor._local_tensor, "fsdp_pre_all_gather")
+
+
 def mark_group(parameter: Any, group: dist.ProcessGroup) -> None:
     """Remember which ranks a parameter is spread over.
 
@@ -43,7 +48,12 @@ def group_of(parameter: Any) -> dist.ProcessGroup:
 
 @torch.no_grad()
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What of it lies on this rank: its own rows, or the whole tensor; the same memory, not a copy."""
+    """What of it lies on this rank: its own rows, or the whole tensor; the same memory, not a copy.
+
+    On the last ranks quantised rows may be followed by others, of zeros: all ranks have as many.
+    """
+    if is_quantised(tensor):
+        return cast(DTensor, tensor)._local_tensor  # to_local() would leave out their scale
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

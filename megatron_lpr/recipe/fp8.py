@@ -61,6 +61,17 @@ def check_fp8_here(recipe: Recipe) -> None:
         raise UserError(f"fp8.recipe: {wanted} does not run here ({lacking}); set {others}")
 
 
+def lacking_to_shard(settings: Fp8Config) -> str | None:
+    """Why frozen weights that are held in FP8 cannot be sharded; None where they can, or are held in bfloat16."""
+    if settings.frozen_weights != "fp8":
+        return None
+    if settings.recipe != "tensorwise":
+        return f"of {settings.recipe}'s scales a rank would need whole blocks of rows; tensorwise has one for a weight"
+    if _is_before("2.10"):
+        return "Transformer Engine before 2.10 has no quantised tensors that FSDP2 can gather"
+    return None
+
+
 def _check_frozen(recipe: Recipe, train: TrainConfig) -> None:
     """Of weights that are quantised no checkpoint can be written."""
     if train.trainable == "all":
@@ -132,8 +143,13 @@ def _gathers_whole_blocks(recipe: Recipe) -> bool:
     """Whether sequences are gathered in blocks of 128: older versions refuse the rest, newer ones gather it in bf16."""
     if recipe.fp8.recipe != "blockwise" or recipe.parallel.tensor == 1:
         return False
+    return _is_before("2.14")
+
+
+def _is_before(version: str) -> bool:
+    """Whether Transformer Engine is older."""
     try:
-        return Version(importlib.metadata.version("transformer_engine")) < Version("2.14")
+        return Version(importlib.metadata.version("transformer_engine")) < Version(version)
     except importlib.metadata.PackageNotFoundError:
         return False  # on a machine that plans only
 

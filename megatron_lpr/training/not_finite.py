@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.files.json_lines import JsonLines, complete_lines, from_json
 from megatron_lpr.model.builder import named_weights
+from megatron_lpr.model.fp8_rows import Fp8Rows
 from megatron_lpr.platform.shards import own_part
 from megatron_lpr.training.fault import Fault, find_fault
 from megatron_lpr.training.hooks.hook import RunningTrainer
@@ -121,5 +122,6 @@ def explain(fault: Fault, *, step: int, weight: str | None, lr: float, saved: in
 
 def _own(chunks: Iterable[torch.nn.Module]):
     for name, parameter in named_weights(chunks):
-        if not torch.isfinite(own_part(parameter)).all():
+        values = own_part(parameter)
+        if not torch.isfinite(values.dequantize() if isinstance(values, Fp8Rows) else values).all():
             yield f"the {'trained' if parameter.requires_grad else 'frozen'} weight {name}"

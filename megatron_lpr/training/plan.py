@@ -38,6 +38,7 @@ from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.model.parameters import shards_frozen
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_machine, check_recipe
+from megatron_lpr.recipe.fp8 import lacking_to_shard
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
 from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
@@ -196,13 +197,14 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
 
 
 def _check_frozen_fp8(plan: Plan) -> None:
-    """UserError where weights could not be held in FP8, each whole, or would have to be saved."""
+    """UserError where weights could not be held in FP8, or would have to be saved."""
     if plan.recipe.fp8.frozen_weights != "fp8":
         return
-    if shards_frozen(plan.recipe, plan.arch, plan.world_size):
+    lacking = lacking_to_shard(plan.recipe.fp8)
+    if lacking and shards_frozen(plan.recipe, plan.arch, plan.world_size):
         raise UserError(
-            "fp8.frozen_weights: fp8 does not go with sharded frozen weights (parallel.frozen); set parallel.frozen: "
-            "replicated, or bf16"
+            f"fp8.frozen_weights: fp8 does not go with sharded frozen weights (parallel.frozen) here: {lacking}; set "
+            "parallel.frozen: replicated, or bf16"
         )
     if plan.content(finished=True) == "whole":
         raise UserError(

@@ -21,7 +21,10 @@ def in_fp8(recipe: str, recompute: str = "none", frozen_weights: str = "bf16", *
 CASES = {
     "tensorwise": [
         (in_fp8("tensorwise", tensor=2), in_fp8("tensorwise", expert=2, frozen="sharded")),
-        (in_fp8("tensorwise", expert=2), in_fp8("tensorwise", "selective", "fp8", tensor=2, expert=2)),
+        (
+            in_fp8("tensorwise", expert=2),
+            in_fp8("tensorwise", "selective", "fp8", tensor=2, expert=2, frozen="sharded"),
+        ),
     ],
     "blockwise": [(in_fp8("blockwise", expert=2), in_fp8("blockwise", "full", "fp8", pipeline=2))],
 }

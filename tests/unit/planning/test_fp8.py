@@ -9,6 +9,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.planning import search
 from megatron_lpr.planning.hardware import GPUS
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.planned import planned
@@ -40,6 +41,29 @@ def test_held_in_fp8(root):
     assert held["bf16"].casts - transposed == held["fp8"].casts > 2 * (arch.num_layers - 1) * of_layer
     of_bf16 = dataclasses.replace(recipe, fp8=dataclasses.replace(recipe.fp8, recipe="none"))
     assert planned(of_bf16, arch, 8, 0)[0].casts == 0
+
+
+def test_rows_held_in_fp8(root):
+    """A byte of each number of a linear layer, divided by the ranks, and as many bytes gathered."""
+    recipe = recipe_of("fp8.recipe=tensorwise", "parallel.frozen=sharded")
+    arch, found = read_architecture(recipe.model.base), {}
+    for frozen_weights in ("bf16", "fp8"):
+        fp8 = dataclasses.replace(recipe.fp8, frozen_weights=frozen_weights)
+        found[frozen_weights] = planned(dataclasses.replace(recipe, fp8=fp8), arch, 8, 0)
+    (bf16, plain), (fp8, bytewise) = found["bf16"], found["fp8"]
+    rows = fp8.casts - bf16.casts - 4 * 4 * arch.num_layers  # four weights of a layer, each with its scale
+    assert bf16.frozen - fp8.frozen == 2 * rows and bf16.gathered > fp8.gathered > bf16.gathered / 2
+    moved, fewer = plain["all_gather", "frozen"], bytewise["all_gather", "frozen"]
+    batches = recipe.train.global_batch_size // recipe.train.micro_batch_size // 8
+    backward = (arch.num_layers - 1) * rows // arch.num_layers
+    assert moved.calls == fewer.calls and moved.bytes - fewer.bytes == batches * (rows + backward)
+
+
+@pytest.mark.parametrize("numbers, can_shard", [("tensorwise", True), ("blockwise", False)])
+def test_layouts_that_shard_what_is_held_in_fp8(root, numbers, can_shard):
+    recipe = recipe_of(f"fp8.recipe={numbers}", "fp8.frozen_weights=fp8")
+    sizes = search._sizes(recipe, read_architecture(recipe.model.base), 8, GPUS["h100"])
+    assert {one.frozen for one in sizes} == ({"replicated", "sharded"} if can_shard else {"replicated"})
 
 
 def test_rate_of_the_products(root):

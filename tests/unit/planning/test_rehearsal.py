@@ -32,6 +32,7 @@ LAYOUTS = {
         {"global_batch_size": 64},
     ),
     "sharded_middle": (16, {"pipeline": 4, "frozen": "sharded"}, {"global_batch_size": 64, "recompute": "selective"}),
+    "sharded_review_kept": (4, {"frozen": "sharded"}, {"trainable": "routers"}),
     "sharded_review": (4, {"frozen": "sharded"}, {"trainable": "routers", "recompute": "full"}),
 }
 EXACT = ("frozen", "trained", "gradients", "optimizer", "gathered")

@@ -1,6 +1,7 @@
 """A run whose frozen weights are held in FP8 saves none of them, and is refused where it would have to."""
 
 import dataclasses
+import importlib.metadata
 
 import pytest
 from harness import make_plan, make_recipe, mixed_batch
@@ -28,10 +29,16 @@ def test_no_checkpoint_holds_them(toy_base, tmp_path):
     assert {routers.content(finished=finished) for finished in (False, True)} == {"over checkpoint"}
 
 
-def test_sharded_ones_are_refused(toy_base, tmp_path):
-    plan = plan_of(toy_base, tmp_path, parallel={"frozen": "sharded"})
-    with pytest.raises(UserError, match="does not go with sharded frozen weights .*; set parallel.frozen: replicated"):
-        _check_frozen_fp8(plan)
+def test_sharded_ones_need_one_scale(toy_base, tmp_path, monkeypatch):
+    sharded = {"parallel": {"frozen": "sharded"}}
+    _check_frozen_fp8(plan_of(toy_base, tmp_path, **sharded))
+    blockwise = plan_of(toy_base, tmp_path, **sharded, fp8={"recipe": "blockwise", "frozen_weights": "fp8"})
+    with pytest.raises(UserError, match="does not go with sharded .* whole blocks of rows.*; set parallel"):
+        _check_frozen_fp8(blockwise)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.9.0")
+    with pytest.raises(UserError, match="does not go with sharded .* Transformer Engine before 2.10"):
+        _check_frozen_fp8(plan_of(toy_base, tmp_path, **sharded))
+    _check_frozen_fp8(plan_of(toy_base, tmp_path))
 
 
 def test_weights_that_are_not_the_bases_are_refused(toy_base, tmp_path, monkeypatch):
