@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-_APEX = ("apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 
 
 def lacking_for_transformer_engine() -> str | None:
@@ -37,7 +37,6 @@ def hide_kernels() -> None:
     Megatron takes Adam, norms and gradient norms from what it can import, and asks for no GPU: the kernels would find
     no device in the first step. And where they do not even load, the error may be one that Megatron lets through.
     """
-    names = ("transformer_engine", *_APEX)
-    loaded = [module for module in sys.modules if module.startswith(tuple(f"{name}." for name in names))]
-    for name in (*names, *loaded):
+    loaded = [module for module in sys.modules if module.startswith(tuple(f"{name}." for name in _PACKAGES))]
+    for name in (*_PACKAGES, *loaded):
         sys.modules[name] = None  # type: ignore[assignment]

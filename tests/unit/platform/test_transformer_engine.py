@@ -95,6 +95,7 @@ def test_what_stands_in_for_kernels_needs_no_gpu(monkeypatch, tmp_path):
     import te_on_cpu
 
     assert not kernels_run_here()
+    monkeypatch.delitem(sys.modules, "transformer_engine_torch", raising=False)  # hidden, where Megatron is imported
     monkeypatch.setenv(te_on_cpu.VARIABLE, str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
