@@ -8,6 +8,7 @@ optimizer and exports know.
 Shapes: T tokens of all experts in their order, N experts, I inputs, O outputs, H hidden, F width.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -59,16 +60,13 @@ class GroupedExperts(SequentialMLP):
 
     def at_once(self, x_TH: Tensor, tokens_N: Tensor, probs_T: Tensor) -> Tensor:
         """probs * fc2(silu(gate) * up) with [gate; up] = fc1, each token with the weights of its expert."""
-        for linear in (
-            getattr(expert, layer) for expert in self.local_experts for layer in ("linear_fc1", "linear_fc2")
-        ):
+        linears = [[getattr(expert, name) for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")]
+        for linear in itertools.chain(*linears):
             # Megatron waits for the weights of its last step there (`overlap_param_gather`); nobody calls these modules
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
         ends_N = tokens_N.cumsum(0).to(x_TH.device, torch.int32, non_blocking=True)
-        fc1, fc2 = (
-            [getattr(expert, layer).weight for expert in self.local_experts] for layer in ("linear_fc1", "linear_fc2")
-        )
+        fc1, fc2 = ([linear.weight for linear in of_experts] for of_experts in linears)
         hidden_T2F, probs_T1 = _GroupedLinear.apply(x_TH, ends_N, *fc1), probs_T[:, None]
         if self.config.bias_activation_fusion:  # one kernel, which keeps its input only
             hidden_TF = weighted_bias_swiglu_impl(hidden_T2F, None, probs_T1)

@@ -45,7 +45,7 @@ def layer_has_experts(config: TransformerConfig) -> list[bool]:
 def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> TransformerConfig:
     """The configuration of a dense model (`model.num_experts: 0`) or of its upcycled form.
 
-    With Transformer Engine (`te`) the new experts of a rank run as one grouped GEMM.
+    With Transformer Engine (`te`) the new experts of a rank run as grouped products: its own, or torch's.
     """
     dtype, fused = torch_dtype(recipe.model.dtype), fused_kernels(recipe, te)
     common = dict(
@@ -130,7 +130,7 @@ def _parallel(recipe: Recipe) -> dict:
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=sizes.expert_tensor,
         batch_p2p_comm=on_gpu,  # gloo has no batched point-to-point
-        gradient_accumulation_fusion=False,  # fused_kernels.py turns it on for the weights that train
+        gradient_accumulation_fusion=False,  # fused_gradients.py turns it on for the weights that train
         bias_dropout_fusion=False,  # without biases and dropout that is one addition, which needs no compiled kernel
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
