@@ -4,27 +4,18 @@ On a GPU, where bfloat16 asks for cuDNN's kernels, and on the emulation (`make t
 """
 
 import dataclasses
-import importlib.util
-import os
 
 import numpy as np
 import pytest
-import te_on_cpu
 import torch
+from gpu_marks import ON_GPU_OR_EMULATION
 from harness import make_plan, make_recipe, mixed_batch
 
 from megatron_lpr.platform import leave_layout, megatron
 from megatron_lpr.recipe.settings import CheckpointConfig
 from megatron_lpr.testing.run_distributed import run_distributed
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() and not os.environ.get(te_on_cpu.VARIABLE),
-        reason="needs a CUDA device, or Transformer Engine emulated (make test-te)",
-    ),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
-]
+pytestmark = ON_GPU_OR_EMULATION
 DTYPES = {"float32": 1e-3 if torch.cuda.is_available() else 1e-5, "bfloat16": 3e-2}  # fp32 products may be TF32
 LOSSES = ("ntp_loss", "lpr_loss", "grad_norm")
 

@@ -3,14 +3,12 @@
 On a GPU, and on the emulation (`make test-te`), where the same tests show everything but the kernels.
 """
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-import te_on_cpu
 import torch
+from gpu_marks import EMULATED, ON_GPU_OR_EMULATION
 from harness import gradients, unwrapped
 from layouts import STAGES, trainer_of, write_source
 
@@ -20,15 +18,7 @@ from megatron_lpr.platform.to_host import ToHost
 from megatron_lpr.recipe.text_settings import EvaluationCorpus
 from megatron_lpr.testing.toy_models import write_toy_model
 
-EMULATED = bool(os.environ.get(te_on_cpu.VARIABLE))
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() and not EMULATED,
-        reason="needs a CUDA device, or Transformer Engine emulated (make test-te)",
-    ),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
-]
+pytestmark = ON_GPU_OR_EMULATION
 RECIPES = ("tensorwise", "blockwise")
 # a token of few that goes to another expert, for a rounded router input, is much
 NEAR = {"ntp_loss": 1e-2, "balance_loss": 5e-2, "lpr_loss": 0.1, "grad_norm": 0.25}

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from gpu_marks import ON_GPU
 from layouts import trainer_of
 
 from megatron_lpr.platform.fp8 import lacking_for_fp8
 from megatron_lpr.testing.toy_models import write_toy_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = ON_GPU
 
 
 @pytest.mark.parametrize("numbers", ["tensorwise", "blockwise"])

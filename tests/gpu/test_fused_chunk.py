@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gpu_marks import ON_GPU
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = ON_GPU
 TOKENS, HIDDEN, COLUMNS = 77, 64, 10_000
 
 

@@ -1,16 +1,11 @@
 """On a GPU: fused kernels compute what PyTorch's operations compute."""
 
-import importlib.util
-
 import pytest
 import torch
+from gpu_marks import NEEDS_TE, ON_GPU
 from layouts import STAGES, trainer_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
-]
+pytestmark = [*ON_GPU, NEEDS_TE]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,15 +1,13 @@
 """On a GPU: the frozen experts on a side stream give the same numbers, to the bit, as in turn."""
 
-import importlib.util
-
 import pytest
 import torch
+from gpu_marks import NEEDS_TE, ON_GPU
 from harness import gradients
 from layouts import trainer_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-SPECS = ["local", pytest.param("te", marks=pytest.mark.skipif(not HAS_TE, reason="needs Transformer Engine"))]
+pytestmark = ON_GPU
+SPECS = ["local", pytest.param("te", marks=NEEDS_TE)]
 
 
 def run(base, stage, output, source, *, spec, recompute, overlap):

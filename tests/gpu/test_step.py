@@ -1,14 +1,13 @@
 """On a GPU: nothing of ours waits for the device in a step, and grouped products compute what the loop does."""
 
-import importlib.util
 import warnings
 
 import pytest
 import torch
+from gpu_marks import NEEDS_TE, ON_GPU
 from layouts import trainer_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-NEEDS_TE = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine")
+pytestmark = ON_GPU
 LOCAL = {"model": {"spec": "local", "dtype": "bfloat16", "num_experts": 5}}
 
 

@@ -3,22 +3,11 @@
 On a GPU, and on the emulation (`make test-te`), where the same tests show everything but the kernels.
 """
 
-import importlib.util
-import os
-
 import pytest
-import te_on_cpu
-import torch
+from gpu_marks import ON_GPU_OR_EMULATION
 from layouts import STAGES, trainer_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() and not os.environ.get(te_on_cpu.VARIABLE),
-        reason="needs a CUDA device, or Transformer Engine emulated (make test-te)",
-    ),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
-]
+pytestmark = ON_GPU_OR_EMULATION
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss", "grad_norm")
 
 
