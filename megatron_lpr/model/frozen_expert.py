@@ -77,11 +77,11 @@ class FrozenExpert(MegatronModule):
     def rows_for(self, tokens: int, x_TH: Tensor) -> int:
         """Rows of its products for so many of x's tokens: in FP8 a multiple of 16 (MXFP8: 32), and never none.
 
-        On a GPU at most a 64th of x's tokens more, so that few numbers occur: cuBLAS chooses a kernel for each number
-        of rows that it has not seen, which takes the host longer than ten launches.
+        In bf16 and on a GPU at most a 64th of x's tokens more, so that few numbers occur: for each number of rows that
+        it has not met cuBLAS chooses a kernel and oneDNN compiles one, which takes longer than ten launches.
         """
         multiple = needed = get_align_size_for_quantization(self.config) if self.config.fp8 else 1
-        if x_TH.is_cuda:
+        if x_TH.is_cuda or x_TH.dtype is torch.bfloat16:
             while 2 * multiple <= len(x_TH) // 64:
                 multiple *= 2
         tokens = max(tokens, needed) if self.config.fp8 else tokens

@@ -1,15 +1,13 @@
-"""The new experts of a rank: Megatron's loop over them, or torch's grouped products of all at once.
+"""The new experts of a rank: Megatron's loop over them, or products of all at once.
 
 The loop launches some twenty kernels for each expert, forward and backward, and gives each few rows where there are
 many experts. Transformer Engine's grouped product is one of cuBLAS for each expert, which chooses anew for each number
-of rows. torch's takes all experts at once and chooses nothing, but wants their weights in one tensor: they are copied
-together for each product (and not kept for the backward pass), and stay the parameters that checkpoints, Megatron's
-optimizer and exports know.
-Shapes: T tokens of all experts in their order, N experts, I inputs, O outputs, H hidden, F width.
+of rows. Here everything but the products themselves is one operation for all experts, and on a GPU the products are too
+(expert_products.py); the weights stay the parameters that checkpoints, Megatron's optimizer and exports know.
+Shapes: T tokens of all experts in their order, N experts, H hidden, F width.
 """
 
 import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,8 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from megatron_lpr.model.even_rows import EvenRows
+from megatron_lpr.model.expert_products import ExpertLinear, grouped_mm
 from megatron_lpr.model.transformer_config import LPRTransformerConfig
 
 # Rows x hidden x width of an expert's product: from there on a GPU takes longer for one than the host needs to have the
@@ -24,18 +24,22 @@ from megatron_lpr.model.transformer_config import LPRTransformerConfig
 # 2048 x 5504 with 2,720 rows each 6.6 ms with torch's against 10.5 ms, with 5,440 rows 12.9 against 10.9.
 LARGEST = 100_000_000_000
 
-grouped_mm: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)  # older versions of torch have none
-
 
 def computes_at_once(config: LPRTransformerConfig) -> bool:
-    """Whether torch's grouped product computes the new experts of a rank: in bf16, on GPUs that have it."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
-        return False
-    return config.params_dtype is torch.bfloat16 and not config.fp8 and suits_grouping(config)
+    """Whether the new experts of a rank are computed at once: on CPUs, and in bf16 on GPUs with a grouped product."""
+    if not torch.cuda.is_available():
+        return not config.fp8
+    is_able = torch.cuda.get_device_capability() >= (9, 0) and config.params_dtype is torch.bfloat16
+    return is_able and not config.fp8 and suits_grouping(config)
+
+
+def replaces_transformer_engine(config: LPRTransformerConfig) -> bool:
+    """Whether that is quicker than Transformer Engine's grouped layer; without a GPU only tests have one, emulated."""
+    return torch.cuda.is_available() and computes_at_once(config)
 
 
 def suits_grouping(config: LPRTransformerConfig) -> bool:
-    """The same but for the device and the numbers."""
+    """Whether torch's grouped product takes such experts, and is quicker."""
     hidden, width = config.hidden_size, config.moe_ffn_hidden_size // config.expert_tensor_parallel_size
     is_small = config.rows_of_an_expert * hidden * width <= LARGEST
     begins_right = not hidden % 8 and not width % 8  # rows of the products, at multiples of 16 bytes
@@ -51,12 +55,16 @@ class GroupedExperts(SequentialMLP):
         self.is_grouped = computes_at_once(config)
 
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor):
-        if not self.is_grouped or not len(permuted_local_hidden_states):
-            if not permuted_probs.is_cuda:
-                # a product of two precisions is computed on copies in fp32; frozen experts take them like this too
-                permuted_probs = permuted_probs.to(permuted_local_hidden_states.dtype)
-            return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
-        return self.at_once(permuted_local_hidden_states, tokens_per_expert, permuted_probs), None
+        x_TH, probs_T = permuted_local_hidden_states, permuted_probs
+        if not x_TH.is_cuda:
+            # a product of two precisions is computed on copies in fp32; frozen experts take them like this too
+            probs_T = probs_T.to(x_TH.dtype)
+        if not self.is_grouped or not len(x_TH):
+            return super().forward(x_TH, tokens_per_expert, probs_T)
+        if x_TH.is_cuda or x_TH.dtype is not torch.bfloat16:
+            return self.at_once(x_TH, tokens_per_expert, probs_T), None
+        even = EvenRows(tokens_per_expert)
+        return even.gather(self.at_once(even.spread(x_TH), even.rows_N, even.spread(probs_T))), None
 
     def at_once(self, x_TH: Tensor, tokens_N: Tensor, probs_T: Tensor) -> Tensor:
         """probs * fc2(silu(gate) * up) with [gate; up] = fc1, each token with the weights of its expert."""
@@ -67,36 +75,10 @@ class GroupedExperts(SequentialMLP):
                 hook(linear, ())
         ends_N = tokens_N.cumsum(0).to(x_TH.device, torch.int32, non_blocking=True)
         fc1, fc2 = ([linear.weight for linear in of_experts] for of_experts in linears)
-        hidden_T2F, probs_T1 = _GroupedLinear.apply(x_TH, ends_N, *fc1), probs_T[:, None]
+        hidden_T2F, probs_T1 = ExpertLinear.apply(x_TH, ends_N, *fc1), probs_T[:, None]
         if self.config.bias_activation_fusion:  # one kernel, which keeps its input only
             hidden_TF = weighted_bias_swiglu_impl(hidden_T2F, None, probs_T1)
         else:
             gate_TF, up_TF = hidden_T2F.chunk(2, dim=-1)
             hidden_TF = (F.silu(gate_TF) * up_TF * probs_T1).to(x_TH.dtype)
-        return _GroupedLinear.apply(hidden_TF, ends_N, *fc2)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """[T, I], N weights [O, I] -> [T, O]; rows up to ends[n] are expert n's, from those of the expert before on.
-
-    Weights that do not learn have no product for their gradient, and the input is not kept for one.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TI: Tensor, ends_N: Tensor, *weights_OI: Tensor) -> Tensor:
-        assert grouped_mm is not None
-        learns = any(weight.requires_grad for weight in weights_OI)
-        ctx.save_for_backward(x_TI if learns else None, ends_N, *weights_OI)
-        return grouped_mm(x_TI, torch.stack(weights_OI).transpose(1, 2), offs=ends_N)
-
-    @staticmethod
-    def backward(ctx, grad_TO: Tensor):
-        assert grouped_mm is not None
-        x_TI, ends_N, *weights_OI = ctx.saved_tensors
-        grad_TO, grad_TI = grad_TO.contiguous(), None
-        grads_OI: tuple[Tensor | None, ...] = (None,) * len(weights_OI)
-        if ctx.needs_input_grad[0]:
-            grad_TI = grouped_mm(grad_TO, torch.stack(weights_OI), offs=ends_N)
-        if x_TI is not None:
-            grads_OI = grouped_mm(grad_TO.t(), x_TI, offs=ends_N).unbind()
-        return grad_TI, None, *grads_OI
+        return ExpertLinear.apply(hidden_TF, ends_N, *fc2)

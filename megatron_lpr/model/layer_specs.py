@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
-from megatron_lpr.model.grouped_experts import GroupedExperts, computes_at_once
+from megatron_lpr.model.grouped_experts import GroupedExperts, replaces_transformer_engine
 from megatron_lpr.model.grouped_linear import frozen_aware
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
@@ -74,7 +74,7 @@ def _te_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
 
 
 def _lpr_moe(config: LPRTransformerConfig, te: bool) -> ModuleSpec:
-    te_experts = te and not computes_at_once(config)
+    te_experts = te and not replaces_transformer_engine(config)
     moe = get_moe_module_spec(use_te=te_experts, num_experts=config.num_moe_experts, moe_grouped_gemm=te_experts)
     submodules = submodules_of(moe)
     submodules.router = LPRRouter

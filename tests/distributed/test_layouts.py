@@ -103,11 +103,15 @@ GROUPED = {
     },
 }
 for ranks, layouts in GROUPED.items():
-    LAYOUTS[ranks] |= {name: sizes | {"grouped": True} for name, sizes in layouts.items()}
+    LAYOUTS[ranks] |= {name: sizes | {"experts": "grouped"} for name, sizes in layouts.items()}
+# as on a GPU in fp32, or with large experts
+LOOPED = {1: {"looped": {}}, 4: {"dp4_overlap_looped": OVERLAP, "etp2_ep2_looped": {"expert_tensor": 2, "expert": 2}}}
+for ranks, layouts in LOOPED.items():
+    LAYOUTS[ranks] |= {name: sizes | {"experts": "looped"} for name, sizes in layouts.items()}
 TRAIN = ("micro_batch_size", "recompute")
 NEEDS_EXPERTS = {"expert", "expert_tensor", "dispatcher"}
 SAMPLES = len(unfair_batch().tags_BS)
-VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen", "grouped"}
+VARIATIONS = {*TRAIN, *OVERLAP, "dispatcher", "distributed_optimizer", "frozen", "experts"}
 
 
 def sections(world_size: int, sizes: dict) -> dict:
@@ -120,7 +124,7 @@ def sections(world_size: int, sizes: dict) -> dict:
     copies = world_size // (sizes.get("tensor", 1) * pipeline * sizes.get("context", 1))
     micro_batch_size = 1 if copies == world_size else max(1, SAMPLES // copies // (2 * pipeline))
     return {
-        "parallel": {name: value for name, value in sizes.items() if name not in (*TRAIN, "grouped")},
+        "parallel": {name: value for name, value in sizes.items() if name not in (*TRAIN, "experts")},
         "train": {"micro_batch_size": micro_batch_size} | {n: value for n, value in sizes.items() if n in TRAIN},
     }
 
@@ -150,7 +154,7 @@ CASES = {
             stage=stage,
             changes=sections(world_size, sizes),
             steps=steps(name, stage, sizes),
-            grouped=sizes.get("grouped", False),
+            experts=sizes.get("experts"),
         ),
     )
     for world_size, layouts in LAYOUTS.items()
@@ -181,7 +185,7 @@ LOADS = {
     world_size: {
         name: sections(world_size, sizes)
         for name, sizes in layouts.items()
-        if not {*TRAIN, *OVERLAP, "grouped"} & sizes.keys()
+        if not {*TRAIN, *OVERLAP, "experts"} & sizes.keys()
     }
     for world_size, layouts in LAYOUTS.items()
 }

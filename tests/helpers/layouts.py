@@ -49,7 +49,7 @@ class Case:
     resume_at: Sections | None = None
     steps: int = 2
     chunk_bytes: int | None = None  # of logits at once in the loss; as in a real run a toy's are one chunk
-    grouped: bool = False  # new experts in torch's grouped product, as on a GPU
+    experts: str | None = None  # new ones "grouped": in torch's grouped product; "looped": in Megatron's loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,13 @@ def trainer_of(base: Path, stage: str, output: Path, changes=None, *, source=Non
 
 def run_case(base: Path, case: Case, source: Path, output: Path, world_size: int) -> tuple[list[dict], list[Piece]]:
     """The metrics of each step, and this rank's pieces of the first step's gradients."""
-    from megatron_lpr.model import grouped_experts, layer_specs, output_layer
+    from megatron_lpr.model import expert_products, grouped_experts, output_layer
     from megatron_lpr.platform import leave_layout
 
-    at_once = grouped_experts.suits_grouping if case.grouped else grouped_experts.computes_at_once
     with (
         mock.patch.object(output_layer, "CHUNK_BYTES", case.chunk_bytes or output_layer.CHUNK_BYTES),
-        mock.patch.object(layer_specs, "computes_at_once", at_once),
-        mock.patch.object(grouped_experts, "computes_at_once", at_once),
+        mock.patch.object(grouped_experts, "computes_at_once", lambda config: case.experts != "looped"),
+        mock.patch.object(expert_products, "in_one_kernel", lambda x: case.experts == "grouped"),
     ):
         trainer = trainer_of(base, case.stage, output, case.changes, source=source, world_size=world_size)
         metrics = [trainer.train_step()]
