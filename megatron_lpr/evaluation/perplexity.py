@@ -22,6 +22,7 @@ import torch
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.windows import Text
+from megatron_lpr.recipe.fields import required
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
@@ -34,9 +35,9 @@ class CorpusScore:
     name: str
     language: str
     role: str
-    bits_per_byte: float
+    bits_per_byte: float = required("what the model pays for a byte", above=0)
     tokens: int
-    bytes: int
+    bytes: int = required("of the text, in UTF-8", at_least=1)
 
 
 NatsFn = Callable[[Text, Callable[[int, int], None]], float]

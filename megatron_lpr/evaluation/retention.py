@@ -6,13 +6,16 @@ was partly forgotten. It reads like the "share of original kept" of arXiv 2408.1
 quality.
 """
 
+import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
+from megatron_lpr.evaluation.result_file import read_result
 from megatron_lpr.files.output_place import check_file
 
 
@@ -32,7 +35,7 @@ class EvaluationResult:
     tokenizer: str | None = None
     bos_id: int | None = None
     parse_special_tokens: bool | None = None
-    routing: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    routing: dict[str, list[float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         scores = ", ".join(f"{score.name} {score.bits_per_byte:.3f}" for score in self.corpora)
@@ -60,17 +63,7 @@ class EvaluationResult:
         Raises:
             UserError: no such file, or another kind of file.
         """
-        try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
-            corpora = tuple(CorpusScore(**corpus) for corpus in tree["corpora"])
-            more = {key: tree.get(key) for key in ("tokenizer", "bos_id", "parse_special_tokens")}
-            return cls(
-                model=tree["model"], window=tree["window"], corpora=corpora, **more, routing=_read_routing(Path(path))
-            )
-        except OSError as error:
-            raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate`") from None
+        return dataclasses.replace(read_result(cls, path), routing=_read_routing(Path(path)))
 
 
 def _routing_file(out: Path) -> Path:
@@ -81,7 +74,10 @@ def _routing_file(out: Path) -> Path:
 def _read_routing(out: Path) -> dict[str, list[float]]:
     """`EvaluationResult.routing` of the result in `out`."""
     file = _routing_file(out)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_result(dict[str, list[float]], file) if os.path.lexists(file) else {}
+    if empty := [name for name, shares in found.items() if not shares]:
+        raise UserError(f"evaluation result {file}: has no layers of {empty[0]}; evaluate again")
+    return found
 
 
 def retention(base: EvaluationResult, model: EvaluationResult) -> dict[str, float]:

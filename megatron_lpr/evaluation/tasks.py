@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.evaluation.result_file import read_result
 from megatron_lpr.evaluation.retention import markdown
 from megatron_lpr.evaluation.task_names import BENCHMARKS, Task, tasks_of
 from megatron_lpr.files.output_place import check_file
@@ -43,20 +44,14 @@ class TaskResult:
     @classmethod
     def load(cls, path: str | Path) -> "TaskResult":
         """Read a result that `save` wrote. UserError where it is none."""
-        try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(model=tree["model"], tasks=tuple(TaskScore(**score) for score in tree["tasks"]))
-        except OSError as error:
-            raise UserError(f"evaluation result {path}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"evaluation result {path}: not written by `megatron-lpr evaluate --tasks`") from None
+        return read_result(cls, path, "megatron-lpr evaluate --tasks")
 
 
 def is_task_result(path: str | Path) -> bool:
     """Whether a file says that it is a `TaskResult`."""
     try:
         tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and "tasks" in tree
 

@@ -75,6 +75,11 @@ def from_json(line: bytes | str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def printable(text: str) -> str:
+    """Halves of characters, which JSON may spell and nothing can print, become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def complete_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file one by one; the last one only if it has its end."""
     with path.open("rb") as lines:

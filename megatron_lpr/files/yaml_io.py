@@ -49,7 +49,7 @@ def parse_yaml(text: str, where: str) -> Any:
             if root is None:
                 return None
             _check_keys(loader, root, where)
-            return loader.construct_document(root)
+            return loader.construct_object(root, deep=True)  # refuses what lies inside itself
         finally:
             loader.dispose()
     except yaml.YAMLError as error:

@@ -10,7 +10,6 @@ import torch
 from megatron_lpr.families import Architecture
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.files.safetensors_io import torch_dtype
-from megatron_lpr.recipe.settings import Recipe
 
 POLICIES: dict[str, Callable[[str], bool]] = {
     "new_experts_and_routers": lambda name: ".mlp.router." in name or ".mlp.experts." in name,
@@ -18,9 +17,6 @@ POLICIES: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
 }
 VOCAB_DIVISOR = 128
-# Bytes of frozen weights on a rank, above which `parallel.frozen: auto` shards them. So many copies take a fifth of an
-# H100; fewer are cheaper than gathering every layer for every micro-batch (docs/layouts.md).
-SHARDED_ABOVE = 16 << 30
 
 
 def freeze(chunks: Iterable[torch.nn.Module], trainable: str | None) -> None:
@@ -77,35 +73,3 @@ def parameter_sizes(
     yield "decoder.final_layernorm.weight", hidden
     if not arch.tie_word_embeddings:
         yield OUTPUT_LAYER, vocab_size * hidden
-
-
-def frozen_bytes(recipe: Recipe, arch: Architecture, *, sharded_over: int = 0) -> int:
-    """Bytes of the frozen weights that a rank holds, the mean over pipeline stages.
-
-    Args:
-        sharded_over: ranks of the run, which hold each weight once; 0: every rank holds its own copy.
-    """
-    model, sizes = recipe.model, recipe.parallel
-    total = 0
-    for name, size in parameter_sizes(
-        arch,
-        num_experts=model.num_experts,
-        num_frozen=model.num_frozen_experts,
-        vocab_size=padded_vocab_size(arch.vocab_size, sizes.tensor),
-    ):
-        if recipe.train and is_trainable(name, recipe.train.trainable):
-            continue
-        copies_over = sizes.tensor
-        if ".mlp.frozen_experts." in name:
-            copies_over = 1
-        elif ".mlp.experts." in name:
-            copies_over = sizes.expert * sizes.expert_tensor
-        total += size // (sharded_over or copies_over * sizes.pipeline) * itemsize(name, model.dtype)
-    return total
-
-
-def shards_frozen(recipe: Recipe, arch: Architecture, world_size: int) -> bool:
-    """Whether the frozen weights are spread over ranks (parallel.frozen)."""
-    if recipe.parallel.frozen != "auto":
-        return recipe.parallel.frozen == "sharded"
-    return world_size > recipe.parallel.pipeline and frozen_bytes(recipe, arch) > SHARDED_ABOVE

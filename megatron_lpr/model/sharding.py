@@ -29,7 +29,8 @@ from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache,
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.builder import build_model
 from megatron_lpr.model.gather_order import Kind, in_backward, in_forward, with_backward
-from megatron_lpr.model.parameters import freeze, shards_frozen
+from megatron_lpr.model.parameters import freeze
+from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.platform import device, on_leave
 from megatron_lpr.platform.shards import mark_group, marks_kept
 from megatron_lpr.recipe.settings import Recipe

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from megatron_lpr.model.rank.place import Group
+
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
-Group = Literal["tensor", "context", "data", "pipeline", "expert", "expert_tensor", "expert_data", "frozen", "world"]
 
 
 @dataclass(frozen=True, kw_only=True)

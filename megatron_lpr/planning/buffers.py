@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_lpr.model.parameters import itemsize
-from megatron_lpr.planning.amounts import Group
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.place import Group, Place
 
 _ALIGNED, _BUCKETS_ALIGNED = 64, 128
 _LEAST_BUCKET, _BUCKET_OF_A_RANK = 40_000_000, 1_000_000  # elements, where reductions overlap the backward pass

@@ -10,7 +10,8 @@ from megatron.core import parallel_state
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lpr.planning.amounts import Amount, Collective, Group
+from megatron_lpr.model.rank.place import Group
+from megatron_lpr.planning.amounts import Amount, Collective
 from megatron_lpr.planning.gathered_weights import GatheredWeights
 
 # operator of torch.ops.c10d: its name here, and which argument the rank's input is

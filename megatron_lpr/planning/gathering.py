@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.model import gather_order
-from megatron_lpr.planning.casts import FP8
-from megatron_lpr.planning.layers import Layers
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
-from megatron_lpr.planning.shards import held_elements, is_spread, unit_name
+from megatron_lpr.model.rank.casts import FP8
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.place import Place
+from megatron_lpr.model.rank.shards import held_elements, is_spread, unit_name
 
 
 @dataclass(eq=False)

@@ -13,9 +13,9 @@ doi 10.1177/1094342005051521); with one network card per GPU a node's part of th
 
 from dataclasses import dataclass
 
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.hardware import GPU
 from megatron_lpr.planning.moves import Move
-from megatron_lpr.planning.place import Place
 
 
 @dataclass(frozen=True)

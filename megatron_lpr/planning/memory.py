@@ -4,16 +4,15 @@ from collections.abc import Sequence
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.parameters import itemsize
+from megatron_lpr.model.rank.frozen import uncast_bytes
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.amounts import RankMemory
 from megatron_lpr.planning.buffers import Bucket
-from megatron_lpr.planning.casts import has_no_other, layers_in_fp8
 from megatron_lpr.planning.head import Head
-from megatron_lpr.planning.layers import Layers
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches, on_their_way
-from megatron_lpr.planning.shards import held_elements
 from megatron_lpr.recipe.settings import Recipe
 
 _FP32 = 4
@@ -30,10 +29,8 @@ def states(
     dtype = recipe.model.dtype
     everything = [parameter for chunk in chunks for parameter in chunk]
     learning = [parameter for parameter in everything if parameter.learns]
-    in_fp8 = layers_in_fp8(recipe, arch)
-    frozen = [p for p in everything if not p.learns and not has_no_other(recipe, p, in_fp8)]
     return RankMemory(
-        frozen=sum(held_elements(p, place) * itemsize(p.name, dtype) for p in frozen),
+        frozen=uncast_bytes(recipe, arch, everything, place),
         trained=sum(p.elements * itemsize(p.name, dtype) for p in learning),
         gradients=sum(bucket.elements for bucket in laid_out) * _FP32,
         optimizer=sum(_of_optimizer(bucket, place) for bucket in laid_out),

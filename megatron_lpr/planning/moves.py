@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_lpr.planning.amounts import Amount, Collective, Group, Traffic
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.place import Group, Place
+from megatron_lpr.planning.amounts import Amount, Collective, Traffic
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Literal
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.parameters import padded_vocab_size
-from megatron_lpr.planning.casts import layers_in_fp8
-from megatron_lpr.planning.layers import Layers
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.casts import layers_in_fp8
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 from megatron_lpr.training.cost import StepFlops, step_flops
 

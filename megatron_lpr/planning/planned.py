@@ -5,17 +5,17 @@ from functools import cached_property
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.files.safetensors_io import torch_dtype
-from megatron_lpr.model.parameters import shards_frozen
+from megatron_lpr.model.rank.casts import FP8, cast_bytes, has_no_other, layers_in_fp8
+from megatron_lpr.model.rank.frozen import shards_frozen
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.parameters import Parameter, parameters
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning import memory, traffic, weight_traffic
 from megatron_lpr.planning.activations import Activations, Device
 from megatron_lpr.planning.amounts import RankMemory, Traffic
 from megatron_lpr.planning.buffers import buckets
-from megatron_lpr.planning.casts import FP8, cast_bytes, has_no_other, layers_in_fp8
 from megatron_lpr.planning.gathering import gathered_bytes
-from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, counted, repeated
-from megatron_lpr.planning.parameters import Parameter, parameters
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
 

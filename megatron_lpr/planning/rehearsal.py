@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_lpr.families import Architecture
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.amounts import Amount, RankMemory, Traffic
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
 from megatron_lpr.platform.transformer_engine import hide_kernels
 from megatron_lpr.recipe.settings import Recipe

@@ -4,7 +4,7 @@ The schedules are Megatron's: one forward and one backward pass in turn (PipeDre
 described by Narayanan et al., arXiv 2104.04473.
 """
 
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.recipe.settings import TrainConfig
 
 

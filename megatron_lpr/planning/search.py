@@ -12,10 +12,10 @@ from typing import Literal
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.hardware import GPU
 from megatron_lpr.planning.layout import Layout, Layouts
 from megatron_lpr.planning.operations import model_operations
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
 from megatron_lpr.planning.step_time import at_peak
 from megatron_lpr.recipe.fp8 import check_fp8, lacking_to_shard

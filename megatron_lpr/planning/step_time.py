@@ -13,11 +13,11 @@ are gathered a layer ahead. Gradients are hidden behind the last micro-batch whe
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.hardware import GPU
 from megatron_lpr.planning.links import OnLinks, on_links
 from megatron_lpr.planning.moves import Move
 from megatron_lpr.planning.operations import Operations
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble
 
 _OF_GRADIENTS = ("data", "expert_data")

@@ -7,12 +7,11 @@ Shapes: T tokens of this rank, W of its tensor-parallel group, of one micro-batc
 
 from collections.abc import Iterator
 
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.place import Group, Place
 from megatron_lpr.planning.activations import Activations
-from megatron_lpr.planning.amounts import Group
 from megatron_lpr.planning.head import Head
-from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, in_groups, repeated
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import micro_batches
 
 _FP32, _INT64 = 4, 8

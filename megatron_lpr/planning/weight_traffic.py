@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
-from megatron_lpr.planning.amounts import Group
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.place import Group, Place
+from megatron_lpr.model.rank.shards import held_elements, is_spread, unit_name
 from megatron_lpr.planning.buffers import Bucket
-from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.moves import Move, in_groups
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
-from megatron_lpr.planning.shards import held_elements, is_spread, unit_name
 
 _FP32 = 4
 Chunks = Sequence[Sequence[Parameter]]

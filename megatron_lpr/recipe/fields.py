@@ -53,9 +53,11 @@ def opt(
     return field(default=default, metadata=metadata)
 
 
-def required(doc: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
+def required(
+    doc: str, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
     """A field that the recipe must set."""
-    return field(metadata={"doc": doc, "range": Range(at_least=at_least, at_most=at_most)})
+    return field(metadata={"doc": doc, "range": Range(at_least=at_least, above=above, at_most=at_most)})
 
 
 def range_of(f: dataclasses.Field, whole: bool) -> Range:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lpr.errors import UserError, nearest, warn
+from megatron_lpr.files.json_lines import printable
 from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
 from megatron_lpr.recipe.fields import Range
 from megatron_lpr.recipe.sections import check_section
@@ -127,8 +128,9 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in tree and no_default:
-            raise UserError(f"{section}: missing key '{name}' ({f.metadata['doc']})")
-    return cls(**{key: _convert(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
+            doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
+            raise UserError(f"{section}: missing key '{name}'{doc}")
+    return cls(**{key: converted(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
 
 
 def _without_removed(tree: Any, where: str) -> Any:
@@ -141,13 +143,17 @@ def _without_removed(tree: Any, where: str) -> Any:
     return tree
 
 
-def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
-    """`value` as `hint`; YAML reads 1e-4 as a string and 1 as an int, so numbers are converted, not only checked."""
+def converted(hint: Any, value: Any, where: str, name: str) -> Any:
+    """`value` as `hint`; YAML reads 1e-4 as a string and 1 as an int, so numbers are converted, not only checked.
+
+    Raises:
+        UserError: it is something else; begins with `where` and `name`.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, name)
+        return converted(next(a for a in arguments if a is not type(None)), value, where, name)
     if value is None:
         raise UserError(f"{where}: {name}: is empty (null); give it a value, or leave it out")
     if origin is typing.Literal:
@@ -160,16 +166,17 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, f"{name}.")
-    if origin is tuple:
+    if origin in (tuple, list):
         items = value if isinstance(value, list) else [value]
-        return tuple(_convert(arguments[0], item, where, f"{name}[{i}]") for i, item in enumerate(items))
+        return origin(converted(arguments[0], item, where, f"{name}[{i}]") for i, item in enumerate(items))
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where}: {name}: expected a mapping, found {value!r}")
         if odd := [key for key in value if isinstance(key, bool) or key is None]:
             word = "a bool" if isinstance(odd[0], bool) else "null"
             raise UserError(f"{where}: {name}: YAML reads one of its keys as {word}; write it in quotes, as 'no'")
-        return {str(key): _convert(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
+        names = {key: printable(str(key)) for key in value}
+        return {names[key]: converted(arguments[1], item, where, f"{name}.{key}") for key, item in value.items()}
     return _scalar(hint, value, f"{where}: {name}")
 
 
@@ -182,7 +189,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         raise wrong
     if hint is str:
         if isinstance(value, str | int | float):
-            return str(value)
+            return printable(str(value))
         raise wrong
     if hint is int:  # directly, for a float cannot hold every int
         if isinstance(value, int):

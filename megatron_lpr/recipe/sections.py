@@ -24,17 +24,15 @@ def check_section(section: Any, name: str = "") -> None:
     """
     for f in dataclasses.fields(section):
         for where, value in _each(f"{name}.{f.name}" if name else f.name, getattr(section, f.name)):
-            if dataclasses.is_dataclass(value):
-                check_section(value, where)
-            else:
-                _check_number(f, value, where)
+            _check_value(f, value, where)
     _check(section, name)
 
 
 def check_setting(section: type, setting: str, value: Any, where: str) -> None:
     """Check a value that no recipe holds against the range of a setting; `where` names it in the message."""
     (field,) = (f for f in dataclasses.fields(section) if f.name == setting)
-    _check_number(field, value, where)
+    for name, one in _each(where, value):
+        _check_value(field, one, name)
 
 
 def _each(where: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -49,9 +47,11 @@ def _each(where: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
-def _check_number(field: dataclasses.Field, value: Any, where: str) -> None:
+def _check_value(field: dataclasses.Field, value: Any, where: str) -> None:
+    if dataclasses.is_dataclass(value):
+        check_section(value, where)
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number:
+    if not is_number or "range" not in field.metadata:
         return
     stated, valid = field.metadata["range"], range_of(field, whole=isinstance(value, numbers.Integral))
     if value not in valid:

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from megatron_lpr.files.json_lines import from_json
+from megatron_lpr.files.json_lines import from_json, printable
 from megatron_lpr.reporting.metrics_log import StepMetrics
 
 _LARGEST = 1e100  # no measurement is beyond it, and sums of what is below it are finite
@@ -46,7 +46,7 @@ def _count(value: Any) -> int:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
-    return value
+    return printable(value)
 
 
 def _shape(hint: Any) -> Shape:
@@ -71,7 +71,7 @@ def _each_value(shape: Shape) -> Shape:
     def of(value: Any) -> dict[str, Any] | None:
         if not isinstance(value, dict):
             raise ValueError
-        found = {key: shape(its) for key, its in value.items()}
+        found = {printable(key): shape(its) for key, its in value.items()}
         return {key: its for key, its in found.items() if its is not None} or None
 
     return of

@@ -35,7 +35,7 @@ from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
-from megatron_lpr.model.parameters import shards_frozen
+from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.platform import Ranks
 from megatron_lpr.recipe.checks import check_machine, check_recipe
 from megatron_lpr.recipe.fp8 import lacking_to_shard

@@ -7,17 +7,17 @@ from typing import Any
 import yaml
 
 from megatron_lpr.families import Architecture
-from megatron_lpr.model.parameters import frozen_bytes, shards_frozen
+from megatron_lpr.model.rank.frozen import frozen_bytes, shards_frozen
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
 
 
 def frozen_lines(recipe: Recipe, arch: Architecture, ranks: int) -> Iterator[str]:
     """Where the frozen weights are, if there are any."""
-    if not (whole := frozen_bytes(recipe, arch)):
+    if not (whole := frozen_bytes(recipe, arch, ranks)):
         return
     if shards_frozen(recipe, arch, ranks):
-        own = decimal_size(frozen_bytes(recipe, arch, sharded_over=ranks))
+        own = decimal_size(frozen_bytes(recipe, arch, ranks, sharded=True))
         yield f"frozen       sharded: {own} on a rank, where a copy is {decimal_size(whole)}"
     else:
         yield f"frozen       replicated: {decimal_size(whole)} on a rank"

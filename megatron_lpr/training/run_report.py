@@ -12,57 +12,51 @@ from megatron_lpr.checkpoint.run_state import find_checkpoint, read_run_state
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.yaml_io import read_yaml
 from megatron_lpr.recipe.reading import flat, from_tree
 from megatron_lpr.recipe.settings import DataConfig, TrainConfig
 from megatron_lpr.reporting.run_log import RunLog, read_log
-from megatron_lpr.training.run_status import RunStatus, run_status, section, tail
+from megatron_lpr.training.run_files import RunFiles
+from megatron_lpr.training.run_status import RunStatus, run_status
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun:
-    """A run, whatever state it is in. recipe: as recipe.yaml has it; start: the newest line of starts.jsonl."""
+    """A run, whatever state it is in."""
 
     folder: str
     status: RunStatus
     log: RunLog
-    recipe: dict[str, Any]
-    start: dict[str, Any]
+    files: RunFiles
 
     @staticmethod
     def read(folder: str) -> "ReportedRun":
         """Raises UserError where it is no run, has no metrics, or a file of it is damaged."""
-        metrics, recipe = Path(folder) / "metrics.jsonl", Path(folder) / "recipe.yaml"
+        metrics = Path(folder) / "metrics.jsonl"
         log = read_log(metrics) if metrics.is_file() else None  # which names the line that is damaged
         status = run_status(folder)
         if log is None:
             raise UserError(f"run {folder}: no metrics yet (no metrics.jsonl); wait until it has made a step")
-        tree = read_yaml(recipe, str(recipe)) if recipe.is_file() else {}
-        start = (tail(Path(folder) / "starts.jsonl") or [{}])[-1]
-        return ReportedRun(
-            folder=folder, status=status, log=log, recipe=tree if isinstance(tree, dict) else {}, start=start
-        )
+        return ReportedRun(folder=folder, status=status, log=log, files=RunFiles.read(Path(folder)))
 
     @property
     def name(self) -> str:
         return str(self.status.name or self.folder)
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the recipe; {} where there is none."""
-        return section(self.recipe, name)
+        """A section of the recipe, what is sound of it; {} where there is none."""
+        return self.files.section(name)
 
     @property
     def settings(self) -> dict[str, str]:
         """Every setting by its dotted name; things that have names, as corpora, stand under them."""
-        return {
-            key: value if isinstance(value, str) else _json(value) for key, value in flat(_named(self.recipe)).items()
-        }
+        found = flat(_named(self.files.recipe))
+        return {key: value if isinstance(value, str) else _json(value) for key, value in found.items()}
 
     @cached_property
     def manifest(self) -> Manifest | UserError:
         """Of its corpora, or why it cannot be read: it may be gone, or on another machine."""
         path = str(self.section("data").get("manifest", ""))
-        here = Path(str(self.start.get("working_folder", ""))) / path
+        here = Path(str(self.files.start.get("working_folder", ""))) / path
         try:
             return Manifest.load(str(here if here.is_file() else path), check_files=False)
         except UserError as error:
@@ -77,8 +71,8 @@ class ReportedRun:
         if isinstance(self.manifest, UserError):
             return self.manifest
         try:
-            data = from_tree(DataConfig, self.section("data"), f"data of {self.folder}")
-            train = from_tree(TrainConfig, self.section("train"), f"train of {self.folder}")
+            data = from_tree(DataConfig, self.files.recipe.get("data", {}), f"data of {self.folder}")
+            train = from_tree(TrainConfig, self.files.recipe.get("train", {}), f"train of {self.folder}")
             sampler = ReplaySampler.of(self.manifest, data, train.seed)
         except UserError as error:
             return error
@@ -97,8 +91,8 @@ class ReportedRun:
         """Of languages, as the manifest tells, or without it the recipe."""
         if isinstance(self.manifest, Manifest):
             return dict(self.manifest.language_roles)
-        corpora = [*_list(self.section("evaluation").get("corpora")), *_list(self.section("preprocess").get("corpora"))]
-        return {str(corpus.get("language")): str(corpus.get("role")) for corpus in corpora if isinstance(corpus, dict)}
+        corpora = [corpus for name in ("evaluation", "preprocess") for corpus in self.section(name).get("corpora", ())]
+        return {str(corpus.get("language")): str(corpus.get("role")) for corpus in corpora}
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -109,8 +103,9 @@ class ReportedRun:
     @property
     def stage1_tokens(self) -> int | None:
         """Of the run whose weights this one began with; None: not known."""
-        if own := section(self.section("data"), "replay").get("stage1_tokens"):
-            return int(own)
+        own: int | None = self.section("data").get("replay", {}).get("stage1_tokens")
+        if own:
+            return own
         try:
             found = find_checkpoint(self.folder)
             source = read_run_state(found.folder).source if found else None
@@ -122,7 +117,7 @@ class ReportedRun:
 def mixture(run: ReportedRun) -> Iterator[str]:
     """What is read in which share, from the first sample on; one text for each change."""
     data = run.section("data")
-    entries = [{"from_sample": 0, "mixture": data.get("mixture")}, *_list(data.get("schedule"))]
+    entries = [{"from_sample": 0, "mixture": data.get("mixture")}, *data.get("schedule", ())]
     for entry in entries:
         shares = ", ".join(f"{role} {_percent(share)}" for role, share in (entry.get("mixture") or {}).items())
         weights = ", ".join(f"{name} {weight:g}" for name, weight in (entry.get("weights") or {}).items())
@@ -144,7 +139,7 @@ def data_facts(run: ReportedRun) -> dict[str, str | None]:
         "windows": data.get("windows"),
         "mixture": "; ".join(mixture(run)) or None,
         "replayed so far": _replayed(run),
-        "replay": _replay_limits(section(data, "replay")),
+        "replay": _replay_limits(data.get("replay", {})),
         "manifest": f"{data.get('manifest')}" + ("" if own else f" (cannot be read here: {run.manifest})"),
         "tokenizer": run.manifest.tokenizer.name if isinstance(run.manifest, Manifest) else None,
         "epochs": f"cannot be told here: {run.epochs}" if own and isinstance(run.epochs, UserError) else None,
@@ -182,17 +177,17 @@ def differing_settings(runs: Sequence[ReportedRun]) -> dict[str, list[str | None
 
 def environment(run: ReportedRun) -> dict[str, str | None]:
     """Where and with what a run was last started."""
-    start, sizes = run.start, run.section("parallel")
+    start, sizes = run.files.start, run.section("parallel")
     ranks = start.get("world_size")
-    spread = [int(sizes.get(name) or 1) for name in ("tensor", "pipeline", "context")]
+    spread = [sizes.get(name, 1) for name in ("tensor", "pipeline", "context")]
     layout = [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items() if type(size) is int and size > 1]
     if ranks:
-        layout.append(f"data {ranks // max(spread[0] * spread[1] * spread[2], 1)}")
+        layout.append(f"data {ranks // (spread[0] * spread[1] * spread[2])}")
     facts = {
         "started": start.get("time"),
         "goes on after step": f"{start['step']:,}" if start.get("step") else None,
         "ranks": ranks and f"{ranks:,}",
-        "hosts": ", ".join(map(str, start.get("hosts") or [])) or None,
+        "hosts": ", ".join(map(str, start.get("hosts", ()))) or None,
         "device": start.get("device"),
         "layout": ", ".join(layout) or None,
         "dtype": run.section("model").get("dtype"),
@@ -201,8 +196,7 @@ def environment(run: ReportedRun) -> dict[str, str | None]:
         "working folder": start.get("working_folder"),
         "commit": start.get("git"),
     }
-    versions = start.get("versions")
-    return facts | ({str(name): str(of) for name, of in versions.items()} if isinstance(versions, dict) else {})
+    return facts | start.get("versions", {})
 
 
 def _replayed(run: ReportedRun) -> str | None:
@@ -224,20 +218,18 @@ def _replay_limits(replay: Mapping[str, Any]) -> str | None:
 
 
 def _named(tree: Any) -> Any:
-    """Lists of things that have a name as mappings from it."""
+    """Lists of things that have a name as mappings from it; all keys as text."""
     if isinstance(tree, dict):
-        return {key: _named(value) for key, value in tree.items()}
+        return {str(key): _named(value) for key, value in tree.items()}
     if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
         return {str(item["name"]): _named({key: item[key] for key in item if key != "name"}) for item in tree}
+    if isinstance(tree, list):
+        return [_named(item) for item in tree]
     return tree
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _percent(share: float) -> str:

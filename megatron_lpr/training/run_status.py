@@ -4,8 +4,7 @@ A run is `running` while a process holds its folder, `stale` where that process 
 `finished`, `stopped` (it was asked to) or `failed`: with its reason, or without a word, as when it was killed.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any, Literal, cast
 
 from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.json_lines import from_json
 from megatron_lpr.files.locks import holder_of
-from megatron_lpr.files.yaml_io import read_yaml
 from megatron_lpr.reporting.sound_record import sound_record
+from megatron_lpr.training.run_files import RunFiles, last_lines, last_validation
 
 State = Literal["running", "stale", "finished", "stopped", "failed"]
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss")
-_TAIL_BYTES, _TAIL_STEPS = 1 << 20, 100
+_TAIL_STEPS = 100
 _PATIENCE_SECONDS, _PATIENCE_STEPS = 600.0, 20
 
 
@@ -54,6 +52,7 @@ class RunStatus:
     slowest_rank: dict[str, Any] | None  # of the last record that has one
     validation: dict[str, Any] | None  # the last one: step, bits_per_byte, retention
     damaged_lines: int  # near the end of metrics.jsonl, no steps' records: left out
+    faults: list[str]  # what else is left out and why, of recipe.yaml, starts.jsonl and ends.jsonl
 
 
 def run_status(run: str, now: datetime | None = None) -> RunStatus:
@@ -67,23 +66,19 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         raise UserError(f"run {run}: no such folder; give the output folder of a run")
     if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
         raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
-    start = (tail(folder / "starts.jsonl") or [{}])[-1]
-    ends, found = tail(folder / "ends.jsonl"), [sound_record(line) for line in _last_lines(folder / "metrics.jsonl")]
+    files, found = RunFiles.read(folder), [sound_record(line) for line in last_lines(folder / "metrics.jsonl")]
     records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
     last = records[-1] if records else {}
-    recipe = _recipe(folder / "recipe.yaml")
-    since = str(start.get("time", ""))
+    since = files.start.get("time", "")
     fresh = [record for record in records if str(record.get("time", "")) > since]
     seconds = _seconds_per_step(fresh or records)
     checkpoint = _checkpoint(run, now)
     held_by = holder_of(run)
-    steps = last.get("steps") or section(recipe, "train").get("steps")
-    steps = steps if type(steps) is int else None  # a recipe may have been edited
+    steps = last.get("steps") or files.section("train").get("steps")
     step = max(int(last.get("step", 0)), checkpoint["checkpoint_step"] or 0)
     signs = [since, str((fresh or [{}])[-1].get("time", ""))]
     silence = min((age for age in (_age(sign, now) for sign in signs) if age is not None), default=None)
-    told = [end for end in ends if str(end.get("time", "")) > since]
-    state, reason = _state(held_by, told, silence, seconds, is_done=steps is not None and step >= steps)
+    state, reason = _state(held_by, files.ends, silence, seconds, is_done=steps is not None and step >= steps)
     if state == "stopped" and not reason:
         reason = _text(folder / "stopped")
     eta = (steps - step) * seconds if state == "running" and steps is not None and seconds is not None else None
@@ -91,7 +86,7 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     newest = scored[-1] if scored else {}
     return RunStatus(
         run=run,
-        name=last.get("stage") or recipe.get("name"),
+        name=last.get("stage") or files.settings.get("name"),
         state=state,
         reason=reason,
         step=step,
@@ -110,8 +105,9 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
         last_record_age_seconds=_age(str(last.get("time", "")), now),
         held_by=held_by,
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
-        validation=_validation(folder / "metrics.jsonl") if section(recipe, "evaluation").get("every") else None,
+        validation=last_validation(folder / "metrics.jsonl") if files.section("evaluation").get("every") else None,
         damaged_lines=found.count(None),
+        faults=files.faults,
     )
 
 
@@ -164,60 +160,6 @@ def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
 def _trend(losses: Sequence[float]) -> float | None:
     half = len(losses) // 2
     return fmean(losses[-half:]) - fmean(losses[:half]) if half else None
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    tree = read_yaml(path, str(path)) if path.is_file() else {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def section(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Of a recipe; {} where there is none."""
-    found = tree.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def tail(path: Path) -> list[dict[str, Any]]:
-    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    records = [from_json(line) for line in _last_lines(path)]
-    return [record for record in records if record is not None][-_TAIL_STEPS:]
-
-
-def _validation(path: Path) -> dict[str, Any] | None:
-    """Of the newest record that has one, which may be many steps old: the file is read from its end."""
-    mark = b'"validation":'
-    try:
-        with path.open("rb") as file:
-            rest, end = b"", file.seek(0, os.SEEK_END)
-            while end:
-                begin = max(end - _TAIL_BYTES, 0)
-                file.seek(begin)
-                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
-                if record := next((record for record in reversed(found) if record and "validation" in record), None):
-                    return {"step": record["step"], **record["validation"]}
-                end = begin
-    except OSError:
-        pass  # there is no file yet; what cannot be read has been told
-    return None
-
-
-def _last_lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - _TAIL_BYTES, 0))
-            if file.tell():
-                file.readline()  # the rest of a line
-            yield from (line for line in file if line.endswith(b"\n"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); look at the disk") from None
 
 
 def _text(path: Path) -> str | None:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,23 +16,9 @@ import torch.distributed as dist
 import megatron_lpr
 from megatron_lpr.files.json_lines import JsonLines, utc_now
 from megatron_lpr.platform import device
+from megatron_lpr.training.run_files import Start
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "numpy")
-
-
-class Start(TypedDict):
-    """A line of starts.jsonl."""
-
-    time: str  # UTC, ISO 8601
-    step: int  # after which it goes on; 0: from the beginning
-    hosts: list[str]  # in the order of the ranks
-    world_size: int
-    device: str  # of rank 0: the GPU's name, or cpu
-    slurm_job_id: str | None
-    command: str  # of rank 0
-    working_folder: str  # what the recipe's paths are relative to
-    git: str | None  # commit of megatron_lpr's source tree, with -dirty where it has changes; None: not in git
-    versions: dict[str, str]  # python, megatron_lpr and the packages it computes with
 
 
 def record_start(folder: str | Path, *, step: int) -> None:

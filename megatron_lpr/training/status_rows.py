@@ -24,6 +24,7 @@ def status_rows(status: RunStatus) -> dict[str, str]:
         "log": f"lines near the end of metrics.jsonl left out: {status.damaged_lines:,}, no steps' records"
         if status.damaged_lines
         else None,
+        "left out": "; ".join(status.faults),
         "slowest": status.slowest_rank
         and "rank {rank} ({host}), {max:.3g} s, median {median:.3g} s".format(**status.slowest_rank),
     }

@@ -35,7 +35,9 @@ def log_run(folder: Path, name: str, steps: int = 30, languages=("hu", "en"), *,
         "optimizer": {"lr": 0.001, "weight_decay": 0.0, **settings},
         "evaluation": {
             "every": every,
-            "corpora": [{"name": name, "language": name, "role": role} for name, role in roles.items()],
+            "corpora": [
+                {"name": name, "language": name, "role": role, "files": [name]} for name, role in roles.items()
+            ],
         },
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

@@ -1,25 +1,13 @@
 """How a run ended: one line of ends.jsonl for each end that it lived to tell."""
 
 from pathlib import Path
-from typing import Literal, TypedDict
 
 import torch.distributed as dist
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import JsonLines, utc_now
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
-
-Outcome = Literal["finished", "stopped", "failed"]
-
-
-class End(TypedDict):
-    """A line of ends.jsonl."""
-
-    time: str  # UTC, ISO 8601
-    rank: int  # that tells it
-    step: int  # that the run had made
-    outcome: Outcome
-    reason: str | None  # of a run that failed
+from megatron_lpr.training.run_files import End, Outcome
 
 
 class Ends(Hook):

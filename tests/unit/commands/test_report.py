@@ -74,7 +74,7 @@ def test_two_runs_and_what_differs(tmp_path):
     one = log_run(tmp_path / "a", "one", lr=0.001)
     two = log_run(tmp_path / "b", "two", steps=20, languages=("hu", "el"), lr=0.002, weight_decay=0.0)
     assert report(one, two, one) == 0
-    text = text_of((one / "report.html").read_text())
+    text = html.unescape(text_of((one / "report.html").read_text()))
     assert "one, two Written" in text and "folder " + f"{one} {two} " in text
     settings = text.split(" Settings ")[2].split("All settings of one")[0]
     assert (
@@ -82,7 +82,9 @@ def test_two_runs_and_what_differs(tmp_path):
         == (
             "one two train.steps 30 20 optimizer.lr 0.001 0.002 "
             "evaluation.corpora.en.language en – evaluation.corpora.en.role original – "
-            "evaluation.corpora.el.language – el evaluation.corpora.el.role – original"
+            'evaluation.corpora.en.files ["en"] – '
+            "evaluation.corpora.el.language – el evaluation.corpora.el.role – original "
+            'evaluation.corpora.el.files – ["el"]'
         ).split()
     )
     assert "step 20 one: " in text and "Next-token prediction: el" in text

@@ -12,8 +12,7 @@ from megatron_lpr.reporting.metrics_log import (
     StepMetrics,
     ValidationRecord,
 )
-from megatron_lpr.training.hooks.ends import End
-from megatron_lpr.training.starts import Start
+from megatron_lpr.training.run_files import End, Start
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs/metrics.md").read_text(encoding="utf-8")
 

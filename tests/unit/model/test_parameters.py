@@ -4,8 +4,9 @@ import pytest
 import torch
 from harness import make_batch, make_plan, make_recipe, make_trainer, unwrapped
 
-from megatron_lpr.model import parameters
-from megatron_lpr.model.parameters import POLICIES, frozen_bytes, shards_frozen
+from megatron_lpr.model.parameters import POLICIES
+from megatron_lpr.model.rank import frozen as frozen_module
+from megatron_lpr.model.rank.frozen import frozen_bytes, shards_frozen
 
 LAYER = "decoder.layers.3."
 GROUPS = {
@@ -79,9 +80,9 @@ def test_large_frozen_weights_are_sharded_where_there_are_ranks(megatron, toy_ba
     trainer = make_trainer(toy_base, tmp_path, train={"trainable": policy})
     recipe, arch = trainer.recipe, trainer.plan.arch
     held = sum(p.nbytes for p in unwrapped(trainer).parameters() if not p.requires_grad)
-    assert frozen_bytes(recipe, arch) == held
+    assert frozen_bytes(recipe, arch, 1) == held
     assert not shards_frozen(recipe, arch, 2)  # far from 16 GiB
-    monkeypatch.setattr(parameters, "SHARDED_ABOVE", held)
+    monkeypatch.setattr(frozen_module, "SHARDED_ABOVE", held)
     assert not shards_frozen(recipe, arch, 2)
-    monkeypatch.setattr(parameters, "SHARDED_ABOVE", held - 1)
+    monkeypatch.setattr(frozen_module, "SHARDED_ABOVE", held - 1)
     assert shards_frozen(recipe, arch, 2) and not shards_frozen(recipe, arch, 1)

@@ -5,9 +5,9 @@ import torch
 from harness import make_trainer
 
 from megatron_lpr.model.loss_chunks import CHUNK_BYTES
+from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.planning.activations import Activations
 from megatron_lpr.planning.head import Head
-from megatron_lpr.planning.layers import Layers
 from megatron_lpr.planning.planned import PlannedRank, planned
 from megatron_lpr.testing.toy_models import write_toy_model
 

@@ -9,6 +9,8 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
+from megatron_lpr.model.rank import frozen
+from megatron_lpr.model.rank.frozen import frozen_bytes, shards_frozen
 from megatron_lpr.planning import search
 from megatron_lpr.planning.hardware import GPUS
 from megatron_lpr.planning.operations import model_operations
@@ -17,6 +19,7 @@ from megatron_lpr.planning.run_plan import plan_run
 from megatron_lpr.planning.search import batches
 from megatron_lpr.planning.step_time import at_peak
 from megatron_lpr.recipe.reading import load_recipe
+from megatron_lpr.training.plan_lines import decimal_size, frozen_lines
 
 SPECS = ("te", "local", "auto")
 FP8 = ["fp8.recipe=tensorwise", "model.spec=te"]
@@ -57,6 +60,38 @@ def test_rows_held_in_fp8(root):
     batches = recipe.train.global_batch_size // recipe.train.micro_batch_size // 8
     backward = (arch.num_layers - 1) * rows // arch.num_layers
     assert moved.calls == fewer.calls and moved.bytes - fewer.bytes == batches * (rows + backward)
+
+
+@pytest.mark.parametrize(
+    "numbers, layout", [("tensorwise", "replicated"), ("tensorwise", "sharded"), ("blockwise", "replicated")]
+)
+def test_training_counts_frozen_weights_as_the_plan_does(root, numbers, layout):
+    """In a review, where no weight of a linear layer learns."""
+    fp8 = [f"fp8.recipe={numbers}", "fp8.frozen_weights=fp8"]
+    recipe = recipe_of(*fp8, "train.trainable=routers", f"parallel.frozen={layout}")
+    arch = read_architecture(recipe.model.base)
+    memory, _ = planned(recipe, arch, 8, 0)
+    held = memory.frozen + memory.casts
+    assert frozen_bytes(recipe, arch, 8, sharded=layout == "sharded") == held
+    (line,) = frozen_lines(recipe, arch, 8)
+    assert line.startswith(f"frozen       {layout}: {decimal_size(held)} on a rank")
+
+
+def test_what_is_held_in_fp8_is_sharded_by_its_own_bytes(root, monkeypatch):
+    """`parallel.frozen: auto`: two bytes of a number, one in the first layer, and scales; not bfloat16's."""
+    kinds = [("tensorwise", "bf16"), ("tensorwise", "fp8"), ("blockwise", "fp8")]
+    bf16, tensorwise, blockwise = (recipe_of(f"fp8.recipe={n}", f"fp8.frozen_weights={held}") for n, held in kinds)
+    arch = read_architecture(bf16.model.base)
+    held = [frozen_bytes(recipe, arch, 8) for recipe in (bf16, tensorwise, blockwise)]
+    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    first = arch.hidden_size * (2 * queries + 2 * keys + 3 * arch.ffn_hidden_size)  # attention, the frozen expert
+    assert held[0] - held[1] == first - 4 * 4 * arch.num_layers  # four weights of a layer, each with its scale
+    assert held[1] < held[2] < held[0]  # 128 x 128 numbers share a scale
+    for recipe, most in ((tensorwise, held[1]), (blockwise, held[2])):
+        monkeypatch.setattr(frozen, "SHARDED_ABOVE", most)
+        assert shards_frozen(bf16, arch, 8) and not shards_frozen(recipe, arch, 8)
+        monkeypatch.setattr(frozen, "SHARDED_ABOVE", most - 1)
+        assert shards_frozen(recipe, arch, 8)
 
 
 @pytest.mark.parametrize("numbers, can_shard", [("tensorwise", True), ("blockwise", False)])

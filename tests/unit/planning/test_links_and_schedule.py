@@ -2,10 +2,10 @@
 
 import pytest
 
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.hardware import GPUS
 from megatron_lpr.planning.links import OnLinks, on_links
 from megatron_lpr.planning.moves import Move
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.schedule import bubble, on_their_way
 from megatron_lpr.recipe.settings import ParallelConfig
 

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_lpr.families import read_architecture
 from megatron_lpr.model.parameters import parameter_sizes
+from megatron_lpr.model.rank.parameters import parameters
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.buffers import buckets
-from megatron_lpr.planning.parameters import parameters
-from megatron_lpr.planning.place import Place
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.training.cost import model_size

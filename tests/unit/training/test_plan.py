@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.errors import UserError
-from megatron_lpr.model.parameters import frozen_bytes
+from megatron_lpr.model.rank.frozen import frozen_bytes
 from megatron_lpr.recipe.reading import from_tree, load_recipe
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_project
@@ -86,11 +86,12 @@ def test_description_says_where_frozen_weights_lie(recipe, plan):
     model = dataclasses.replace(recipe.model, num_experts=5)
     whole = dataclasses.replace(recipe, train=train, model=model)
     sharded = dataclasses.replace(whole, parallel=dataclasses.replace(whole.parallel, frozen="sharded"))
-    held = frozen_bytes(whole, plan.arch)
+    held, own = (frozen_bytes(whole, plan.arch, 4, sharded=spread) for spread in (False, True))
     assert list(frozen_lines(recipe, plan.arch, 4)) == []
     assert list(frozen_lines(whole, plan.arch, 4)) == [f"frozen       replicated: {decimal_size(held)} on a rank"]
     (line,) = frozen_lines(sharded, plan.arch, 4)
-    assert line.endswith(f"where a copy is {decimal_size(held)}") and decimal_size(held // 4) in line
+    assert line == f"frozen       sharded: {decimal_size(own)} on a rank, where a copy is {decimal_size(held)}"
+    assert held // 4 <= own < held // 2  # norms and routers are not spread
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from fake_checkpoints import write_fake_checkpoint
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.training import run_status as run_status_module
+from megatron_lpr.training import run_files
 from megatron_lpr.training.run_status import run_status
 from megatron_lpr.training.status_rows import status_rows
 
@@ -69,8 +69,8 @@ def test_the_last_validation_may_be_long_ago(run, monkeypatch):
     run.steps(6, 6, validation=found)
     run.steps(7, 300)
     for size in (100, 4096, 1 << 20):  # of what is read at once, from the end
-        monkeypatch.setattr(run_status_module, "_TAIL_BYTES", size)
-        assert run_status_module._validation(run.folder / "metrics.jsonl") == {"step": 6, **found}
+        monkeypatch.setattr(run_files, "_TAIL_BYTES", size)
+        assert run_files.last_validation(run.folder / "metrics.jsonl") == {"step": 6, **found}
     assert run.status(0).validation == {"step": 6, **found}
 
 
@@ -150,7 +150,7 @@ def test_skipped_steps_have_no_loss(held):
 
 
 def test_only_the_end_of_a_long_log_is_read(held, monkeypatch):
-    monkeypatch.setattr("megatron_lpr.training.run_status._TAIL_BYTES", 2000)
+    monkeypatch.setattr("megatron_lpr.training.run_files._TAIL_BYTES", 2000)
     (held.folder / "metrics.jsonl").write_text("damaged, long ago\n" * 1000)
     held.steps(1, 20)
     assert 2 <= held.status(200).trend_steps < 12

@@ -13,7 +13,8 @@ import torch
 
 import megatron_lpr
 from megatron_lpr.testing.run_distributed import run_distributed
-from megatron_lpr.training.starts import Start, describe_start, git_commit, record_start, versions
+from megatron_lpr.training.run_files import Start
+from megatron_lpr.training.starts import describe_start, git_commit, record_start, versions
 
 
 def starts(folder):

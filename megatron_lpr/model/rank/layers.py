@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.parameters import is_trainable
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.place import Place
 from megatron_lpr.recipe.settings import Recipe, TrainConfig
 
 

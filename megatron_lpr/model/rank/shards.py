@@ -4,8 +4,8 @@ Each matrix is cut along its rows into as many equal parts as the group has rank
 FSDP2 does (the idea is ZeRO's third stage, Rajbhandari et al., arXiv 1910.02054; here without gradients).
 """
 
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.place import Place
 
 
 def is_spread(parameter: Parameter, place: Place) -> bool:

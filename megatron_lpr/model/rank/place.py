@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from megatron_lpr.families import Architecture
-from megatron_lpr.planning.amounts import Group
 from megatron_lpr.recipe.layout import layers_of_chunks
 from megatron_lpr.recipe.settings import ParallelConfig
+
+Group = Literal["tensor", "context", "data", "pipeline", "expert", "expert_tensor", "expert_data", "frozen", "world"]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ the rows of a rank, has nothing transposed.
 from collections.abc import Sequence
 
 from megatron_lpr.families import Architecture
-from megatron_lpr.planning.layers import Layers
-from megatron_lpr.planning.parameters import Parameter
-from megatron_lpr.planning.shards import held_elements, is_spread
+from megatron_lpr.model.rank.layers import Layers
+from megatron_lpr.model.rank.parameters import Parameter
+from megatron_lpr.model.rank.shards import held_elements, is_spread
 from megatron_lpr.recipe.settings import Recipe
 
 _BLOCK = 128

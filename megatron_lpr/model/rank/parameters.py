@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from megatron_lpr.families import Architecture
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.model.parameters import is_trainable, padded_vocab_size
-from megatron_lpr.planning.amounts import Group
-from megatron_lpr.planning.place import Place
+from megatron_lpr.model.rank.place import Group, Place
 from megatron_lpr.recipe.settings import Recipe
 
 
@@ -51,7 +50,7 @@ def parameters(recipe: Recipe, arch: Architecture, place: Place) -> list[list[Pa
 
 
 def _chunk(recipe: Recipe, arch: Architecture, layers: range, *, embeds: bool, predicts: bool) -> Iterator[Parameter]:
-    policy = recipe.train.trainable if recipe.train else "all"
+    policy = recipe.train.trainable if recipe.train else None  # None: nothing learns
     tensor, hidden, tied = recipe.parallel.tensor, arch.hidden_size, arch.tie_word_embeddings
     vocabulary = padded_vocab_size(arch.vocab_size, tensor) // tensor
     everything = policy == "all"
@@ -65,7 +64,7 @@ def _chunk(recipe: Recipe, arch: Architecture, layers: range, *, embeds: bool, p
                 name=name,
                 rows=rows,
                 columns=columns,
-                learns=is_trainable(name, policy),
+                learns=policy is not None and is_trainable(name, policy),
                 copies=copies,
                 whole=any(part in name for part in ("layernorm", ".router.", ".frozen_experts.")),
             )

@@ -1,0 +1,124 @@
+"""The files in a run's output folder that say what it is, how it was started and how it ended; without torch.
+
+People edit them. What is not as it should be is left out, and said.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.files.json_lines import from_json, printable
+from megatron_lpr.files.yaml_io import read_yaml
+from megatron_lpr.recipe.settings import Recipe
+from megatron_lpr.recipe.sound_part import sound_part
+from megatron_lpr.reporting.sound_record import sound_record
+
+Outcome = Literal["finished", "stopped", "failed"]
+_TAIL_BYTES = 1 << 20
+_LONGEST_FAULT = 200
+
+
+class Start(TypedDict):
+    """A line of starts.jsonl."""
+
+    time: str  # UTC, ISO 8601
+    step: int  # after which it goes on; 0: from the beginning
+    hosts: list[str]  # in the order of the ranks
+    world_size: int
+    device: str  # of rank 0: the GPU's name, or cpu
+    slurm_job_id: str | None
+    command: str  # of rank 0
+    working_folder: str  # what the recipe's paths are relative to
+    git: str | None  # commit of megatron_lpr's source tree, with -dirty where it has changes; None: not in git
+    versions: dict[str, str]  # python, megatron_lpr and the packages it computes with
+
+
+class End(TypedDict):
+    """A line of ends.jsonl."""
+
+    time: str  # UTC, ISO 8601
+    rank: int  # that tells it
+    step: int  # that the run had made
+    outcome: Outcome
+    reason: str | None  # of a run that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What they say; {} and [] of files that are not there.
+
+    recipe: as it is written. settings: those of it that are what they should be. start: the newest. ends: since then.
+    faults: what is left out of settings, start and ends, a line each.
+    """
+
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    start: dict[str, Any]
+    ends: list[dict[str, Any]]
+    faults: list[str]
+
+    @staticmethod
+    def read(folder: Path) -> "RunFiles":
+        """Raises UserError where a file cannot be read, or the recipe is no YAML."""
+        path, faults = folder / "recipe.yaml", list[str]()
+        tree = read_yaml(path, str(path)) if os.path.lexists(path) else None
+        settings = sound_part(Recipe, {} if tree is None else tree, path.name, faults)
+        start = sound_part(Start, (records(folder / "starts.jsonl") or [{}])[-1], "starts.jsonl", faults)
+        since = start.get("time", "")
+        newer = [end for end in records(folder / "ends.jsonl") if str(end.get("time", "")) > since]
+        ends = [sound_part(End, end, "ends.jsonl", faults) for end in newer]
+        told = [f if len(f) <= _LONGEST_FAULT else f"{f[:_LONGEST_FAULT]}…" for f in map(printable, faults)]
+        return RunFiles(
+            recipe=tree if isinstance(tree, dict) else {}, settings=settings, start=start, ends=ends, faults=told
+        )
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Of the settings; {} where there is none."""
+        found: dict[str, Any] = self.settings.get(name, {})
+        return found
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return [record for line in last_lines(path) if (record := from_json(line)) is not None]
+
+
+def last_lines(path: Path) -> Iterator[bytes]:
+    """Those that have their end, of so many bytes at the end of a file; none without a file. UserError as `records`."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - _TAIL_BYTES, 0))
+            if file.tell():
+                file.readline()  # the rest of a line
+            yield from (line for line in file if line.endswith(b"\n"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); look at the disk") from None
+
+
+def last_validation(path: Path) -> dict[str, Any] | None:
+    """Of the newest step that has one, which may be many steps old: metrics.jsonl is read from its end."""
+    mark = b'"validation":'
+    try:
+        with path.open("rb") as file:
+            rest, end = b"", file.seek(0, os.SEEK_END)
+            while end:
+                begin = max(end - _TAIL_BYTES, 0)
+                file.seek(begin)
+                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
+                if record := next((record for record in reversed(found) if record and "validation" in record), None):
+                    return {"step": record["step"], **record["validation"]}
+                end = begin
+    except OSError:
+        pass  # there is no file yet; what cannot be read has been told
+    return None
