@@ -1,4 +1,4 @@
-"""New experts at once, in rows of few numbers, on ranks that exchange tokens: the steps of Megatron's loop over them."""
+"""New experts at once, in few numbers of rows, on ranks that exchange tokens: the steps of Megatron's loop."""
 
 from unittest import mock
 
@@ -12,7 +12,8 @@ def steps_of_both(base, folder, world_size: int, parallel) -> list[list[tuple[fl
     from megatron_lpr.platform import leave_layout, megatron
     from megatron_lpr.training.train import Trainer
 
-    sections = {"model": {"num_experts": 5, "dtype": "bfloat16"}, "train": {"micro_batch_size": 1}, "parallel": parallel}
+    model = {"num_experts": 5, "dtype": "bfloat16"}
+    sections = {"model": model, "train": {"micro_batch_size": 1}, "parallel": parallel}
     found = []
     with megatron():
         for at_once in (True, False):
