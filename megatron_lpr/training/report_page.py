@@ -72,6 +72,7 @@ def _overview(run: ReportedRun) -> dict[str, str | None]:
     return {
         "folder": status.run,
         "state": status.state,
+        "started": run.files.start.get("time"),
         "step": f"{status.step:,}{of_steps}",
         "tokens read": f"{sum(run.tokens.values()):,}",
         "base": model.get("base"),

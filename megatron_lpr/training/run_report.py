@@ -184,7 +184,6 @@ def environment(run: ReportedRun) -> dict[str, str | None]:
     if ranks:
         layout.append(f"data {ranks // (spread[0] * spread[1] * spread[2])}")
     facts = {
-        "started": start.get("time"),
         "goes on after step": f"{start['step']:,}" if start.get("step") else None,
         "ranks": ranks and f"{ranks:,}",
         "hosts": ", ".join(map(str, start.get("hosts", ()))) or None,
