@@ -18,7 +18,7 @@ grouped_mm: Callable[..., Tensor] | None = getattr(F, "grouped_mm", None)  # old
 
 
 class ExpertLinear(torch.autograd.Function):
-    """[T, I], ends [N] int32 on its device, N weights [O, I] -> [T, O].
+    """[T, I], ends [N] int32 (where the product is one kernel, on its device), N weights [O, I] -> [T, O].
 
     Weights that do not learn have no product for their gradient, and the input is not kept for one.
     """
@@ -26,13 +26,14 @@ class ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI: Tensor, ends_N: Tensor, *weights_OI: Tensor) -> Tensor:
         learns = any(weight.requires_grad for weight in weights_OI)
-        ctx.save_for_backward(x_TI if learns else None, ends_N, *weights_OI)
+        ctx.ends_N = ends_N
+        ctx.save_for_backward(x_TI if learns else None, *weights_OI)
         return _products(x_TI, ends_N, weights_OI, transposed=True)
 
     @staticmethod
     def backward(ctx, grad_TO: Tensor):
-        x_TI, ends_N, *weights_OI = ctx.saved_tensors
-        grad_TO, grad_TI = grad_TO.contiguous(), None
+        x_TI, *weights_OI = ctx.saved_tensors
+        ends_N, grad_TO, grad_TI = ctx.ends_N, grad_TO.contiguous(), None
         grads_OI: Sequence[Tensor | None] = (None,) * len(weights_OI)
         if ctx.needs_input_grad[0]:
             grad_TI = _products(grad_TO, ends_N, weights_OI)

@@ -61,7 +61,7 @@ class GroupedExperts(SequentialMLP):
             probs_T = probs_T.to(x_TH.dtype)
         if not self.is_grouped or not len(x_TH):
             return super().forward(x_TH, tokens_per_expert, probs_T)
-        if x_TH.is_cuda or x_TH.dtype is not torch.bfloat16:
+        if x_TH.device.type != "cpu" or x_TH.dtype is not torch.bfloat16:
             return self.at_once(x_TH, tokens_per_expert, probs_T), None
         even = EvenRows(tokens_per_expert)
         return even.gather(self.at_once(even.spread(x_TH), even.rows_N, even.spread(probs_T))), None
@@ -73,7 +73,9 @@ class GroupedExperts(SequentialMLP):
             # Megatron waits for the weights of its last step there (`overlap_param_gather`); nobody calls these modules
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
-        ends_N = tokens_N.cumsum(0).to(x_TH.device, torch.int32, non_blocking=True)
+        ends_N = tokens_N.cumsum(0).to(torch.int32)
+        if x_TH.is_cuda:
+            ends_N = ends_N.to(x_TH.device, non_blocking=True)
         fc1, fc2 = ([linear.weight for linear in of_experts] for of_experts in linears)
         hidden_T2F, probs_T1 = ExpertLinear.apply(x_TH, ends_N, *fc1), probs_T[:, None]
         if self.config.bias_activation_fusion:  # one kernel, which keeps its input only

@@ -178,16 +178,16 @@ class Activations:
         width = received * self.arch.ffn_hidden_size // sizes.expert_tensor
         found = sent * _INDEX + received * _FP32
         if below_learns or learns:
-            found += self._swiglu(width, learns=learns, weighted=True)
+            found += self._swiglu(width, learns=learns)
         else:
             found += width * self.itemsize * (1 if self.device == "cpu" else 2)
         return found + (received * self.arch.hidden_size * self.itemsize if learns else 0)
 
-    def _swiglu(self, elements: int, *, learns: bool, weighted: bool = False) -> int:
+    def _swiglu(self, elements: int, *, learns: bool) -> int:
         """Both halves of its input; and what the next linear layer keeps of its output, where it learns."""
         parts = 2 + learns
-        if self.device == "cpu":
-            parts += 2 + weighted
+        if self.device == "cpu":  # silu of one half; what is weighted, or the other half plus Megatron's offset of 0
+            parts += 2
         return parts * elements * self.itemsize
 
     def slots(self, *, frozen: bool) -> int:
