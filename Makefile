@@ -39,7 +39,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help venv venv-transformers4 quickstart test test-fast test-te check gpu-report fuzz clean
 
 help:
-	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine, four ways: train, evaluate, export (18 minutes on two cores with fast bfloat16)"
+	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine, four ways: train, evaluate, export (16 minutes on two cores with fast bfloat16)"
 	@echo "make test-fast   run the unit tests that need neither Megatron-Core nor seconds (a minute)"
 	@echo "make check       style, types and test-fast: what CI looks at first"
 	@echo "make test        run the tests"

@@ -41,7 +41,7 @@ def browse():
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}")
-    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
 
     def run(page, *options):
         command = [*words, f"--window-size={WIDTH},{HEIGHT}", *options, page.as_uri()]
