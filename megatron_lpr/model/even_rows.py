@@ -5,6 +5,8 @@ product of some hundred rows, and forgets those that it has not met for a while.
 Shapes: T tokens of all experts in their order, R >= T rows with the zeros, N experts.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,11 +28,11 @@ class EvenRows:
 
     def spread(self, x: Tensor) -> Tensor:
         """[T, ...] -> [R, ...]."""
-        return _Spread.apply(x, self)
+        return _Moved.apply(x, self._spread, self._gather)
 
     def gather(self, x: Tensor) -> Tensor:
         """[R, ...] -> [T, ...]."""
-        return _Gather.apply(x, self)
+        return _Moved.apply(x, self._gather, self._spread)
 
     def _spread(self, x: Tensor) -> Tensor:
         # several times as fast as torch's copy by index into zeros
@@ -40,23 +42,14 @@ class EvenRows:
         return x.index_select(0, self.places_T)
 
 
-class _Spread(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
+    """Rows are moved there; their gradients are moved back."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, rows: EvenRows) -> Tensor:
-        ctx.rows = rows
-        return rows._spread(x)
+    def forward(ctx, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return ctx.rows._gather(grad), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: EvenRows) -> Tensor:
-        ctx.rows = rows
-        return rows._gather(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return ctx.rows._spread(grad), None
+        return ctx.back(grad), None, None
