@@ -61,8 +61,13 @@ class RunFiles:
     faults: list[str]
 
     @staticmethod
-    def read(folder: Path) -> "RunFiles":
-        """Raises UserError where a file cannot be read, or the recipe is no YAML."""
+    def read(run: str) -> "RunFiles":
+        """Raises UserError where it is no run's folder, a file in it cannot be read, or the recipe is no YAML."""
+        folder = Path(run)
+        if not folder.is_dir():
+            raise UserError(f"run {run}: no such folder; give the output folder of a run")
+        if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
+            raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
         path, faults = folder / "recipe.yaml", list[str]()
         tree = read_yaml(path, str(path)) if os.path.lexists(path) else None
         settings = sound_part(Recipe, {} if tree is None else tree, path.name, faults)

@@ -16,7 +16,7 @@ from megatron_lpr.recipe.reading import flat, from_tree
 from megatron_lpr.recipe.settings import DataConfig, TrainConfig
 from megatron_lpr.reporting.run_log import RunLog, read_log
 from megatron_lpr.training.run_files import RunFiles
-from megatron_lpr.training.run_status import RunStatus, run_status
+from megatron_lpr.training.run_status import RunStatus, status_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,11 @@ class ReportedRun:
         """Raises UserError where it is no run, has no metrics, or a file of it is damaged."""
         metrics = Path(folder) / "metrics.jsonl"
         log = read_log(metrics) if metrics.is_file() else None  # which names the line that is damaged
-        status = run_status(folder)
+        files = RunFiles.read(folder)
+        status = status_of(folder, files)
         if log is None:
             raise UserError(f"run {folder}: no metrics yet (no metrics.jsonl); wait until it has made a step")
-        return ReportedRun(folder=folder, status=status, log=log, files=RunFiles.read(Path(folder)))
+        return ReportedRun(folder=folder, status=status, log=log, files=files)
 
     @property
     def name(self) -> str:

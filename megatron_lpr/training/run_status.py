@@ -61,12 +61,13 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
     Raises:
         UserError: it is none, or a file in it is damaged.
     """
+    return status_of(run, RunFiles.read(run), now)
+
+
+def status_of(run: str, files: RunFiles, now: datetime | None = None) -> RunStatus:
+    """The same where some of its files have been read."""
     folder, now = Path(run), now or datetime.now(UTC)
-    if not folder.is_dir():
-        raise UserError(f"run {run}: no such folder; give the output folder of a run")
-    if not any((folder / name).is_file() for name in ("starts.jsonl", "metrics.jsonl")):
-        raise UserError(f"run {run}: no training run there (no starts.jsonl); give the output folder of a run")
-    files, found = RunFiles.read(folder), [sound_record(line) for line in last_lines(folder / "metrics.jsonl")]
+    found = [sound_record(line) for line in last_lines(folder / "metrics.jsonl")]
     records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
     last = records[-1] if records else {}
     since = files.start.get("time", "")
