@@ -68,10 +68,18 @@ def check_source(recipe: Recipe, folder: Path, base: Mapping[str, Any]) -> None:
     """Compare a recipe with the checkpoint that gives its weights.
 
     Raises:
-        UserError: that checkpoint holds another model.
+        UserError: that checkpoint holds another model, or its routers were made in another way than the recipe says:
+            they are there already, and exports would tell what was not done.
     """
     state = read_run_state(folder)
-    _compare(_EXPERTS, flat(state.recipe), flat(to_tree(recipe)), f"the checkpoint {folder}")
+    old, new = flat(state.recipe), flat(to_tree(recipe))
+    _compare(_EXPERTS, old, new, f"the checkpoint {folder}")
+    for field in _ROUTERS:
+        if recipe.model.num_experts and old.get(field, new[field]) != new[field]:
+            raise UserError(
+                f"{field}: {new[field]} has no effect on the checkpoint {folder}, whose routers were made with "
+                f"{old[field]}; set that, or leave model.load out to upcycle the base model anew"
+            )
     _check_base(recipe, state.base, base, f"the checkpoint {folder}")
 
 

@@ -104,14 +104,20 @@ def _check_experts(recipe: Recipe) -> None:
 
 
 def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> None:
-    if recipe.optimizer.warmup_steps >= train.steps:
+    optimizer = recipe.optimizer
+    if optimizer.warmup_steps >= train.steps:
         raise UserError(
-            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} of train.steps: {train.steps}; "
+            f"optimizer.warmup_steps: {optimizer.warmup_steps} of train.steps: {train.steps}; "
             f"choose 0 to {train.steps - 1}"
         )
-    if train.trainable == "routers" and recipe.optimizer.router_lr is not None:
+    if optimizer.schedule == "constant" and optimizer.min_lr:
         raise UserError(
-            f"optimizer.router_lr: {recipe.optimizer.router_lr:g} beside optimizer.lr, but nothing learns but the "
+            f"optimizer.min_lr: {optimizer.min_lr:g} has no effect with optimizer.schedule: constant; set 0, or cosine "
+            "or linear"
+        )
+    if train.trainable == "routers" and optimizer.router_lr is not None:
+        raise UserError(
+            f"optimizer.router_lr: {optimizer.router_lr:g} beside optimizer.lr, but nothing learns but the "
             "routers (train.trainable: routers); set optimizer.lr alone"
         )
     if train.on_not_finite == "stop" and train.max_skipped_steps != TrainConfig.max_skipped_steps:

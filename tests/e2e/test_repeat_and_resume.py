@@ -116,7 +116,7 @@ def test_interrupted_run_resumes_bit_for_bit(project, trained, tmp_path, monkeyp
 
 
 def test_extended_run_says_what_changed(project, trained, tmp_path):
-    short = ("--set", "optimizer.schedule=constant")
+    short = ("--set", "optimizer.schedule=constant", "--set", "optimizer.min_lr=0")
     project.run("train", "stage2", *settings(tmp_path, 2), *short)
     printed = project.run("train", "stage2", *settings(tmp_path, 4), *short)
     assert "resumes at step 2" in printed and "changed: train.steps: 2 -> 4" in printed

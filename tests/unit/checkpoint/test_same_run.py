@@ -191,6 +191,17 @@ def test_source_of_another_model(recipe, base, tmp_path, key):
         check_source(changed(recipe, **{key: FIXED[key]}), folder, base)
 
 
+@pytest.mark.parametrize("key", ["router_init_std", "router_init_seed"])
+def test_routers_of_a_source_are_not_made_anew(recipe, base, tmp_path, key):
+    folder, new = write_fake_checkpoint(tmp_path, 1, base=base, recipe=to_tree(recipe)), FIXED[f"model__{key}"]
+    with pytest.raises(UserError, match=f"model.{key}: {new} has no effect on the checkpoint {folder}, whose routers"):
+        check_source(changed(recipe, **{f"model__{key}": new}), folder, base)
+    older = to_tree(recipe)
+    del older["model"][key]  # a version that had no such setting
+    folder = write_fake_checkpoint(tmp_path / "older", 1, base=base, recipe=older)
+    check_source(changed(recipe, **{f"model__{key}": new}), folder, base)
+
+
 def test_weights_that_lose_digits_are_told(recipe, tmp_path):
     folder = write_fake_checkpoint(tmp_path, 1, recipe=to_tree(recipe))
     assert rounded(recipe, folder) is None
