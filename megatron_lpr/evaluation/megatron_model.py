@@ -5,7 +5,7 @@ Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabu
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -50,10 +50,19 @@ class MegatronModel:
                 chunk.bfloat16()
 
     @classmethod
-    def of_checkpoint(cls, recipe: Recipe, checkpoint: str, parallel: ParallelConfig = ONE_PROCESS) -> "MegatronModel":
-        """The base model's folder comes from `recipe`, experts and dtype from the checkpoint's own recipe."""
+    def of_checkpoint(
+        cls,
+        recipe: Recipe,
+        checkpoint: str,
+        parallel: ParallelConfig = ONE_PROCESS,
+        dtype: Literal["float32"] | None = None,
+    ) -> "MegatronModel":
+        """The base model's folder comes from `recipe`, experts and without `dtype` that from the checkpoint's own
+        recipe. Any checkpoint's numbers are exact in float32."""
         source = checkpoint_folder(checkpoint)
         recipe = with_experts_of(recipe, source)
+        if dtype:
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype=dtype))
         return cls(recipe, lambda recipe, arch, chunks: fill_weights(recipe, arch, chunks, source), parallel)
 
     @property

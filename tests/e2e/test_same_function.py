@@ -1,6 +1,7 @@
 """The same function before and after: dense and upcycled at step 0, Megatron and the export after training."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -91,6 +92,18 @@ def test_trained_model_scores_the_same_as_its_export(project, trained):
 def test_verify_agrees(project, trained):
     printed = project.run("verify", project.root / "hf_stage2", "--checkpoint", project.root / "stage2")
     assert "FAIL" not in printed and "logits" in printed and "frozen tensors" in printed
+
+
+@pytest.mark.parametrize(("trained_in", "exported"), [("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_verify_compares_logits_of_the_same_rounded_weights(project, trained, tmp_path, trained_in, exported):
+    """In float32, so that no rounding on the way hides another model."""
+    run, export = tmp_path / "run", tmp_path / "export"
+    changes = {"output": run, "model.dtype": trained_in, "train.steps": 2}
+    project.run("train", "stage1", *(word for key, value in changes.items() for word in ("--set", f"{key}={value}")))
+    project.run("export", run, export, "--dtype", exported)
+    printed = project.run("verify", export, "--checkpoint", run)
+    difference = float(re.search(r"logits +max .difference. (\S+) of", printed)[1])
+    assert 0 < difference < 1e-4 and "FAIL" not in printed
 
 
 EXPERTS = "model.layers.1.block_sparse_moe."

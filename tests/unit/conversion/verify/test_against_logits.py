@@ -15,15 +15,15 @@ def prepared(megatron_imported):
     """`against_logits` is imported after Megatron was prepared."""
 
 
-def check(change, *, num_experts=3, dtype="float32"):
+def check(change, *, num_experts=3):
     """The check of a stock model that computes `change` beside the Megatron model's logits."""
     logits_TV = torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(0))
-    recipe = SimpleNamespace(model=SimpleNamespace(dtype=dtype, num_experts=num_experts))
+    recipe = SimpleNamespace(model=SimpleNamespace(num_experts=num_experts))
     model = SimpleNamespace(recipe=recipe, logits=lambda row: logits_TV[None])
-    from megatron_lpr.conversion.verify.against_logits import _compare
+    from megatron_lpr.conversion.verify.against_logits import EXACT, _compare
 
     stock = lambda row: SimpleNamespace(logits=logits_TV[None] + change)  # noqa: E731
-    return _compare(model, stock, [torch.zeros(1, POSITIONS)])
+    return _compare(model, stock, [torch.zeros(1, POSITIONS)], EXACT)
 
 
 def at(positions, value):
