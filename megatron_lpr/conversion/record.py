@@ -33,17 +33,20 @@ class Made:
 
     expansion: its frozen experts were never trained unless everything was (`trainable` "all").
     trainable: of the last stage, or "all" where any stage trained everything; None: nothing was trained.
+    dtype: of the last stage, which rounded what the base has in a wider one; None: nothing was trained, or not known.
     """
 
     expansion: Expansion
     trainable: str | None = None
+    dtype: str | None = None
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, *stages: str) -> "Made":
         """stages: what earlier stages trained, as far as they are known."""
         trained = [*([recipe.train.trainable] if recipe.train else []), *stages]
         last = trained[0] if trained else None
-        return cls(expansion=expansion_of(recipe.model), trainable="all" if "all" in trained else last)
+        dtype = None if recipe.model.dtype == "auto" else recipe.model.dtype
+        return cls(expansion=expansion_of(recipe.model), trainable="all" if "all" in trained else last, dtype=dtype)
 
     @property
     def untouched(self) -> int:
@@ -59,6 +62,7 @@ class Made:
             "topk": expansion.topk,
             "mlp_only_layers": expansion.mlp_only_layers,
             "trainable": self.trainable,
+            "dtype": self.dtype,
         }
 
     def differences(self, other: "Made", own: str, others: str) -> Iterator[str]:
@@ -109,15 +113,17 @@ def read_record(folder: str | Path) -> ExportRecord | None:
 
 
 def _made(tree: dict[str, Any]) -> Made:
-    trainable, layers = tree.pop("trainable", None), tree.pop("mlp_only_layers")
+    trainable, layers, dtype = tree.pop("trainable", None), tree.pop("mlp_only_layers"), tree.pop("dtype", None)
     numbers = [tree.pop(name) for name in ("num_experts", "num_frozen_experts", "topk")]
     if tree:
         raise ValueError(f"unknown: {', '.join(tree)}")
     if not all(type(number) is int and number >= 0 for number in (*numbers, *layers)):
         raise ValueError("numbers of experts, of layers and top-k are integers")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"nothing is trained in dtype {dtype!r}")
     num_experts, num_frozen, topk = numbers
     expansion = Expansion(num_experts=num_experts, num_frozen=num_frozen, topk=topk, mlp_only_layers=tuple(layers))
-    return Made(expansion=expansion, trainable=trainable)
+    return Made(expansion=expansion, trainable=trainable, dtype=dtype)
 
 
 def made_of(checkpoint: Path) -> Made:

@@ -103,20 +103,21 @@ def scan(
     base: SafetensorsReader,
     origins: dict[str, Origin],
     names: list[str],
-    dtype: torch.dtype,
+    dtypes: Sequence[torch.dtype],
     num_frozen: int,
     progress: bool = False,
 ) -> Scan:
     """Looks at the tensors `names` on all cores, a block of each tensor and of its base at a time.
 
+    dtypes: what the base's tensors were cast to, one after the other; the last is the export's.
     progress: show a bar.
     """
     found = Scan({}, [], {}, [])
-    sizes = {name: math.prod(export.shape(name)) * dtype.itemsize for name in names}
+    sizes = {name: math.prod(export.shape(name)) * dtypes[-1].itemsize for name in names}
 
     def look(name: str) -> _Look:
         try:
-            return _look(export.slice(name), origins[name], base, dtype, num_frozen)
+            return _look(export.slice(name), origins[name], base, dtypes, num_frozen)
         except UserError as error:
             return _Look([f"not readable ({error})"], None, None)
 
@@ -141,11 +142,13 @@ class _Look(NamedTuple):
     sha256: str | None  # of a frozen one
 
 
-def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: torch.dtype, num_frozen: int) -> _Look:
+def _look(
+    there: FileTensor, origin: Origin, base: SafetensorsReader, dtypes: Sequence[torch.dtype], num_frozen: int
+) -> _Look:
     is_frozen = origin.is_frozen(num_frozen)
     expected = base.slice(origin.copied) if origin.kind == "copy" else None
     digest = hashlib.sha256(str(there.dtype).encode())
-    finite, zero, base_zero, same = True, True, True, there.dtype == dtype
+    finite, zero, base_zero, same = True, True, True, there.dtype == dtypes[-1]
     for place in there.blocks():
         block = there.narrow(0, *place)
         # One reduction answers both questions: NaN and infinities reach the extremes.
@@ -155,7 +158,9 @@ def _look(there: FileTensor, origin: Origin, base: SafetensorsReader, dtype: tor
         if is_frozen:
             digest.update(tensor_bytes(block))
         if expected is not None:
-            original = expected.narrow(0, *place).to(dtype)
+            original = expected.narrow(0, *place)
+            for dtype in dtypes:
+                original = original.to(dtype)
             same = same and equal_bytes(block, original)
             base_zero = base_zero and not (zero and original.any())
     wrong = [] if finite else ["not finite"]

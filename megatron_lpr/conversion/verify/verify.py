@@ -40,8 +40,8 @@ def verify_export(
     contradict each other, the check "record" fails.
 
     Frozen tensors (attention, norms, embeddings, frozen experts) are compared by SHA-256 after casting the base's to
-    the export's dtype, which is exact whenever that is at least as wide. A dense export has no frozen tensors, nor has
-    one of which everything was trained: there the ones that differ from the base are counted.
+    the dtype of training and to the export's, which is exact whenever these are at least as wide. A dense export has no
+    frozen tensors, nor has one of which everything was trained: there the ones that differ from the base are counted.
 
     grafted_on: of a grafted export; the base of the delta, while `base_dir` is the instruct model whose config,
     tokenizer and frozen tensors the export has.
@@ -65,7 +65,8 @@ def verify_export(
     dtype_name = record.dtype if record else config.get("dtype", "float32")
     dtype = torch_dtype(dtype_name)
     sound = [name for name, shape in shapes.items() if name in export and _shape(export, name) == shape]
-    found = scan(export, base, origins(arch, num_experts), sound, dtype, made.untouched, progress)
+    trained = [torch_dtype(made.dtype)] if made.dtype and not grafted_on else []  # grafted ones are never trained in
+    found = scan(export, base, origins(arch, num_experts), sound, [*trained, dtype], made.untouched, progress)
     frozen_sha256 = digest_of_digests(found.frozen.items()) if has_frozen else ""
     names = f"{len(shapes)} names and shapes agree"
     return VerifyReport(

@@ -59,7 +59,7 @@ def damage_frozen(export):
 
 def test_the_record_of_an_export(made_here):
     record = read_record(made_here / "out")
-    assert record.made == Made(expansion=Expansion(num_experts=3), trainable="routers")
+    assert record.made == Made(expansion=Expansion(num_experts=3), trainable="routers", dtype="float32")
     assert record.made == made_of(made_here / "run/checkpoints/step_00000004")
     assert (record.step, record.dtype, record.instruct) == (4, "float32", None)
     assert {"config.json", "tokenizer.json"} <= record.base.keys() and len(record.frozen_sha256) == 64
