@@ -22,11 +22,10 @@ from megatron_lpr.checkpoint.run_state import (
 from megatron_lpr.checkpoint.source import chain, find_source, source_identity, source_of
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
-from megatron_lpr.data.corpus.tokenizer_record import check_trained_alike, read_otherwise, record_of
+from megatron_lpr.data.corpus.tokenizer_record import read_otherwise
 from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
-from megatron_lpr.data.text.special_tokens import special_tokens
-from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
+from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
 from megatron_lpr.evaluation.windows import Text
@@ -41,6 +40,7 @@ from megatron_lpr.recipe.checks import check_machine, check_recipe
 from megatron_lpr.recipe.fp8 import lacking_to_shard
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
+from megatron_lpr.training.own_tokenizer import checked_tokenizer
 from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
@@ -145,7 +145,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         check_machine(recipe)
     assert train is not None and data is not None
     manifest = Manifest.load(data.manifest)
-    tokenizer = _checked_tokenizer(recipe, arch, manifest)
+    tokenizer = checked_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
     base = same_run.base_identity(recipe.model.base, arch)
@@ -227,21 +227,6 @@ def _check_under(recipe: Recipe, checkpoint: Path) -> None:
     state = read_run_state(lowest)
     if state.content == "over base":
         check_base_sizes(recipe.model.base, state.base, lowest)
-
-
-def _checked_tokenizer(recipe: Recipe, arch: Architecture, manifest: Manifest) -> Tokenizer:
-    """The base's; UserError unless the corpora were made with the same."""
-    assert recipe.data is not None
-    tokenizer = manifest.tokenizer
-    base = load_tokenizer(recipe.model.base, special=special_tokens(recipe.preprocess))
-    if tokenizer.vocab_size > arch.vocab_size or tokenizer.sha256 != base.sha256:
-        raise UserError(
-            f"data.manifest: {recipe.data.manifest} was made with a tokenizer of another vocabulary "
-            f"({tokenizer.vocab_size} tokens, sha256 {tokenizer.sha256[:12]}) than the model's in {recipe.model.base} "
-            f"({base.vocab_size} tokens, sha256 {base.sha256[:12]}); preprocess the corpora with the model's tokenizer"
-        )
-    check_trained_alike(f"data.manifest: {recipe.data.manifest}", tokenizer, record_of(base))
-    return base
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
