@@ -93,7 +93,19 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
             valid = [option for action in shown for option in action.option_strings if option.startswith("--")]
             raise UserError(f"no option '{first}'{nearest(first.partition('=')[0], valid)}")
         raise UserError(f"'{first}' is too much" + (f": {command.spelling}" if command.spelling else ""))
+    _refuse_empty(parser, options)
     return options
+
+
+def _refuse_empty(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """An empty word is a variable of the shell that nobody set: it would be taken for none, or the current folder."""
+    for action in parser._actions:
+        value = getattr(options, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            spelled = action.option_strings[-1] if action.option_strings else action.metavar
+            raise UserError(
+                f"{spelled}: is empty; give it a value" + (", or leave it out" * bool(action.option_strings))
+            )
 
 
 @contextlib.contextmanager

@@ -146,7 +146,8 @@ def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[s
 
 def _check_load(recipe: Recipe, state: RunState) -> None:
     """Another name in `model.load` is accepted where it leads to the same checkpoint."""
-    old, new = state.recipe["model"].get("load"), recipe.model.load
+    # an empty name was taken for none once
+    old, new = state.recipe["model"].get("load") or None, recipe.model.load
     if old == new:
         return
     if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:

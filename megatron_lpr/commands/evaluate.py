@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_lpr.commands.command import Command
-from megatron_lpr.commands.options import add_gone, add_own_recipe, found_checkpoint, recipe_of, typed_recipe
+from megatron_lpr.commands.options import (
+    add_gone,
+    add_own_recipe,
+    found_checkpoint,
+    recipe_of,
+    refuse_unread,
+    typed_recipe,
+)
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.task_names import BENCHMARKS
 from megatron_lpr.recipe.reading import REST
@@ -28,6 +35,7 @@ READS = (
     "checkpoint.verify",
     "parallel",
 )
+HF_READS = ("model.dtype", "evaluation", "preprocess", "data.manifest")  # the last two tell what was trained on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +120,7 @@ def _check_layout_has_effect(overrides: Sequence[str]) -> None:
 def _recipe_for_hf(options: argparse.Namespace) -> Recipe | None:
     if options.base is not None:
         raise UserError(f"--base {options.base}: has no effect on {options.model}, which is no checkpoint")
+    refuse_unread(options.set, HF_READS)
     return typed_recipe(options, under=REST) if options.recipe else None
 
 

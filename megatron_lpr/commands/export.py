@@ -11,6 +11,7 @@ from megatron_lpr.commands.options import (
     found_checkpoint,
     recipe_of,
 )
+from megatron_lpr.errors import UserError
 
 SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
 READS = ("model.base", "model.load", "export", "checkpoint.verify")
@@ -44,6 +45,9 @@ def run(options: argparse.Namespace) -> None:
     single_process("export")
     source = found_checkpoint(options.checkpoint, SPELLING)
     given = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    for name in given:
+        if both := next((override for override in options.set if override.startswith(f"export.{name}=")), None):
+            raise UserError(f"--{name.replace('_', '-')}: is the setting of --set {both}; give one of the two")
     options.set += [f"export.{name}={json.dumps(value)}" for name, value in given.items()]
     recipe = recipe_of(source, options, READS)
     export_checkpoint(

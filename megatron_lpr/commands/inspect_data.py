@@ -3,7 +3,10 @@
 import argparse
 
 from megatron_lpr.commands.command import Command
-from megatron_lpr.commands.options import add_recipe, typed_recipe
+from megatron_lpr.commands.options import add_recipe, typed_recipe, warn_of_unread
+from megatron_lpr.errors import UserError
+
+READS = ("data", "train.steps", "train.global_batch_size", "train.seed", "model.base", "preprocess.tokenizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +19,9 @@ def run(options: argparse.Namespace) -> None:
     """Print the data plan of a training recipe, or the documents of one step; writes nothing, dry or not."""
     from megatron_lpr.data.sampler.inspect_data import data_plan, step_documents
 
+    if options.step is not None and options.steps is not None:
+        raise UserError(f"--steps {options.steps}: has no effect beside --step {options.step}; give one of the two")
+    warn_of_unread(options.set, READS)
     recipe = typed_recipe(options)
     print(data_plan(recipe, options.steps) if options.step is None else step_documents(recipe, options.step))
 
@@ -25,6 +31,6 @@ COMMAND = Command(
     "show what a training recipe reads: tokens, epochs, share per language",
     add_arguments,
     run,
-    reads=("data", "train.steps", "train.global_batch_size", "train.seed"),
+    reads=READS,
     place=3,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.recipe.settings import Recipe
 
@@ -100,13 +100,29 @@ def recipe_of(checkpoint: Path, options: argparse.Namespace, reads: Sequence[str
     """
     from megatron_lpr.checkpoint.own_recipe import own_recipe
 
+    refuse_unread(options.set, reads)
     if options.recipe:
         return typed_recipe(with_base(options))
-    for override in options.set:
-        key = override.partition("=")[0]
-        if "=" in override and not any(key == name or key.startswith(f"{name}.") for name in reads):
-            raise UserError(f"--set {override}: has no effect here, where {', '.join(reads)} of the recipe are read")
     return own_recipe(checkpoint, with_base(options).set)
+
+
+def refuse_unread(overrides: Sequence[str], reads: Sequence[str]) -> None:
+    """UserError where a setting was typed that the command does not read; a recipe may have what others read."""
+    for override in _unread(overrides, reads):
+        raise UserError(f"--set {override}: has no effect here, where {', '.join(reads)} of the recipe are read")
+
+
+def warn_of_unread(overrides: Sequence[str], reads: Sequence[str]) -> None:
+    """The same as a warning, for commands that are given the words of a training to look at it."""
+    for override in _unread(overrides, reads):
+        warn(f"--set {override}: has no effect here, where {', '.join(reads)} of the recipe are read")
+
+
+def _unread(overrides: Sequence[str], reads: Sequence[str]) -> list[str]:
+    def reaches(key: str) -> bool:  # a setting of a section that is read, or a section of which something is
+        return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in reads)
+
+    return [override for override in overrides if "=" in override and not reaches(override.partition("=")[0])]
 
 
 def with_base(options: argparse.Namespace) -> argparse.Namespace:

@@ -4,8 +4,10 @@ import argparse
 import json
 
 from megatron_lpr.commands.command import Command
-from megatron_lpr.commands.options import add_recipe, typed_recipe
+from megatron_lpr.commands.options import add_recipe, typed_recipe, warn_of_unread
 from megatron_lpr.errors import UserError
+
+READS = ("model", "data", "train", "parallel", "fp8", "balance", "lpr", "checkpoint.whole")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--rank {options.rank}: without effect; add --rehearse")
     if options.rehearse and options.json:
         raise UserError("--rehearse --json: a rehearsal is printed for people only; give one of the two")
+    warn_of_unread(options.set, READS)
     plan = plan_run(typed_recipe(options), options.gpus, options.gpu)
     print(json.dumps(tree(plan), indent=2) if options.json else text(plan), flush=True)
     if options.rehearse:
@@ -40,6 +43,6 @@ COMMAND = Command(
     "what a training recipe needs of so many GPUs, and the layouts that fit; needs no GPU, weights or corpora",
     add_arguments,
     run,
-    reads=("model", "data", "train", "parallel", "fp8", "balance", "lpr"),
+    reads=READS,
     place=4,
 )

@@ -49,7 +49,7 @@ COMMAND = Command(
     run,
     reads=(
         *("name", "output", "model", "data", "train", "parallel", "fp8", "balance", "lpr", "optimizer", "checkpoint"),
-        *("logging", "cluster", "preprocess.bos", "preprocess.parse_special_tokens"),
+        *("logging", "cluster", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens"),
     ),
     place=5,
     distributed=True,

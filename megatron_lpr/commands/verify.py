@@ -10,6 +10,7 @@ from megatron_lpr.commands.options import (
     found_checkpoint,
     recipe_of,
     refuse_file,
+    refuse_unread,
     typed_recipe,
     with_base,
 )
@@ -83,8 +84,10 @@ def _verify_checkpoint(options: argparse.Namespace) -> None:
     from megatron_lpr.checkpoint.verification import faults_of_all
 
     given = ("checkpoint", "base", "recipe", "set", "num_frozen", "graft_delta")
-    for name in (name for name in given if getattr(options, name)):
+    for name in (name for name in given if getattr(options, name) not in (None, [])):
         raise UserError(f"--{name.replace('_', '-')}: has no effect on {options.export}, which is no export")
+    if not options.logits:
+        raise UserError(f"--no-logits: has no effect on {options.export}, which is no export")
     if options.dry_run:
         print(f"would verify {options.export} against its checksums")
         return
@@ -108,6 +111,7 @@ def _refuse_what_has_no_effect(options: argparse.Namespace) -> None:
         raise UserError(f"--num-frozen {options.num_frozen}: has no effect beside --checkpoint or --recipe")
     if options.set and not (options.checkpoint or options.recipe):
         raise UserError(f"--set {options.set[0]}: has no effect without --checkpoint or --recipe")
+    refuse_unread(options.set, READS)
 
 
 COMMAND = Command(

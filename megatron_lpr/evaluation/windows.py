@@ -45,10 +45,15 @@ def tokenized(
     Raises:
         UserError: there is none.
     """
-    documents = _cut(documents, max_bytes)
+    whole, documents = documents, _cut(documents, max_bytes)
     scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
     if not scored_bytes:
-        raise UserError(f"evaluation corpus {corpus.name}: no text to score, its documents have no characters")
+        why = (
+            f"evaluation.max_bytes: {max_bytes} cuts off all of it"
+            if any(whole)
+            else "its documents have no characters"
+        )
+        raise UserError(f"evaluation corpus {corpus.name}: no text to score, {why}")
     stream, scored = _stream(tokenizer, documents)
     return Text(corpus=corpus, stream=stream, scored=scored, bytes=scored_bytes)
 

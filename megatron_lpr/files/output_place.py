@@ -37,6 +37,7 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
     source, when it, or the folder that is to hold it, is a file or cannot be written, and when there is no space.
     """
     out = resolved(out_dir)
+    _refuse_home(out_dir)
     for source in sources:
         if out.is_relative_to(resolved(source)):
             raise UserError(f"output folder '{out_dir}' is or lies in '{source}', which is read: choose one outside")
@@ -56,11 +57,18 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
 def check_file(out: str | Path, example: str = "result.json") -> None:
     """UserError where a file cannot be written to `out`; `example` is what one is called."""
     out = Path(out)
+    _refuse_home(out)
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: cannot be written in {there}; name another place")
+
+
+def _refuse_home(out: str | Path) -> None:
+    """UserError where a folder of the name ~ would be made: in a recipe, and behind `=`, no shell reads it."""
+    if str(out).startswith("~") and not os.path.lexists(out):
+        raise UserError(f"'{out}': ~ is the home folder for a shell, which has not read it here: write the whole path")
 
 
 def free_bytes(folder: str | Path) -> int:

@@ -148,6 +148,8 @@ def check_logging(logging: LoggingConfig, *, steps: int, world_size: int) -> Non
         raise UserError(
             "logging.profile_ranks: has no effect without logging.profile_from; set the first and last step to trace"
         )
+    if first and not logging.profile_ranks:
+        raise UserError("logging.profile_ranks: empty, so that nothing is traced; name a rank, or set profile_from: 0")
     if beyond := [rank for rank in logging.profile_ranks if rank >= world_size and first]:
         raise UserError(f"logging.profile_ranks: {beyond[0]}, but the last rank of the run is {world_size - 1}")
     if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lpr.errors import UserError
 
 LARGEST_INT = (1 << 63) - 1  # of a whole number without another upper bound: what C++, torch and files hold
+LARGEST_FLOAT = 1e30  # of any other number: float32 holds more, but not what an optimizer makes of it
 MOST_SAMPLES = 1 << 62  # of a run, in csrc/schedule.h
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -61,10 +62,10 @@ def required(
 
 
 def range_of(f: dataclasses.Field, whole: bool) -> Range:
-    """The numbers that a field takes, of `whole` ones with the bound that all have."""
+    """The numbers that a field takes, with the bound that all `whole` ones have, or all others."""
     valid: Range = f.metadata["range"]
-    if whole and valid.at_most is None and valid.below is None:
-        return dataclasses.replace(valid, at_most=LARGEST_INT)
+    if valid.at_most is None and valid.below is None:
+        return dataclasses.replace(valid, at_most=LARGEST_INT if whole else LARGEST_FLOAT)
     return valid
 
 

@@ -72,6 +72,7 @@ def _read(path: Path, including: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"recipe {path}: is empty; a recipe has at least name, output and model")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path}: expected a mapping of sections, found {type(tree).__name__}")
+    _refuse_empty(tree, f"recipe {path}")
     include = tree.pop("include", None)
     if include is None:
         return tree
@@ -97,6 +98,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"override '{override}': '{parent}' is a value, not a section")
     tree[leaf] = parse_yaml(value, f"override '{override}'")
+    _refuse_empty(tree[leaf], f"override '{override}'", key)
+
+
+def _refuse_empty(tree: Any, where: str, name: str = "") -> None:
+    """UserError where a text is empty: it would be taken for a setting that is left out, or for the current folder."""
+    if isinstance(tree, str) and not tree.strip():
+        raise UserError(f"{where}: {name}: is empty; give it a value, or leave it out")
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_empty(value, where, f"{name}.{key}" if name else str(key))
+    if isinstance(tree, list):
+        for index, value in enumerate(tree):
+            _refuse_empty(value, where, f"{name}[{index}]")
 
 
 def from_tree(cls: type[T], tree: Any, where: str) -> T:

@@ -261,6 +261,12 @@ def test_settings_that_a_checkpoint_decides(refused, project, trained, tmp_path)
     error = refused("export", run, tmp_path / "out", *changed("model.topk=1"))
     assert "--set model.topk=1: has no effect here" in error and "model.load, export" in error
     assert "--set train.steps=1: has no effect here" in refused("evaluate", run, *scores, *changed("train.steps=1"))
+    given = [*changed("train.steps=1"), "--recipe", project.recipes["stage1"]]
+    assert "--set train.steps=1: has no effect here" in refused("evaluate", run, *scores, *given)
+    assert "--set train.steps=1: has no effect here" in refused("evaluate", project.root / "base", *scores, *given)
+    assert "--set train.steps=1: has no effect here" in refused("verify", run.with_name("hf_stage1"), *given)
+    both = ["--dtype", "float32", *changed("export.dtype=bfloat16")]
+    assert "--dtype: is the setting of --set export.dtype=bfloat16" in refused("export", run, tmp_path / "out", *both)
     assert "did you mean 'window'" in refused("evaluate", run, *scores, *changed("evaluation.windov=1"))
 
 
@@ -274,6 +280,9 @@ def test_what_has_no_effect_without_a_checkpoint(refused, project, trained, tmp_
     )
     run = project.root / "stage1"
     assert "--num-frozen 1: has no effect" in refused("verify", export, "--checkpoint", run, "--num-frozen", 1)
+    assert "--num-frozen: has no effect on" in refused("verify", run, "--num-frozen", 0)
+    assert "--no-logits: has no effect on" in refused("verify", run, "--no-logits")
+    assert "nowhere: no such folder" in refused("verify", "nowhere")
     assert "--set evaluation.corpora=[]: has no effect" in refused(
         "verify", export, "--base", base, *changed("evaluation.corpora=[]")
     )

@@ -39,6 +39,15 @@ def test_slurm_would_take_the_chain(cluster, tmp_path):
         cluster.run(*words, **site | {"GPUS_PER_NODE": "8"})
 
 
+@pytest.mark.parametrize("lines", ["", "# optimizer.lr=1\n", "optimizer.lr=1\n"])
+def test_a_sweep_without_that_line(tmp_path, lines):
+    (tmp_path / "lines.txt").write_text(lines)
+    words = ["bash", ROOT / "examples/slurm/sweep.sbatch", "recipe.yaml", tmp_path / "lines.txt", tmp_path]
+    variables = {"SLURM_ARRAY_TASK_ID": "2", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(words, env=variables, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "lines.txt has no line 2; give --array as many tasks as it has lines" in done.stderr
+
+
 @pytest.mark.parametrize(
     "image, words",
     [

@@ -79,6 +79,15 @@ def test_errors_of_programmers_keep_their_traceback(instead):
             "megatron-lpr train: error: no option '--rnaks'; did you mean '--ranks'?\n",
         ),
         (["train", "r.yaml", "s.yaml"], "megatron-lpr train: error: 's.yaml' is too much\n"),
+        (["train", ""], "megatron-lpr train: error: RECIPE: is empty; give it a value\n"),
+        (
+            ["evaluate", "run", "--name", "n", "--out", "o.json", "--recipe", ""],
+            "megatron-lpr evaluate: error: --recipe: is empty; give it a value, or leave it out\n",
+        ),
+        (
+            ["export", "run", "out", "--graft-delta", "base", ""],
+            "megatron-lpr export: error: --graft-delta: is empty; give it a value, or leave it out\n",
+        ),
     ],
 )
 def test_mistyped_words_name_the_nearest(capsys, words, told):

@@ -108,6 +108,8 @@ def plan_verification(
     used = recipe or own or (own_recipe(folder) if folder else None)
     base = base or (used.model.base if used else None) or (graft_delta[0] if graft_delta else None)
     if base is None:
+        if not Path(export_dir).is_dir():
+            raise UserError(f"verify {export_dir}: no such folder; name one that megatron-lpr export wrote, or a run's")
         raise UserError(
             f"verify {export_dir}: against what? Give the checkpoint (--checkpoint), which knows its base, or the base "
             "(--base)"

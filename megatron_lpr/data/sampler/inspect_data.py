@@ -1,5 +1,6 @@
 """What a training recipe reads, for people: the data plan as a tree, and the documents of one step."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import TypedDict
@@ -10,6 +11,7 @@ from megatron_lpr.data.sampler.mixture import Subset, subsets
 from megatron_lpr.data.sampler.replay_sampler import BatchCounts, Pick, ReplaySampler
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.fields import MOST_SAMPLES
 from megatron_lpr.recipe.settings import DataConfig, Recipe, ReplayConfig, TrainConfig
 
 _FILLED = 0.8  # a larger share of labelled positions is worth no word
@@ -21,13 +23,14 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
     """Tokens (positions with a label), share and epochs of every role, language and corpus in the first `steps`.
 
     Raises:
-        UserError: the recipe trains nothing, `steps` is below 1, or the data is at fault.
+        UserError: the recipe trains nothing, no run has so many `steps`, or the data is at fault.
     """
     train, data = _sections(recipe)
     sampler = _sampler(train, data)
     steps = train.steps if steps is None else steps
-    if steps < 1:
-        raise UserError(f"--steps: {steps}; at least 1")
+    most = MOST_SAMPLES // train.global_batch_size
+    if not 1 <= steps <= most:
+        raise UserError(f"--steps: {steps}; at least 1, at most {most}")
     samples = steps * train.global_batch_size
     manifest, counts = sampler.manifest, sampler.count(0, samples)
     head = [
@@ -35,7 +38,8 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
         f"{steps:,} steps x {train.global_batch_size:,} samples x {sampler.seq_length:,} positions: "
         f"{samples:,} samples, {counts.tokens:,} tokens; windows: {data.windows}, seed {sampler.seed}",
     ]
-    warnings = (f"warning: {sentence}" for sentence in short_windows(manifest, sampler))
+    told = (*short_windows(manifest, sampler), *without_effect(train, data, sampler))
+    warnings = (f"warning: {sentence}" for sentence in told)
     return "\n".join([*head, *_mixtures(train, sampler), *_table(_tree(sampler, samples, counts)), *warnings])
 
 
@@ -47,6 +51,32 @@ def unshuffled(manifest: Manifest, replay: ReplayConfig) -> list[str]:
         for corpus, part in zip(manifest.corpora, subsets(manifest, replay), strict=True)
         if part != Subset() and corpus.source is None
     ]
+
+
+def without_effect(train: TrainConfig, data: DataConfig, sampler: ReplaySampler) -> Iterator[str]:
+    """A warning for each mixture that the run ends before, and for each limit of replay that limits nothing."""
+    samples = train.steps * train.global_batch_size
+    for number, entry in enumerate(data.schedule):
+        if entry.from_sample >= samples:
+            yield (
+                f"data.schedule[{number}]: has no effect: it takes over at sample {entry.from_sample:,}, and the run "
+                f"ends before ({samples:,} samples: train.steps x train.global_batch_size)"
+            )
+    if not (data.replay.documents or data.replay.tokens):
+        return
+    counts = zip(sampler.manifest.corpora, sampler.samples_before(samples), strict=True)
+    read = [corpus for corpus, count in counts if count]
+    for field, limits in (("documents", data.replay.documents), ("tokens", data.replay.tokens)):
+        for key, wanted in limits.items():
+            there: Counter[str] = Counter()  # documents of each language that the limit is for
+            for corpus in read:
+                if key in (corpus.role, corpus.language):
+                    there[corpus.language] += corpus.documents
+            if not there:
+                yield f"data.replay.{field}.{key}: has no effect: the run reads nothing of it (data.mixture)"
+            elif field == "documents" and wanted > max(there.values()):
+                has = ", ".join(f"{language} has {documents:,}" for language, documents in there.items())
+                yield f"data.replay.documents.{key}: {wanted:,}, more than there are, so that all are read ({has})"
 
 
 def short_windows(manifest: Manifest, sampler: ReplaySampler) -> list[str]:

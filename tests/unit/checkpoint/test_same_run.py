@@ -52,6 +52,7 @@ def state_of(recipe, step=1, **fields) -> RunState:
 
 def test_the_same_recipe_goes_on(recipe, base):
     check_resumed(recipe, state_of(recipe, base=base), base)
+    check_resumed(recipe, state_of(changed(recipe, model__load=""), base=base), base)  # as older versions took it
 
 
 FREE = {

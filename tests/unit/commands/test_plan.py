@@ -38,9 +38,11 @@ def test_lines_to_paste_are_a_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_for_programs(capsys):
-    words = ["--set", "model.base=examples/plan/llama-3.2-1b", "--json"]
+    words = ["--set", "model.base=examples/plan/llama-3.2-1b", "--set", "optimizer.lr=1", "--json"]
     assert plan("--gpus", "8", "--gpu", "a100", *words) == 0
-    tree = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("warning: --set optimizer.lr=1: has no effect here, where model, data,")
+    tree = json.loads(printed.out)
     assert tree["own"]["fits"] and tree["own"]["parallel"]["expert"] == 8
     memory = tree["own"]["memory"]
     assert memory["total"] == sum(held for kind, held in memory.items() if kind != "total")

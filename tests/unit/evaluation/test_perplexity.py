@@ -162,3 +162,5 @@ def test_scores_of_corpora():
 def test_a_corpus_without_characters():
     with pytest.raises(UserError, match="evaluation corpus x: no text to score"):
         tokenized(Letters(), CORPUS, ["", ""])
+    with pytest.raises(UserError, match="no text to score, evaluation.max_bytes: 1 cuts off all of it"):
+        tokenized(Letters(), CORPUS, ["é"], max_bytes=1)

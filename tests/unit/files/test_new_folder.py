@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.new_folder import complete_folder
-from megatron_lpr.files.output_place import INSIDE, check_place, check_vacant
+from megatron_lpr.files.output_place import INSIDE, check_file, check_place, check_vacant
 
 FILES = ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 
@@ -182,6 +182,15 @@ def test_a_read_only_place(mounted):
         check_place(mounted / "deep" / "out")
     with pytest.raises(UserError, match="cannot write .*Read-only file system"), complete_folder(mounted):
         pass
+
+
+@pytest.mark.parametrize("check", [check_place, check_file])
+def test_a_home_folder_that_no_shell_has_read(tmp_path, monkeypatch, check):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'~/runs': ~ is the home folder for a shell"):
+        check("~/runs")
+    (tmp_path / "~/runs").mkdir(parents=True)
+    check_place("~/runs")  # a run that goes on there
 
 
 def test_paths_that_mean_nothing(tmp_path):

@@ -19,6 +19,7 @@ def check(settings, world_size=1):
     [
         (1, {"profile_from": 3, "profile_to": 5}, "3 to 5; choose steps from 1 to train.steps .4., the first before"),
         (1, {"profile_to": 2}, "logging.profile_from, profile_to: 0 to 2"),
+        (1, {"profile_from": 1, "profile_to": 1, "profile_ranks": []}, "logging.profile_ranks: empty"),
         (1, {"profile_ranks": [1]}, "logging.profile_ranks: has no effect without logging.profile_from"),
         (2, {"profile_from": 1, "profile_to": 1, "profile_ranks": [0, 2]}, "2, but the last rank of the run is 1"),
     ],

@@ -123,10 +123,17 @@ def test_overrides(write):
         ("evaluation.corpora=[x]", "corpora[0]: expected a mapping"),
         ("name.first=x", "'name' is a value, not a section"),
         ("optimizer.lr=[", "not valid YAML"),
+        ("model.load=''", "model.load: is empty; give it a value, or leave it out"),
+        ("evaluation={corpora: [{name: x, files: [' ']}]}", "evaluation.corpora[0].files[0]: is empty"),
     ],
 )
 def test_override_that_is_refused(write, override, expected):
     assert expected in refused(write("r.yaml", MINIMUM), override)
+
+
+def test_an_empty_text_is_no_setting_that_is_left_out(write):
+    message = refused(write("r.yaml", MINIMUM | {"model": {"base": "b", "load": ""}}))
+    assert "r.yaml: model.load: is empty; give it a value, or leave it out" in message
 
 
 def test_missing_required_key_is_explained(write):

@@ -82,11 +82,29 @@ def test_without_the_tokenizer_it_shows_token_ids(inspect, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "recipe, setting, warning",
+    [
+        ("stage2", "data.schedule=[{from_sample: 23}]", None),
+        ("stage2", "data.schedule=[{from_sample: 24}]", "schedule[0]: has no effect: it takes over at sample 24"),
+        ("stage2", "data.replay.documents={original: 40}", None),
+        ("stage2", "data.replay.documents={qab: 41}", "41, more than there are, so that all are read (qab has 40)"),
+        ("stage2", "data.replay.tokens={original: 0.5}", None),
+        ("stage1", "data.replay.tokens={original: 0.5}", "tokens.original: has no effect: the run reads nothing of it"),
+    ],
+)
+def test_settings_that_the_run_has_nothing_from(inspect, recipe, setting, warning):
+    printed = inspect(recipe, "--set", setting)
+    assert ("warning: data." in printed) == bool(warning) and (warning or "") in printed
+
+
+@pytest.mark.parametrize(
     "name, arguments, message",
     [
         ("stage2", ["--step", "7"], "--step: 7 of 6 steps; choose 1 to 6"),
         ("stage2", ["--step", "0"], "choose 1 to 6"),
         ("stage2", ["--steps", "0"], "--steps: 0; at least 1"),
+        ("stage2", ["--steps", f"{2**60 + 1}"], f"--steps: {2**60 + 1}; at least 1, at most {2**60}"),
+        ("stage2", ["--steps", "2", "--step", "3"], "--steps 2: has no effect beside --step 3"),
         ("upcycle", [], "describes no training run"),
         ("stage2", ["--set", "data.manifest=nowhere"], "no manifest at nowhere"),
         ("stage2", ["--set", "data.replay.documents={qqab: 3}"], "no role or language 'qqab'; did you mean 'qab'"),
