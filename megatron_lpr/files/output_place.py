@@ -63,6 +63,13 @@ def check_file(out: str | Path, example: str = "result.json") -> None:
         raise UserError(f"--out {out}: cannot be written in {there}; name another place")
 
 
+def check_page(out: str | Path, example: str) -> None:
+    """As `check_file`; UserError too where the name is none of a page, which may be a text or a result."""
+    if Path(out).suffix != ".html" and not Path(out).is_dir():
+        raise UserError(f"--out {out}: is no name of a page; let it end in .html")
+    check_file(out, example)
+
+
 def free_bytes(folder: str | Path) -> int:
     """What can still be written into a folder, there or not."""
     return shutil.disk_usage(_existing(resolved(folder))).free

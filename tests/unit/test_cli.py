@@ -79,6 +79,10 @@ def test_errors_of_programmers_keep_their_traceback(instead):
             "megatron-lpr train: error: no option '--rnaks'; did you mean '--ranks'?\n",
         ),
         (["train", "r.yaml", "s.yaml"], "megatron-lpr train: error: 's.yaml' is too much\n"),
+        (
+            ["train", "r.yaml", "--set", "data.mixture={expanded:", "1}"],
+            "megatron-lpr train: error: '1}' is too much: put a --set that has spaces in quotes\n",
+        ),
     ],
 )
 def test_mistyped_words_name_the_nearest(capsys, words, told):
