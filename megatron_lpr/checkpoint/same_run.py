@@ -154,6 +154,6 @@ def _check_load(recipe: Recipe, state: RunState) -> None:
     if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
         return
     raise UserError(
-        f"model.load: {new}, but the run in {recipe.output} started from {old or 'the base model'}; restore it, or "
-        "start a new run in another output folder"
+        f"model.load: {new or 'not set'}, but the run in {recipe.output} started from {old or 'the base model'}; "
+        "restore it, or start a new run in another output folder"
     )

@@ -224,7 +224,9 @@ def test_the_source_may_go_or_move_but_not_be_another(recipe, base, tmp_path):
     check_resumed(changed(recipe, model__load=str(moved)), state, base)
     write_fake_checkpoint(tmp_path / "other", 6)
     for load in (None, str(tmp_path / "other/step_00000006")):
-        with pytest.raises(UserError, match=f"model.load: {load}, but the run in .* started from {source}; restore it"):
+        with pytest.raises(
+            UserError, match=f"model.load: {load or 'not set'}, but the run in .* from {source}; restore it"
+        ):
             check_resumed(changed(recipe, model__load=load), state, base)
     with pytest.raises(UserError, match="no such folder"):
         check_resumed(changed(recipe, model__load="nowhere"), state, base)
