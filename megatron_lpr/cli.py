@@ -92,7 +92,10 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
             shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
             valid = [option for action in shown for option in action.option_strings if option.startswith("--")]
             raise UserError(f"no option '{first}'{nearest(first.partition('=')[0], valid)}")
-        raise UserError(f"'{first}' is too much" + (f": {command.spelling}" if command.spelling else ""))
+        overrides = getattr(options, "set", ())
+        cut = any(word.count(opened) > word.count(shut) for word in overrides for opened, shut in ("{}", "[]"))
+        mend = "put a --set that has spaces in quotes" if cut else command.spelling
+        raise UserError(f"'{first}' is too much" + (f": {mend}" if mend else ""))
     _refuse_empty(parser, options)
     return options
 

@@ -68,7 +68,9 @@ third=$second
 if [[ ! -e $folder/export ]]; then # it is written whole or not at all
     third=$(single export "$second" export "$folder/stage2" "$folder/export")
 fi
-fourth=$(single evaluate "$third" evaluate "$folder/export" --recipe "$stage2" --name export --out "$folder/export.json")
+# the recipe that stage 2 has written: with the words of this command, which its text is read by too
+recipe=$folder/stage2/recipe.yaml
+fourth=$(single evaluate "$third" evaluate "$folder/export" --recipe "$recipe" --name export --out "$folder/export.json")
 if [[ ! ${test_only[*]} ]]; then
     echo "jobs: stage1 $first, stage2 $second, export $third, evaluate $fourth; their output is in $folder/logs"
 fi

@@ -54,7 +54,11 @@ def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> N
         fixed.append("train.micro_batch_size")  # the groups of the balance loss
     if finished:  # nothing is left to learn with another setting
         fixed += [field for field in new if field.startswith("optimizer.")]
-    _compare(fixed, old, new, f"the run in {recipe.output}")
+    mend = "restore it, or start a new run in another output folder"
+    model = (*_EXPERTS, *_ROUTERS)  # another model takes no weights of this one
+    takes_weights = [field for field in fixed if field not in model]
+    _compare(model, old, new, f"the run in {recipe.output}", mend)
+    _compare(takes_weights, old, new, f"the run in {recipe.output}", f"{mend} (model.load takes the weights)")
     _check_base(recipe, state.base, base, f"the run in {recipe.output}")
     _check_load(recipe, state)
     if not finished and not state.has_optimizer:
@@ -73,7 +77,8 @@ def check_source(recipe: Recipe, folder: Path, base: Mapping[str, Any]) -> None:
     """
     state = read_run_state(folder)
     old, new = flat(state.recipe), flat(to_tree(recipe))
-    _compare(_EXPERTS, old, new, f"the checkpoint {folder}")
+    mend = "restore it, or name another checkpoint in model.load (without one the run starts from model.base)"
+    _compare(_EXPERTS, old, new, f"the checkpoint {folder}", mend)
     for field in _ROUTERS:
         if recipe.model.num_experts and old.get(field, new[field]) != new[field]:
             raise UserError(
@@ -121,13 +126,10 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
     return {"architecture": to_tree(arch), "weights": weights}
 
 
-def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> None:
+def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any], what: str, mend: str) -> None:
     for field in fields:
         if field in old and old[field] != new[field]:  # an older version may not have had it
-            raise UserError(
-                f"{field}: {new[field]}, but {what} has {old[field]}; restore it, or start a new run in another "
-                "output folder" + (" (model.load takes the weights)" if field not in _EXPERTS else "")
-            )
+            raise UserError(f"{field}: {new[field]}, but {what} has {old[field]}; {mend}")
 
 
 def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[str, Any], what: str) -> None:
@@ -153,6 +155,6 @@ def _check_load(recipe: Recipe, state: RunState) -> None:
     if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
         return
     raise UserError(
-        f"model.load: {new}, but the run in {recipe.output} started from {old or 'the base model'}; restore it, or "
-        "start a new run in another output folder"
+        f"model.load: {new or 'not set'}, but the run in {recipe.output} started from {old or 'the base model'}; "
+        "restore it, or start a new run in another output folder"
     )

@@ -96,6 +96,11 @@ def _planned(options: argparse.Namespace) -> "Evaluation":
     from megatron_lpr.files.output_place import check_file
 
     if is_hf_model(options.model):
+        for override in options.set:
+            if override.startswith("parallel."):
+                raise UserError(
+                    f"--set {override}: has no effect on {options.model}, a Hugging Face model; leave it out"
+                )
         evaluation = plan_evaluation(options.model, _recipe_for_hf(options))
     else:
         checkpoint = found_checkpoint(options.model, SPELLING)  # said aloud once

@@ -9,10 +9,11 @@ import yaml
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_recipe, typed_recipe
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.yaml_io import parse_yaml
 from megatron_lpr.recipe.reading import REST, to_tree
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
-_SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "language_field", "tagger")
+_SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "languages", "language_field", "tagger")
 _SETTINGS = ("output", "tokenizer", "on_bad_line", "heldout", "seed", "workers", "engine", "bos")
 _FLAG = {"files": "--input"}
 
@@ -77,6 +78,8 @@ def _under(options: argparse.Namespace) -> dict[str, Any]:
         flags = ", ".join(_FLAG.get(name, f"--{name.replace('_', '-')}") for name in given)
         raise UserError(f"{flags}: these stand for a recipe; with {options.recipe} use --set preprocess.KEY=VALUE")
     source = {name: value for name, value in given.items() if name in _SOURCE}
+    if "languages" in source:
+        source["languages"] = parse_yaml(source["languages"], "--languages")
     settings = {name: value for name, value in given.items() if name in _SETTINGS}
     return REST | {"preprocess": settings | {"corpora": [source]}}
 

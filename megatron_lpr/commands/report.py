@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
     """Write one page of HTML, which needs nothing beside it, of runs that go on or have ended."""
     from megatron_lpr.files import durable
     from megatron_lpr.files.json_lines import writing
-    from megatron_lpr.files.output_place import check_file
+    from megatron_lpr.files.output_place import check_page
     from megatron_lpr.training.report_page import report
     from megatron_lpr.training.run_report import ReportedRun
 
@@ -28,9 +28,7 @@ def run(options: argparse.Namespace) -> None:
     if not folders:
         raise UserError("report: no run is named, only results; name the output folder of a run too, or use compare")
     out = Path(options.out or Path(folders[0]) / "report.html")
-    if out.suffix != ".html" and not out.is_dir():
-        raise UserError(f"--out {out}: is no name of a page; let it end in .html")
-    check_file(out, "report.html")
+    check_page(out, "report.html")
     runs = {folder: ReportedRun.read(folder) for folder in folders}
     page = report(told_apart({folder: run.name for folder, run in runs.items()}, runs), results)
     with writing(out):

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", action="append", default=[], help=what)
     what = "words in place of a file; may be given several times"
     parser.add_argument("--prompt", metavar="TEXT", action="append", default=[], help=what)
-    parser.add_argument("--out", metavar="FILE", required=True, help="HTML page to write")
+    parser.add_argument("--out", metavar="FILE", required=True, help="HTML page to write, which ends in .html")
     what = "colour by this layer alone, counted from 0 (default: the mean over all layers)"
     parser.add_argument("--layer", metavar="N", type=int, help=what)
     add_own_recipe(parser)
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the page of some texts, and a table of them to the terminal."""
     from megatron_lpr.evaluation.retention import markdown
     from megatron_lpr.evaluation.token_routing import plan_routing, read_texts
-    from megatron_lpr.files.output_place import check_file
+    from megatron_lpr.files.output_place import check_page
     from megatron_lpr.platform import single_process
     from megatron_lpr.reporting.routing_page import RoutingPage
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     layers = routing.layers
     if options.layer is not None and options.layer not in layers:
         raise UserError(f"--layer {options.layer}: has no experts; layers {_ranges(layers)} of {checkpoint} have")
-    check_file(options.out, "routing.html")
+    check_page(options.out, "routing.html")
     texts = read_texts(options.text, options.prompt)
     if options.dry_run:
         routing.check()

@@ -32,7 +32,8 @@ def read_result(kind: type[T], path: str | Path, writer: str = "megatron-lpr eva
         known = {field.name for field in dataclasses.fields(kind)}
         return from_tree(kind, {key: value for key, value in tree.items() if key in known and value is not None}, where)
     except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from None
+        mend = f"give the JSON file that `{writer}` has written (--out)"
+        raise UserError(f"{where}: cannot be read: {error.strerror}; {mend}") from None
     except (ValueError, RecursionError) as error:
         what = str(error).removeprefix(f"{where}: ")
         raise UserError(f"{where}: not written by `{writer}` ({what}); evaluate again") from None

@@ -45,15 +45,14 @@ def tokenized(
     Raises:
         UserError: there is none.
     """
-    whole, documents = documents, _cut(documents, max_bytes)
+    documents = _cut(documents, max_bytes)
     scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
     if not scored_bytes:
-        why = (
-            f"evaluation.max_bytes: {max_bytes} cuts off all of it"
-            if any(whole)
-            else "its documents have no characters"
+        cut = "" if max_bytes is None else f" in evaluation.max_bytes: {max_bytes}"
+        raise UserError(
+            f"evaluation corpus {corpus.name}: no text to score, its documents have no whole character{cut}; "
+            f"{'raise that, or name' if cut else 'name'} other files"
         )
-        raise UserError(f"evaluation corpus {corpus.name}: no text to score, {why}")
     stream, scored = _stream(tokenizer, documents)
     return Text(corpus=corpus, stream=stream, scored=scored, bytes=scored_bytes)
 

@@ -71,6 +71,13 @@ def _refuse_home(out: str | Path) -> None:
         raise UserError(f"'{out}': ~ is the home folder for a shell, which has not read it here: write the whole path")
 
 
+def check_page(out: str | Path, example: str) -> None:
+    """As `check_file`; UserError too where the name is none of a page, which may be a text or a result."""
+    if Path(out).suffix != ".html" and not Path(out).is_dir():
+        raise UserError(f"--out {out}: is no name of a page; let it end in .html")
+    check_file(out, example)
+
+
 def free_bytes(folder: str | Path) -> int:
     """What can still be written into a folder, there or not."""
     return shutil.disk_usage(_existing(resolved(folder))).free

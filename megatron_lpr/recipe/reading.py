@@ -61,7 +61,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _read(path: Path, including: tuple[str, ...]) -> dict[str, Any]:
     if os.path.isdir(path):
-        raise UserError(f"recipe {path}: a folder; name the YAML file in it")
+        raise UserError(f"recipe {path}: a folder; give the YAML file of a recipe")
     if not os.path.exists(path):
         raise UserError(f"recipe {path}: no such file")
     identity = os.path.realpath(path)
@@ -138,13 +138,26 @@ def _build(cls: type, tree: Any, where: str, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in fields:
-            raise UserError(f"{section}: unknown key '{key}'{nearest(str(key), fields)}")
+            hint = _in_another_section(str(key), cls) or nearest(str(key), fields)
+            raise UserError(f"{section}: unknown key '{key}'{hint}")
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if name not in tree and no_default:
             doc = f" ({f.metadata['doc']})" if "doc" in f.metadata else ""
             raise UserError(f"{section}: missing key '{name}'{doc}")
     return cls(**{key: converted(hints[key], value, where, f"{prefix}{key}") for key, value in tree.items()})
+
+
+def _in_another_section(name: str, cls: type) -> str:
+    """Where a recipe has a setting whose section was left out or mistaken: a hint as `nearest`, or nothing."""
+    hints = typing.get_type_hints(Recipe).items()
+    kinds = [(section, kind) for section, hint in hints for kind in (hint, *typing.get_args(hint))]
+    sections = {section: kind for section, kind in kinds if dataclasses.is_dataclass(kind)}
+    if cls not in (Recipe, *sections.values()):
+        return ""
+    found = [section for section, kind in sections.items() if name in {f.name for f in dataclasses.fields(kind)}]
+    names = " or ".join(f"'{section}.{name}'" for section in found)
+    return f"; did you mean {names}?" if found else ""
 
 
 def _without_removed(tree: Any, where: str) -> Any:

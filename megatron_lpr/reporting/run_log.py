@@ -161,7 +161,7 @@ def read_log(path: str | Path) -> RunLog:
     """
     path, log = Path(path), RunLog()
     if not path.is_file():
-        raise UserError(f"metrics {path}: no such file")
+        raise UserError(f"metrics {path}: no such file; give the output folder of a run that has made a step")
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
         if "train" in tree:
             tree["train"] = tree["train"] | {"steps": 2}
             tree["optimizer"] = {"lr": 1e-2}
-        write_recipe(tmp_path / f"{'recipe' if name == 'upcycle' else name}.yaml", tree)
+        write_recipe(tmp_path / f"{'common' if name == 'upcycle' else name}.yaml", tree)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -182,7 +182,7 @@ def test_a_finished_run_that_read_in_another_order_has_nothing_to_do(run):
         ("lpr.coeff=0.3", "lpr.coeff: 0.3, but the run in"),
         ("train.global_batch_size=8", "train.global_batch_size: 8, but the run in"),
         ("data.reset_attention=true", "data.reset_attention: True, but the run in"),
-        ("model.load=null", "model.load: None, but the run in"),
+        ("model.load=null", "model.load: not set, but the run in"),
     ],
 )
 def test_another_experiment_is_refused_before_any_group(run, monkeypatch, assignment, start):

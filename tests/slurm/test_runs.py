@@ -53,7 +53,7 @@ def chain(runs, limited):
     """Stage 1, stage 2, export and evaluation, as submit.sh chains them: the folder of the chain, and its jobs."""
     site = {"PARTITION": "test", "NODES": "2", "GPUS_PER_NODE": "2", "CPUS_PER_TASK": "1", "TIME": "60"}
     folder = runs.folder / "chain"
-    words = (ROOT / "examples/slurm/submit.sh", "stage1.yaml", "stage2.yaml", folder)
+    words = (ROOT / "examples/slurm/submit.sh", "stage1.yaml", "stage2.yaml", folder, "--set", "evaluation.window=16")
     printed = runs.cluster.run(*words, cwd=runs.folder, **site, **runs.variables)
     names = dict(pair.split() for pair in printed.split(";")[0].removeprefix("jobs: ").split(", "))
     for name, number in names.items():
@@ -71,7 +71,7 @@ def step(run: Path) -> int:
 def test_the_chain(chain):
     folder, jobs = chain
     assert (folder / "export/config.json").exists()
-    assert json.loads((folder / "export.json").read_text())
+    assert json.loads((folder / "export.json").read_text())["window"] == 16  # the words of both trainings
     log = (folder / f"logs/stage1-{jobs['stage1']}.log").read_text()
     assert "4 ranks on n[1-2]" in log
     assert re.search(rf"\n0: \S+Z  saved {folder}/stage1/checkpoints/step_{STEPS:08d}\n", log)

@@ -80,6 +80,21 @@ def test_the_page(project, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_the_hook_of_the_page_on_training(project):
+    """Its class, and the call that the page gives it to; any loss is good enough here."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "StopWhenGood" in block)
+    (call,) = re.findall(r"`(\S+\(plan, hooks=.*?)`", page)
+    overrides = [f"output={project}/hooked", "model.load=null"]
+    plan = megatron_lpr.plan(megatron_lpr.load_recipe(project / "stage1.yaml", overrides))
+    namespace = {"train": megatron_lpr.train, "plan": plan}
+    exec(block.replace("1.5", "99"), namespace)
+    with pytest.raises(SystemExit):
+        exec(call, namespace)
+    assert (project / "hooked/checkpoints/step_00000001").is_dir()
+
+
+@pytest.mark.slow
 def test_a_hugging_face_folder_instead_of_a_checkpoint(project):
     from megatron_lpr import evaluate, load_recipe, upcycle, verify
 

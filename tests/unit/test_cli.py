@@ -88,6 +88,10 @@ def test_errors_of_programmers_keep_their_traceback(instead):
             ["export", "run", "out", "--graft-delta", "base", ""],
             "megatron-lpr export: error: --graft-delta: is empty; give it a value, or leave it out\n",
         ),
+        (
+            ["train", "r.yaml", "--set", "data.mixture={expanded:", "1}"],
+            "megatron-lpr train: error: '1}' is too much: put a --set that has spaces in quotes\n",
+        ),
     ],
 )
 def test_mistyped_words_name_the_nearest(capsys, words, told):

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +30,9 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
             that opens with the BOS token.
     """
     assert source.prefix is not None
+    if not Path(f"{source.prefix}.idx").is_file():
+        what = "a prefix is the path of both files without .bin and .idx"
+        raise UserError(f"corpus '{source.name}': there is no {source.prefix}.idx; {what}")
     corpus = IndexedCorpus(source.prefix)
     digest = _check_tokens(corpus, tokenizer)
     _check_documents(corpus, source.name, tokenizer)

@@ -69,7 +69,10 @@ def expand(files: Sequence[str]) -> tuple[str, ...]:
     for file in files:
         found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
         if not found:
-            raise UserError(f"no file {file}")
+            pattern = (
+                f", which is a folder; name files in it, as {os.path.join(file, '*')}" if os.path.isdir(file) else ""
+            )
+            raise UserError(f"no file {file}{pattern}")
         paths += found
     return tuple(paths)
 

@@ -5,7 +5,7 @@
             if 2 * metrics["step"] == metrics["steps"] and dist.get_rank() == 0:
                 print("half of it is done, the loss is", metrics["ntp_loss"])
 
-    Trainer(plan, hooks=[Halfway()]).run()
+    megatron_lpr.train(plan, hooks=[Halfway()])
 
 Hooks of your own are called after those that every run has (built_in.py). They can be imported before Megatron.
 """

@@ -101,6 +101,8 @@ def test_may_not_change(recipe, base, key, step):
     sentence = str(refused.value)
     assert sentence.startswith(f"{section}.{field}: {new}, but the run in {recipe.output} ")
     assert str(old[section][field]) in sentence and "\n" not in sentence
+    # weights of another model would be refused there too
+    assert ("model.load takes the weights" in sentence) == (section != "model" or field == "dtype")
 
 
 def test_every_setting_of_the_model_is_judged(recipe):
@@ -188,8 +190,12 @@ def test_another_base_model_is_refused(recipe, base, toy_base, tmp_path):
 def test_source_of_another_model(recipe, base, tmp_path, key):
     folder = write_fake_checkpoint(tmp_path, 1, base=base, recipe=to_tree(recipe))
     check_source(changed(recipe, train__trainable="routers", lpr__coeff=0.1), folder, base)
-    with pytest.raises(UserError, match=f"{key.replace('__', '.')}: {FIXED[key]}, but the checkpoint {folder} has "):
+    with pytest.raises(
+        UserError, match=f"{key.replace('__', '.')}: {FIXED[key]}, but the checkpoint {folder} has "
+    ) as e:
         check_source(changed(recipe, **{key: FIXED[key]}), folder, base)
+    # another output folder would not help
+    assert "or name another checkpoint in model.load" in str(e.value) and "output" not in str(e.value)
 
 
 @pytest.mark.parametrize("key", ["router_init_std", "router_init_seed"])
@@ -219,7 +225,9 @@ def test_the_source_may_go_or_move_but_not_be_another(recipe, base, tmp_path):
     check_resumed(changed(recipe, model__load=str(moved)), state, base)
     write_fake_checkpoint(tmp_path / "other", 6)
     for load in (None, str(tmp_path / "other/step_00000006")):
-        with pytest.raises(UserError, match=f"model.load: {load}, but the run in .* started from {source}; restore it"):
+        with pytest.raises(
+            UserError, match=f"model.load: {load or 'not set'}, but the run in .* from {source}; restore it"
+        ):
             check_resumed(changed(recipe, model__load=load), state, base)
     with pytest.raises(UserError, match="no such folder"):
         check_resumed(changed(recipe, model__load="nowhere"), state, base)

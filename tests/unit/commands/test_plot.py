@@ -115,7 +115,7 @@ def test_what_cannot_be_drawn(tmp_path, capsys):
     damaged = run(tmp_path / "damaged", [1])
     empty.mkdir()
     for words, told in (
-        ([empty], f"metrics {empty}/metrics.jsonl: no such file"),
+        ([empty], f"metrics {empty}/metrics.jsonl: no such file; give the output folder of a run"),
         ([damaged], f"metrics {damaged}/metrics.jsonl: no line of 2 is a step's record; move the file away"),
         ([tmp_path / "none.json"], "evaluation result"),
         ([dense], f"{dense}: says nothing of routing"),

@@ -51,6 +51,18 @@ def test_no_recipe(write_text, hf_tokenizer, tmp_path, out, monkeypatch, capsys)
     assert [c.name for c in Manifest.load(f"{out}/manifest.yaml").corpora] == ["hu", "again"]
 
 
+def test_several_languages_without_a_recipe(write_text, hf_tokenizer, out, capsys):
+    path = write_text("a.jsonl", [b'{"text": "fox", "lang": "hu"}', b'{"text": "the", "lang": "en"}'])
+    one = ["--input", path, "--name", "web", "--language", "hu", "--role", "expanded", "--tokenizer", hf_tokenizer]
+    one += ["--output", out, "--language-field", "lang"]
+    assert command(*one) == 2
+    advice = "{hu: expanded, en: original}"
+    assert f"list them with their roles, as languages: {advice}" in capsys.readouterr().err
+    assert command(*one, "--languages", advice) == 0
+    [corpus] = Manifest.load(f"{out}/manifest.yaml").corpora
+    assert corpus.languages == {"hu": "expanded", "en": "original"}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

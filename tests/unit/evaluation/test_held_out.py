@@ -186,3 +186,5 @@ def test_the_command_refuses_before_it_reads_a_model(recipe, tmp_path, monkeypat
         base = json.loads(Path(path).read_text())["model"]["base"]
         arguments = ["evaluate", base, "--recipe", path, "--name", "n", "--out", str(tmp_path / out), *dry_run]
         assert cli.main(arguments) == 2 and message in capsys.readouterr().err
+    assert cli.main([*arguments, "--set", "parallel.tensor=2"]) == 2
+    assert f"--set parallel.tensor=2: has no effect on {base}, a Hugging Face model" in capsys.readouterr().err

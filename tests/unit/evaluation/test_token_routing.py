@@ -162,6 +162,10 @@ def test_models_that_route_nothing_and_places_to_write(toy_base, checkpoint, tmp
         ([str(dense), *prompt], "holds a dense model, which routes nothing: give a checkpoint with experts"),
         ([str(toy_base), *prompt], "no checkpoint there"),
         ([str(checkpoint), *folder], "is a folder; name a file, as"),
+        (
+            [str(checkpoint), "--prompt", "a", "--out", str(tmp_path / "text.txt")],
+            "text.txt: is no name of a page; let it",
+        ),
     ):
         assert cli.main(["route", *words]) == 2
         error = capsys.readouterr().err

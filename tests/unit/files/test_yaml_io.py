@@ -72,7 +72,7 @@ MINIMUM = "name: x\noutput: out\nmodel: {base: b}\n"
     "more, expected",
     [
         ("include: [a.yaml]", r"include names one file, as include: common.yaml, not \['a.yaml'\]"),
-        ("include: .", "recipe .*: a folder; name the YAML file in it"),
+        ("include: .", "recipe .*: a folder; give the YAML file of a recipe"),
         ("optimizer: {lr: 1, lr: 2}", "line 4: the key 'lr'"),
         ("evaluation: {max_bytes: 1" + "0" * 400 + "}", "is too large"),
         ("optimizer: {lr: 1e400}", "lr: expected float, found '1e400'"),
@@ -87,7 +87,7 @@ def test_recipes(tmp_path, more, expected):
 
 
 def test_a_folder_or_latin_1_for_a_recipe(tmp_path):
-    with pytest.raises(UserError, match="recipe .*: a folder; name the YAML file in it"):
+    with pytest.raises(UserError, match="recipe .*: a folder; give the YAML file of a recipe"):
         load_recipe(str(tmp_path))
     (tmp_path / "r.yaml").write_bytes(b"name: caf\xe9\n")
     with pytest.raises(UserError, match="recipe .*r.yaml: not UTF-8 text"):

@@ -87,7 +87,10 @@ def test_stages_data_losses_and_results(two_stages, toy_base, tmp_path):
 
 def test_results_that_are_not_there(two_stages, toy_base, tmp_path):
     settings = ExportConfig(results=(str(tmp_path / "none.json"),))
-    with pytest.raises(UserError, match="none.json: cannot be read"):
+    with pytest.raises(
+        UserError,
+        match="none.json: cannot be read: No such file or directory; give the JSON file that `megatron-lpr evaluate`",
+    ):
         export_checkpoint(two_stages, tmp_path / "out", base_dir=toy_base, settings=settings)
     assert not (tmp_path / "out").exists()
 

@@ -108,7 +108,8 @@ def test_mistakes_are_named(megatron_corpus, take, tmp_path):
 
     refused("both a prefix and files", files=("a.jsonl",))
     refused("its languages are in its .lang file", language_field="lang", languages={"hu": "expanded"})
-    refused("cannot open .*nowhere.idx", str(tmp_path / "nowhere"))
+    refused("corpus 'hu': there is no .*nowhere.idx", str(tmp_path / "nowhere"))
+    refused("theirs.bin.idx; a prefix is the path of both files without .bin and .idx", f"{prefix}.bin")
     refused("theirs.bin.idx", f"{prefix}.bin")
     with open(f"{prefix}.idx", "r+b") as file:  # the second sequence's length
         file.seek(34 + 4)

@@ -175,6 +175,9 @@ def test_patterns(write_text, tmp_path):
     assert expand([str(tmp_path / "?.jsonl"), paths[2]]) == (paths[1], paths[0], paths[2])
     with pytest.raises(UserError, match="no file .*x.*jsonl"):
         expand([str(tmp_path / "x*.jsonl")])
+    with pytest.raises(UserError, match="no file .*, which is a folder; name files in it, as ") as refused:
+        expand([str(tmp_path)])
+    assert expand([str(refused.value).split(", as ")[1]]) == (paths[1], paths[0], paths[2])
 
 
 def test_digest_tells_bytes_order_and_settings(write_text):
