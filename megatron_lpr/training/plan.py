@@ -28,7 +28,7 @@ from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_held_out
 from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
@@ -250,7 +250,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from short_windows(plan.manifest, plan.sampler)
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
     if plan.held_out:
-        yield from trained_on(plan.recipe)
+        yield from doubts(plan.recipe)
 
 
 def describe(plan: Plan) -> str:
