@@ -154,7 +154,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     source = state = origin = None
     held_out: tuple[Text, ...] = ()
     if resume:
-        state = read_run_state(resume.folder)
+        state = same_run.resumed_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
         if state.step < train.steps:  # nothing is read by a run that is finished
             sampler.check_state(state.data_state or {})
