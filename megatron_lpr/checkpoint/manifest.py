@@ -33,6 +33,8 @@ def read_manifest(folder: Path, digest: str) -> dict[str, Checksum] | None:
     try:
         content = (folder / MANIFEST).read_bytes()
         tree = json.loads(content)
+    except PermissionError:
+        raise  # no damage
     except (OSError, ValueError, RecursionError):
         return None
     if hashlib.sha256(content).hexdigest() != digest or misfit(ManifestJson, tree) is not None:

@@ -183,6 +183,8 @@ def _tree(folder: Path) -> dict[str, Any]:
         unfit = misfit(int, version, "version")
         if not unfit and version <= VERSION:
             unfit = misfit(RunJson, tree)
+    except PermissionError:
+        raise  # no damage: no older checkpoint is taken in its place
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise _damaged(folder) from None
     if unfit is not None:

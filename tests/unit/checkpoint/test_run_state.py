@@ -1,13 +1,15 @@
 """Which checkpoint a path means, which ones are complete, and run.json of other versions and after accidents."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from fake_checkpoints import RECIPE, write_fake_checkpoint
 
-from megatron_lpr.checkpoint.manifest import sealed
+from megatron_lpr.checkpoint.manifest import sealed, write_manifest
 from megatron_lpr.checkpoint.run_state import (
     VERSION,
     RunState,
@@ -214,3 +216,21 @@ def test_a_manifest_that_is_none_is_damaged_whatever_its_digest(run, content):
     write_run_state(step(run, 7), dataclasses.replace(STATE, manifest=digest))
     with pytest.raises(UserError, match=r"step_00000007: not complete \(a damaged manifest.json\)"):
         locate(str(step(run, 7)))
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json"])
+def test_without_the_right_to_read_it_no_older_one_is_taken(run, monkeypatch, name):
+    """Read as by somebody who has not every right, as those who run tests may."""
+    digest = write_manifest(step(run, 7), {})
+    write_run_state(step(run, 7), dataclasses.replace(STATE, manifest=digest))
+    read = {"run.json": Path.read_text, "manifest.json": Path.read_bytes}[name]
+
+    def refused(path, *arguments, **more):
+        if path == step(run, 7) / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **more)
+
+    assert find_checkpoint(str(run)).folder == step(run, 7)
+    monkeypatch.setattr(Path, read.__name__, refused)
+    with pytest.raises(PermissionError):
+        find_checkpoint(str(run))
