@@ -68,13 +68,23 @@ def _status(name: str, command: Command, words: Sequence[str], command_line: str
         options = _parse(name, command, words)
         options.command_line = command_line
         with _all_ranks(report) if command.distributed else contextlib.nullcontext():
-            command.run(options)
+            _run(command, options)
     except AlreadyTold:
         return 2
     except UserError as error:
         report(error)
         return 2
     return 0
+
+
+def _run(command: Command, options: argparse.Namespace) -> None:
+    """A right that is missing is something for users wherever it is met, of all that a command reads and writes."""
+    try:
+        command.run(options)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; give the right to read it, or to write there") from error
 
 
 def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:

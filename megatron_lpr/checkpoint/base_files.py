@@ -7,6 +7,7 @@ in the output folder beside path, size and time of the file: the next start read
 import contextlib
 import json
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -161,8 +162,13 @@ def _stamp(path: Path) -> list[int]:
 def _remembered(memories: list[Path]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for memory in memories:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             tree = json.loads((memory / MEMORY).read_text(encoding="utf-8"))
             if isinstance(tree, dict):
-                found |= {path: entry for path, entry in tree.items() if isinstance(entry, list) and len(entry) == 3}
+                found |= {path: entry for path, entry in tree.items() if _is_known(entry)}
     return found
+
+
+def _is_known(entry: Any) -> bool:
+    """A size, a time and a digest."""
+    return isinstance(entry, list) and len(entry) == 3 and bool(re.fullmatch("[0-9a-f]{64}", str(entry[2])))

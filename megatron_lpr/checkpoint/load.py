@@ -7,7 +7,6 @@ from typing import Any
 from megatron.core import __version__ as installed
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -46,7 +45,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
-    except (CheckpointingException, CheckpointException, UnpicklingError, RuntimeError, OSError, KeyError) as error:
+    except (Exception, CheckpointException) as error:  # unpickling a damaged file raises whatever it likes
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         own = loaded.get(f"model{index}", {})  # Megatron drops what is empty: a chunk without experts may hold nothing
@@ -57,6 +56,11 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         weights = [key for key in weights if key not in others]
         assert not weights, f"loaded weights do not fit the model: {weights}"
     if optimizer is not None:
+        if "scheduler" not in loaded:
+            raise UserError(
+                f"checkpoint {folder}: does not hold the state of the learning rate (common.pt); copy it again, or "
+                "give another checkpoint of the run"
+            )
         # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
         scheduler.load_state_dict(loaded["scheduler"])
         content = model_state(chunks, held)

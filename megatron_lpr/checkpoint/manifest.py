@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lpr.checkpoint.shape import ManifestJson, misfit
 from megatron_lpr.files import durable
 from megatron_lpr.files.checksum import Checksum
 
@@ -28,14 +29,17 @@ def write_manifest(folder: Path, files: Mapping[str, Checksum]) -> str:
 
 
 def read_manifest(folder: Path, digest: str) -> dict[str, Checksum] | None:
-    """What the manifest lists; None where it is not there or not the one with this SHA-256."""
+    """What the manifest lists; None where it is not there, not the one with this SHA-256, or no manifest."""
     try:
         content = (folder / MANIFEST).read_bytes()
-    except OSError:
+        tree = json.loads(content)
+    except PermissionError:
+        raise  # no damage
+    except (OSError, ValueError, RecursionError):
         return None
-    if hashlib.sha256(content).hexdigest() != digest:
+    if hashlib.sha256(content).hexdigest() != digest or misfit(ManifestJson, tree) is not None:
         return None
-    return {name: Checksum(**entry) for name, entry in json.loads(content)["files"].items()}
+    return {name: Checksum(size=entry["size"], xxh3_128=entry["xxh3_128"]) for name, entry in tree["files"].items()}
 
 
 def sealed(tree: Mapping[str, Any]) -> str:

@@ -15,20 +15,22 @@ import json
 import os
 import re
 import sys
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_lpr.checkpoint.holding import CONTENTS, Content
+from megatron_lpr.checkpoint.holding import Content
 from megatron_lpr.checkpoint.manifest import MANIFEST, is_sealed, read_manifest, sealed
+from megatron_lpr.checkpoint.shape import RunJson, misfit
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 
 # of run.json; 1 had no version, base and source; checkpoints of 1 and 2 are whole; up to 3 Megatron wrote the optimizer
 VERSION = 4
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_([0-9]{1,18})")
 _MEGATRON_FILES = ("metadata.json", ".metadata")
 NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
 
@@ -162,10 +164,7 @@ def read_run_state(folder: Path) -> RunState:
             f"reads up to {VERSION}); update megatron-lpr"
         )
     known = {field.name for field in dataclasses.fields(RunState)}
-    state = RunState(**{key: value for key, value in tree.items() if key in known})
-    if state.content not in CONTENTS:
-        raise _damaged(folder)
-    return state
+    return RunState(**{key: value for key, value in tree.items() if key in known})
 
 
 def write_run_state(folder: Path, state: RunState) -> None:
@@ -174,22 +173,27 @@ def write_run_state(folder: Path, state: RunState) -> None:
 
 
 def _tree(folder: Path) -> dict[str, Any]:
-    """run.json as it was written, with the types that every version has."""
+    """run.json as it was written, its entries of the kinds that they must be."""
     try:
         text = (folder / "run.json").read_text(encoding="utf-8")
         tree = json.loads(text)
         if (is_sealed(tree) or (folder / MANIFEST).exists()) and text != sealed(tree):
             raise ValueError("it is not what was written")
-        numbers = (tree["step"], tree["consumed_samples"], tree.get("version", 1))
-        if all(type(n) is int and n >= 0 for n in numbers) and isinstance(tree["recipe"], dict):
-            return {"has_optimizer": bool(tree["has_optimizer"]), **tree}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise _damaged(folder)
+        version = tree.get("version", 1)
+        unfit = misfit(int, version, "version")
+        if not unfit and version <= VERSION:
+            unfit = misfit(RunJson, tree)
+    except PermissionError:
+        raise  # no damage: no older checkpoint is taken in its place
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise _damaged(folder) from None
+    if unfit is not None:
+        raise _damaged(folder, f" ({unfit or 'it'} is not what a run writes)")
+    return typing.cast(dict[str, Any], tree)
 
 
-def _damaged(folder: Path) -> UserError:
-    what = "damaged" if (folder / "run.json").is_file() else "missing"
+def _damaged(folder: Path, how: str = "") -> UserError:
+    what = f"damaged{how}" if (folder / "run.json").is_file() else "missing"
     return UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state
+from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state, step_of
 from megatron_lpr.checkpoint.source import source_identity
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
@@ -27,6 +27,29 @@ _ROUTERS = ("model.router_init_std", "model.router_init_seed")  # exports and mo
 _OBJECTIVE = ("train.trainable", "train.global_batch_size", "balance.coeff", "balance.group", "lpr.coeff", "lpr.loss")
 _FIXED = (*_EXPERTS, *_ROUTERS, "model.dtype", *_OBJECTIVE, "data.reset_attention")
 _SAMPLED_TENSORS, _SAMPLED_BYTES = 64, 4096
+
+
+def resumed_state(folder: Path) -> RunState:
+    """run.json of the checkpoint that a run goes on from.
+
+    Raises:
+        UserError: it counts otherwise than the run did, which would go on with other samples.
+    """
+    state = read_run_state(folder)
+    train, data = state.recipe.get("train"), state.data_state or {}
+    samples = state.step * train["global_batch_size"] if train else state.consumed_samples
+    counted = {
+        "step": (state.step, step_of(folder)),
+        "consumed_samples": (state.consumed_samples, samples),
+        "data_state.consumed_samples": (data.get("consumed_samples", samples), samples),
+    }
+    for name, (stated, is_so) in counted.items():
+        if stated != is_so:
+            raise UserError(
+                f"checkpoint {folder}: run.json is damaged ({name} is {stated:,}, and must be {is_so:,}); put it back, "
+                f"or let {folder.parent / 'latest'} name another checkpoint"
+            )
+    return state
 
 
 def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.data.text.special_tokens import SpecialTokens, special_tokens
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_held_out
 from megatron_lpr.evaluation.hf_model import hf_nll_fn
 from megatron_lpr.evaluation.perplexity import CorpusScore, score, scored_by
 from megatron_lpr.evaluation.retention import EvaluationResult
@@ -95,7 +95,7 @@ class Evaluation:
         )
 
     def _read(self, tokenizer: Tokenizer) -> list[Text]:
-        for sentence in trained_on(self.recipe):
+        for sentence in doubts(self.recipe):
             warn(sentence)
         return read_held_out(self.recipe.evaluation, tokenizer)
 

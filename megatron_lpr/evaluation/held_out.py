@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lpr.data.corpus.manifest import Manifest, check_language_roles
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, check_language_roles
 from megatron_lpr.data.text.documents import OnBadLine, Reading, TextReader
 from megatron_lpr.data.text.source_checks import check_files, way_of_reading
 from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
@@ -65,23 +65,30 @@ def read_corpus(corpus: EvaluationCorpus, on_bad_line: OnBadLine = "refuse") -> 
     Raises:
         UserError: a missing or unreadable file, a bad line that is to be refused, no document in any of the files.
     """
-    reading = Reading(format=corpus.format, text_field=corpus.text_field, sample_by=corpus.sample_by)
-    reader = TextReader(_files(corpus), on_bad_line, reading, setting=_ON_BAD_LINE)
+    fields = ("format", "text_field", "language_field", "sample_by")
+    reading = Reading(**{name: getattr(corpus, name) for name in fields})
+    language = corpus.language if corpus.language_field else None
+    reader = TextReader(_files(corpus), on_bad_line, reading, setting=_ON_BAD_LINE, language=language)
     documents = list(reader)
     for reason, (count, first) in reader.bad_lines.by_reason.items():
         where = f"the first at {first.path}:{first.line}"
         print(f"evaluate {corpus.name}: left out {count:,} lines ({reason}), {where}", file=sys.stderr)
     if not documents:
+        whose = f" whose {corpus.language_field} is '{language}'" if language else ""
+        files = ", ".join(corpus.files)
         raise UserError(
-            f"evaluation corpus {corpus.name}: no text in {', '.join(corpus.files)}; name other files, or leave it out"
+            f"evaluation corpus {corpus.name}: no text in {files}{whose}; name other files, or leave it out"
         )
     return documents
 
 
-def trained_on(recipe: Recipe) -> Iterator[str]:
-    """A warning for each held-out corpus that is training text too, as far as the recipe and its manifest tell."""
+def doubts(recipe: Recipe) -> Iterator[str]:
+    """A warning for each held-out corpus whose score says something else than it seems: as it is training text too, or
+    text in several languages, as far as the recipe and its manifest tell."""
     sources = {os.path.realpath(file): source.name for source in recipe.preprocess.corpora for file in _there(source)}
-    digests = _text_digests(recipe)
+    trained = _trained(recipe)
+    digests = {corpus.source.sha256: corpus.name for corpus in trained if corpus.source}
+    mixed = {os.path.realpath(c.held_out_file): ", ".join(c.languages) for c in trained if c.languages}
     for corpus in recipe.evaluation.corpora:
         where = f"evaluation.corpora: {corpus.name}"
         files = _files(corpus)
@@ -90,6 +97,11 @@ def trained_on(recipe: Recipe) -> Iterator[str]:
             yield f"{where}: {shared} is training text too, of preprocess.corpora {source}; its score says little"
         elif digests and (name := digests.get(files_sha256(files, _way_of_reading(corpus, recipe)))):
             yield f"{where}: has the very text that corpus {name} of the manifest was made from; its score says little"
+        elif not corpus.language_field and (file := next((f for f in files if os.path.realpath(f) in mixed), None)):
+            yield (
+                f"{where}: {file} has documents in several languages ({mixed[os.path.realpath(file)]}), all scored as "
+                f"{corpus.language}; with language_field: language those that say so alone are"
+            )
 
 
 def _there(source: SourceConfig) -> Sequence[str]:
@@ -99,14 +111,12 @@ def _there(source: SourceConfig) -> Sequence[str]:
         return ()  # evaluation needs no training text
 
 
-def _text_digests(recipe: Recipe) -> dict[str, str]:
-    """Names of the manifest's corpora by the digest of the text that they were made from."""
+def _trained(recipe: Recipe) -> Sequence[Corpus]:
+    """The corpora of the manifest."""
     try:
-        manifest = Manifest.load(recipe.data.manifest, check_files=False) if recipe.data else None
+        return Manifest.load(recipe.data.manifest, check_files=False).corpora if recipe.data else ()
     except UserError:
-        return {}  # nor a manifest
-    corpora = manifest.corpora if manifest else ()
-    return {corpus.source.sha256: corpus.name for corpus in corpora if corpus.source}
+        return ()  # nor a manifest
 
 
 def _way_of_reading(corpus: EvaluationCorpus, recipe: Recipe) -> dict[str, object]:
@@ -120,8 +130,8 @@ def _check_corpus(corpus: EvaluationCorpus) -> None:
     if not corpus.files:
         raise UserError(f"{where}: names no text files")
     formats = {format_of(file, corpus.format) for file in _files(corpus)}
-    if formats == {"text"} and corpus.text_field != "text":
-        raise UserError(f"{where}: is plain text, which has no fields; remove text_field")
+    if formats == {"text"} and (corpus.text_field, corpus.language_field) != ("text", None):
+        raise UserError(f"{where}: is plain text, which has no fields; remove text_field and language_field")
     if "text" not in formats and corpus.sample_by != "document":
         raise UserError(f"{where}: sets sample_by, which has an effect on plain text only")
 

@@ -16,6 +16,9 @@ class EvaluationCorpus:
     role: Literal["original", "expanded"] = required("whether the base model is meant to know the language")
     format: Literal["auto", "jsonl", "parquet", "text"] = opt("auto", "as preprocess.corpora[].format")
     text_field: str = opt("text", "field (column) of the text")
+    language_field: str | None = opt(
+        None, "field (column) that names each document's language; the documents in `language` alone are scored"
+    )
     sample_by: Literal["document", "paragraph", "line"] = opt("document", "as preprocess.corpora[].sample_by")
 
 

@@ -8,11 +8,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_lpr.checkpoint.base_files import run_folder_of
+from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.files import durable
 from megatron_lpr.files.json_lines import from_json, to_json
+from megatron_lpr.recipe.reading import converted
 from megatron_lpr.training.plan import Plan
 
 FILE = "base_bits_per_byte.json"
@@ -20,12 +23,16 @@ Scores = tuple[CorpusScore, ...]
 
 
 def recorded(plan: Plan) -> Scores | None:
-    """The base's scores on this very text, from the folder of the run or of the one before it; rank 0."""
+    """The base's scores on this very text, from the folder of the run or of the one before it; rank 0.
+
+    Raises:
+        UserError: somebody has edited them.
+    """
     for folder in _folders(plan):
         path = folder / FILE
         record = from_json(path.read_bytes()) if path.is_file() else None
         if record and record.get("key") == _key(plan):
-            return tuple(CorpusScore(**score) for score in record["corpora"])
+            return _scores(path, record, [text.corpus.name for text in plan.held_out])
     return None
 
 
@@ -42,6 +49,16 @@ def base_is_at_hand(plan: Plan) -> bool:
     below = plan.below
     untouched = below is None or not below.recipe.get("train")
     return untouched or (plan.frozen_is_base and not plan.arch.num_experts)
+
+
+def _scores(path: Path, record: dict[str, Any], names: list[str]) -> Scores:
+    try:
+        scores: Scores = converted(Scores, record.get("corpora"), str(path), "corpora")
+        if [score.name for score in scores] != names:
+            raise UserError(f"{path}: corpora: does not have {', '.join(names)}")
+    except UserError as error:
+        raise UserError(f"{error}; delete the file, and the base is scored again") from None
+    return scores
 
 
 def _folders(plan: Plan) -> Iterator[Path]:

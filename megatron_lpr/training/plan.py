@@ -27,7 +27,7 @@ from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled, wi
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import check_evaluation, read_held_out, trained_on
+from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_held_out
 from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
@@ -154,7 +154,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     source = state = origin = None
     held_out: tuple[Text, ...] = ()
     if resume:
-        state = read_run_state(resume.folder)
+        state = same_run.resumed_state(resume.folder)
         same_run.check_resumed(recipe, state, base)
         if state.step < train.steps:  # nothing is read by a run that is finished
             sampler.check_state(state.data_state or {})
@@ -236,7 +236,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from without_effect(plan.train, plan.data, plan.sampler)
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
     if plan.held_out:
-        yield from trained_on(plan.recipe)
+        yield from doubts(plan.recipe)
 
 
 def describe(plan: Plan) -> str:

@@ -4,7 +4,6 @@ People edit them. What is not as it should be is left out, and said.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -19,6 +18,7 @@ from megatron_lpr.reporting.sound_record import sound_record
 Outcome = Literal["finished", "stopped", "failed"]
 _TAIL_BYTES = 1 << 20
 _LONGEST_FAULT = 200
+CUT = "the last line, which is not finished, as when a run is killed while it writes"
 
 
 class Start(TypedDict):
@@ -51,7 +51,7 @@ class RunFiles:
     """What they say; {} and [] of files that are not there.
 
     recipe: as it is written. settings: those of it that are what they should be. start: the newest. ends: since then.
-    faults: what is left out of settings, start and ends, a line each.
+    faults: what is left out of the three files, a line each.
     """
 
     recipe: dict[str, Any]
@@ -71,9 +71,9 @@ class RunFiles:
         path, faults = folder / "recipe.yaml", list[str]()
         tree = read_yaml(path, str(path)) if os.path.lexists(path) else None
         settings = sound_part(Recipe, {} if tree is None else tree, path.name, faults)
-        start = sound_part(Start, (records(folder / "starts.jsonl") or [{}])[-1], "starts.jsonl", faults)
+        start = sound_part(Start, (_records(folder / "starts.jsonl", faults) or [{}])[-1], "starts.jsonl", faults)
         since = start.get("time", "")
-        newer = [end for end in records(folder / "ends.jsonl") if str(end.get("time", "")) > since]
+        newer = [end for end in _records(folder / "ends.jsonl", faults) if str(end["time"]) > since]
         ends = [sound_part(End, end, "ends.jsonl", faults) for end in newer]
         told = [f if len(f) <= _LONGEST_FAULT else f"{f[:_LONGEST_FAULT]}…" for f in map(printable, faults)]
         return RunFiles(
@@ -86,28 +86,42 @@ class RunFiles:
         return found
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
+def _records(path: Path, faults: list[str]) -> list[dict[str, Any]]:
+    """The last records of a file of JSON lines that have a time, as all have that a run writes; [] without a file.
 
     Raises:
         UserError: it cannot be read.
     """
-    return [record for line in last_lines(path) if (record := from_json(line)) is not None]
+    lines, is_cut = last_lines(path)
+    found = [record for line in lines if (record := from_json(line)) is not None and "time" in record]
+    if damaged := len(lines) - len(found):
+        faults.append(f"{path.name}: lines near its end that are no records with a time: {damaged:,}")
+    if is_cut:
+        faults.append(f"{path.name}: {CUT}")
+    return found
 
 
-def last_lines(path: Path) -> Iterator[bytes]:
-    """Those that have their end, of so many bytes at the end of a file; none without a file. UserError as `records`."""
+def last_lines(path: Path) -> tuple[list[bytes], bool]:
+    """Those that have their end, of so many bytes at the end of a file, and whether one follows that has none.
+
+    ([], False) without a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - _TAIL_BYTES, 0))
             if file.tell():
                 file.readline()  # the rest of a line
-            yield from (line for line in file if line.endswith(b"\n"))
+            lines = file.readlines()
     except FileNotFoundError:
-        return
+        return [], False
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); look at the disk") from None
+    is_cut = bool(lines) and not lines[-1].endswith(b"\n")
+    return lines[: len(lines) - is_cut], is_cut
 
 
 def last_validation(path: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import holder_of
 from megatron_lpr.reporting.sound_record import sound_record
-from megatron_lpr.training.run_files import RunFiles, last_lines, last_validation
+from megatron_lpr.training.run_files import CUT, RunFiles, last_lines, last_validation
 
 State = Literal["running", "stale", "finished", "stopped", "failed"]
 LOSSES = ("ntp_loss", "balance_loss", "lpr_loss")
@@ -52,7 +52,7 @@ class RunStatus:
     slowest_rank: dict[str, Any] | None  # of the last record that has one
     validation: dict[str, Any] | None  # the last one: step, bits_per_byte, retention
     damaged_lines: int  # near the end of metrics.jsonl, no steps' records: left out
-    faults: list[str]  # what else is left out and why, of recipe.yaml, starts.jsonl and ends.jsonl
+    faults: list[str]  # what else is left out and why, of the files of the run
 
 
 def run_status(run: str, now: datetime | None = None) -> RunStatus:
@@ -67,7 +67,8 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
 def status_of(run: str, files: RunFiles, now: datetime | None = None) -> RunStatus:
     """The same where some of its files have been read."""
     folder, now = Path(run), now or datetime.now(UTC)
-    found = [sound_record(line) for line in last_lines(folder / "metrics.jsonl")]
+    lines, is_cut = last_lines(folder / "metrics.jsonl")
+    found = [sound_record(line) for line in lines]
     records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
     last = records[-1] if records else {}
     since = files.start.get("time", "")
@@ -108,7 +109,7 @@ def status_of(run: str, files: RunFiles, now: datetime | None = None) -> RunStat
         slowest_rank=next((r["ranks"]["compute_seconds"] for r in reversed(records) if r.get("ranks")), None),
         validation=last_validation(folder / "metrics.jsonl") if files.section("evaluation").get("every") else None,
         damaged_lines=found.count(None),
-        faults=files.faults,
+        faults=[*files.faults, *([f"metrics.jsonl: {CUT}"] if is_cut else [])],
     )
 
 

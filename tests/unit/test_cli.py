@@ -1,6 +1,7 @@
 """The command line: what reaches the commands, exit statuses, help, and how errors of users look."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -160,3 +161,15 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     )
     printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_a_right_that_is_missing_is_a_sentence(instead, tmp_path, capsys):
+    """Wherever it is met; the tests may run as somebody who has every right."""
+
+    def read(options):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}/latest")
+
+    instead(read)
+    assert cli.main(["status", str(tmp_path)]) == 2
+    told = f"{tmp_path}/latest: Permission denied; give the right to read it, or to write there"
+    assert capsys.readouterr().err == f"megatron-lpr status: error: {told}\n"

@@ -118,7 +118,7 @@ def check_at_start(manifest: Manifest, local_rank: int) -> None:
 
 def unrecorded(manifest: Manifest) -> list[str]:
     """A sentence about the corpora that cannot be checked, where there are any."""
-    names = [corpus.name for corpus in manifest.corpora if not corpus.spot_digests]
+    names = [corpus.name for corpus in manifest.corpora if not {"bin", "idx"} <= (corpus.spot_digests or {}).keys()]
     if not names:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -54,6 +54,11 @@ class DataState:
                 f"{saved.get('version')} of the data's state, here it is {_VERSION}): let that version finish the run, "
                 "or start a new run with its weights as model.load"
             )
+        if lacking := [key for key in ("consumed_samples", "schedule", "corpora") if key not in saved]:
+            raise UserError(
+                f"the run cannot go on: its checkpoint does not say what it has read (data_state has no {lacking[0]}); "
+                "go on from another one, or start a new run with its weights as model.load"
+            )
         own = self.to_tree(0)
         changes = [
             f"{key} was {saved.get(key)}, is {own[key]}"
@@ -65,7 +70,7 @@ class DataState:
         changes += _schedule_changes(before, now)
         for name in dict.fromkeys(name for mixture in before for name in mixture["shares"]):
             if name in own["corpora"]:
-                changes += _corpus_changes(name, saved["corpora"][name], own["corpora"][name])
+                changes += _corpus_changes(name, saved["corpora"].get(name, {}), own["corpora"][name])
         if changes:
             raise UserError(
                 f"the run cannot go on with other data than it started with: {'; '.join(changes)}; restore "
@@ -84,7 +89,8 @@ def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
 
 
 def _one_corpus_a_role(saved: Mapping[str, Any]) -> bool:
-    roles = [[saved["corpora"][name]["role"] for name in mixture["shares"]] for mixture in saved["schedule"]]
+    corpora = saved["corpora"]
+    roles = [[corpora.get(name, {}).get("role") for name in mixture["shares"]] for mixture in saved["schedule"]]
     return all(len(set(read)) == len(read) for read in roles)
 
 

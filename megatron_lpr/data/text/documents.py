@@ -38,7 +38,11 @@ class BadLine(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How the files of a corpus become documents; one above `max_document_bytes` is a bad line, 0: no limit."""
+    """How the files of a corpus become documents.
+
+    languages: those that `language_field` may name; none: any. A document above `max_document_bytes` is a bad line; 0:
+    no limit.
+    """
 
     format: Format = "auto"
     text_field: str = "text"
@@ -86,6 +90,9 @@ class BadLines:
 class TextReader:
     """Iterates over the texts of `files` in order; `bad_lines` has those that were left out.
 
+    Args:
+        language: what the language field of the documents says, if it is not to be all of them.
+
     Raises:
         UserError: a file is missing, unreadable or incomplete; a bad line that is to be refused.
     """
@@ -97,17 +104,19 @@ class TextReader:
         reading: Reading | None = None,
         *,
         setting: str = "on_bad_line",
+        language: str | None = None,
     ):
         self.files = expand(files)
         self.reading = reading or Reading()
         self.bad_lines = BadLines(on_bad_line, setting)
+        self._language = language
 
     def __iter__(self) -> Iterator[str]:
         for block in read_blocks(self.files, format=self.reading.format, sample_by=self.reading.sample_by):
             for document in documents_of(block, self.reading):
                 if isinstance(document, BadLine):
                     self.bad_lines.add(document)
-                else:
+                elif self._language is None or document.language == self._language:
                     yield document.text
 
 
@@ -236,7 +245,7 @@ def _document(
     if reading.language_field is not None:
         if not isinstance(language, str):
             return BadLine(block.path, line, f'no "{reading.language_field}" string')
-        if language not in reading.languages:
+        if reading.languages and language not in reading.languages:
             return BadLine(block.path, line, "unknown language code", f" {language!r}")
         return Document(text, block.file, offset, line, language, size)
     return Document(text, block.file, offset, line, None, size)

@@ -74,12 +74,12 @@ def _contradictions(source: SourceConfig) -> Iterator[str]:
 def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
     """Looks for files that are there twice, under whatever names; the sources' patterns are replaced by paths.
 
-    Warns of a file in two corpora.
+    Warns of a file in two corpora, but for those that are evaluated on its documents in one language each.
 
     Raises:
         UserError: a file twice in one corpus, or of a kind that is not read.
     """
-    corpus_of: dict[tuple[int, int], str] = {}
+    corpus_of: dict[tuple[int, int, str | None], str] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     for source in corpora:
         paths: dict[tuple[int, int], str] = {}
@@ -91,8 +91,10 @@ def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
                 also = f", also as {paths[identity]}" if paths[identity] != path else ""
                 raise UserError(f"corpus '{source.name}' reads {path} twice{also}; list it once")
             paths[identity] = path
-            if corpus_of.setdefault(identity, source.name) != source.name:
-                shared.setdefault((corpus_of[identity], source.name), []).append(path)
+            of_one = isinstance(source, EvaluationCorpus) and source.language_field is not None
+            part = (*identity, source.language if of_one else None)
+            if corpus_of.setdefault(part, source.name) != source.name:
+                shared.setdefault((corpus_of[part], source.name), []).append(path)
     for (name, other), both in shared.items():
         more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
         warn(f"corpora '{name}' and '{other}' both read {both[0]}{more}")

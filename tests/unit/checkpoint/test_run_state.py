@@ -1,11 +1,15 @@
 """Which checkpoint a path means, which ones are complete, and run.json of other versions and after accidents."""
 
+import dataclasses
+import errno
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
-from fake_checkpoints import write_fake_checkpoint
+from fake_checkpoints import RECIPE, write_fake_checkpoint
 
-from megatron_lpr.checkpoint.manifest import sealed
+from megatron_lpr.checkpoint.manifest import sealed, write_manifest
 from megatron_lpr.checkpoint.run_state import (
     VERSION,
     RunState,
@@ -18,7 +22,7 @@ from megatron_lpr.checkpoint.run_state import (
 )
 from megatron_lpr.errors import UserError
 
-STATE = RunState(step=7, consumed_samples=28, has_optimizer=True, recipe={"name": "é"}, tokens_per_language={"hu": 3})
+STATE = RunState(step=7, consumed_samples=28, has_optimizer=True, recipe=RECIPE, tokens_per_language={"hu": 3})
 
 
 @pytest.fixture
@@ -65,6 +69,7 @@ def test_no_checkpoint(tmp_path):
         (None, "latest is missing"),
         ("", "names no checkpoint"),
         ("../elsewhere", "names no checkpoint"),
+        (f"step_{'9' * 5000}", "names no checkpoint"),
         ("step_00000009", "names step_00000009, which is not there"),
         (b"\xff\xfe", "names no checkpoint"),
     ],
@@ -151,3 +156,81 @@ def test_run_json_that_cannot_be_read_is_a_sentence(run, content):
         file.write_text(content)
     with pytest.raises(UserError, match=f"run.json is {'missing' if content is None else 'damaged'}"):
         read_run_state(step(run, 7))
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("recipe", []),
+        ("recipe.model", [None]),
+        ("recipe.model.topk", "2"),
+        ("recipe.model.num_experts", ...),
+        ("recipe.train", {"trainable": 1}),
+        ("recipe.preprocess", [1]),
+        ("data_state.schedule.0", float("nan")),
+        ("data_state.corpora.hu", {"role": "expanded"}),
+        ("tokens_per_language.hu", "many"),
+        ("skipped_steps", 10**30),
+        ("base", "x"),
+        ("base.files.a.bytes", None),
+        ("source.run", ...),
+        ("content", "over there"),
+        ("version", True),
+        ("step", -1),
+    ],
+)
+@pytest.mark.parametrize("seal", [sealed, json.dumps])
+def test_an_entry_of_another_kind_is_named(run, entry, value, seal):
+    """Whether somebody has written the digest anew, or an older version wrote none."""
+    file = step(run, 7) / "run.json"
+    tree = json.loads(file.read_text())
+    del tree["digest"]
+    tree["recipe"] |= {"train": {"trainable": "all", "steps": 9, "global_batch_size": 4}, "preprocess": {"bos": "true"}}
+    corpus = {"digest": "d", "language": "hu", "role": "expanded", "tokens": 5}
+    data = {"schedule": [{"from_sample": 0, "shares": {"hu": "1"}}], "corpora": {"hu": corpus}}
+    base = {"architecture": {}, "weights": None, "files": {"a": {"bytes": 5, "sha256": "s"}}}
+    tree |= {"data_state": data, "base": base, "source": {"folder": "f", "run": "r", "tokens": None}}
+    tree["tokens_per_language"] = {"hu": 3}
+    file.write_text(seal(tree))
+    assert read_run_state(step(run, 7)).step == 7
+    *parents, last = [int(key) if key.isdigit() else key for key in entry.split(".")]
+    place = tree
+    for key in parents:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    file.write_text(seal(tree))
+    with pytest.raises(UserError, match=rf"run.json is damaged \({entry}[.a-z_]* is not what a run writes\); give ano"):
+        read_run_state(step(run, 7))
+    assert find_checkpoint(str(run)).folder == step(run, 3)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "5", "{}", '{"files": 5}', '{"files": {"a": 5}}', '{"files": {"a": {}}}', "{"]
+)
+def test_a_manifest_that_is_none_is_damaged_whatever_its_digest(run, content):
+    (step(run, 7) / "manifest.json").write_text(content)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    write_run_state(step(run, 7), dataclasses.replace(STATE, manifest=digest))
+    with pytest.raises(UserError, match=r"step_00000007: not complete \(a damaged manifest.json\)"):
+        locate(str(step(run, 7)))
+
+
+@pytest.mark.parametrize("name", ["run.json", "manifest.json"])
+def test_without_the_right_to_read_it_no_older_one_is_taken(run, monkeypatch, name):
+    """Read as by somebody who has not every right, as those who run tests may."""
+    digest = write_manifest(step(run, 7), {})
+    write_run_state(step(run, 7), dataclasses.replace(STATE, manifest=digest))
+    read = {"run.json": Path.read_text, "manifest.json": Path.read_bytes}[name]
+
+    def refused(path, *arguments, **more):
+        if path == step(run, 7) / name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path, *arguments, **more)
+
+    assert find_checkpoint(str(run)).folder == step(run, 7)
+    monkeypatch.setattr(Path, read.__name__, refused)
+    with pytest.raises(PermissionError):
+        find_checkpoint(str(run))

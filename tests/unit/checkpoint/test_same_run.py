@@ -15,6 +15,7 @@ from megatron_lpr.checkpoint.same_run import (
     changed_settings,
     check_resumed,
     check_source,
+    resumed_state,
     rounded,
 )
 from megatron_lpr.checkpoint.source import source_identity
@@ -53,6 +54,23 @@ def state_of(recipe, step=1, **fields) -> RunState:
 def test_the_same_recipe_goes_on(recipe, base):
     check_resumed(recipe, state_of(recipe, base=base), base)
     check_resumed(recipe, state_of(changed(recipe, model__load=""), base=base), base)  # as older versions took it
+
+
+@pytest.mark.parametrize(
+    "fields, name, what",
+    [
+        ({}, "step_00000003", "step is 2, and must be 3"),
+        ({"consumed_samples": 7}, "step_00000002", "consumed_samples is 7, and must be 8"),
+        ({"data_state": {"consumed_samples": 12}}, "step_00000002", "data_state.consumed_samples is 12, and must be 8"),
+    ],
+)
+def test_a_run_does_not_go_on_at_another_place_than_it_was(recipe, tmp_path, fields, name, what):
+    good = {"recipe": to_tree(recipe), "consumed_samples": 8, "data_state": {"consumed_samples": 8}}
+    assert resumed_state(write_fake_checkpoint(tmp_path / "good", 2, **good)).step == 2
+    folder = write_fake_checkpoint(tmp_path, 2, **good | fields)
+    folder = folder.rename(tmp_path / name)
+    with pytest.raises(UserError, match=rf"run.json is damaged \({what}\); put it back, or let .*latest name another"):
+        resumed_state(folder)
 
 
 FREE = {

@@ -82,7 +82,7 @@ def test_what_learns_may_change(make_trainer):
     assert trainer.save(with_optimizer=False).is_dir()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other model"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other model", "metadata.json", "common.pt"])
 def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, damage):
     make_trainer(train=ROUTERS).save(with_optimizer=False)
     folder = tmp_path / "run/checkpoints/step_00000000"
@@ -95,6 +95,10 @@ def test_damaged_checkpoint_is_refused_in_one_sentence(make_trainer, tmp_path, d
                 part.write_bytes(part.read_bytes()[:100])
         case "other model":
             model = {"num_experts": 6}
+        case "common.pt" if not (folder / damage).exists():
+            pytest.skip("this Megatron-Core does not write it")
+        case name:
+            (folder / name).write_bytes(b"NaN")
     with pytest.raises(UserError, match=f"checkpoint {folder}: ") as error:
         make_trainer(source=folder, model=model)
     assert "\n" not in str(error.value)

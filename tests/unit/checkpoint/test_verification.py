@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fake_checkpoints import RECIPE
 
 from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, read_run_state, write_run_state
@@ -25,7 +26,7 @@ def write_checkpoint(root, step):
         step=step,
         consumed_samples=4 * step,
         has_optimizer=True,
-        recipe={"name": "é", "lr": 1e-4},
+        recipe={**RECIPE, "lr": 1e-4},
         manifest=write_manifest(folder, checksums),
     )
     write_run_state(folder, state)
@@ -109,4 +110,4 @@ def test_what_is_damaged_is_passed_over_for_the_newest_good_one_before_it(tmp_pa
 
 
 def test_run_json_comes_back(folder):
-    assert read_run_state(folder).recipe == {"name": "é", "lr": 1e-4}
+    assert read_run_state(folder).recipe == {**RECIPE, "lr": 1e-4}

@@ -11,7 +11,7 @@ import pytest
 from megatron_lpr import cli
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.held_out import check_evaluation, read_corpus, read_held_out, trained_on
+from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_corpus, read_held_out
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus
@@ -55,6 +55,24 @@ def test_bad_lines_name_the_setting_of_evaluation(tmp_path, content, message):
         read_corpus(corpus(tmp_path / "bad.jsonl"))
 
 
+def test_of_text_in_several_languages_each_is_scored_by_itself(toy_base, tmp_path, capsys):
+    lines = [("a", "hu"), ("bb", "en"), ("c", "hu"), ("d", None)]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "lang": language}) + "\n" for text, language in lines))
+    one = {"language_field": "lang", "role": "original"}
+    corpora = [corpus(file, name=language, language=language, **one) for language in ("hu", "en")]
+    assert read_corpus(corpora[0], "skip") == ["a", "c"] and read_corpus(corpora[1], "skip") == ["bb"]
+    with pytest.raises(UserError, match='mixed.jsonl:4: no "lang" string'):
+        read_corpus(corpora[0])
+    with pytest.raises(UserError, match="no text in .*mixed.jsonl whose lang is 'de'; name other files"):
+        read_corpus(corpus(file, language="de", **one), "skip")
+    capsys.readouterr()
+    for language, warns in (("hu", False), ("en", True)):
+        more = corpus(file, name="more", language=language, **(one if warns else one | {"language_field": None}))
+        check_evaluation(EvaluationConfig(corpora=(*corpora, more), window=8), str(toy_base))
+        assert ("both read" in capsys.readouterr().err) == warns
+
+
 def test_bad_lines_are_left_out_and_told(toy_base, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": " "}\n')
     settings = EvaluationConfig(corpora=(corpus(tmp_path / "bad.jsonl"),), on_bad_line="skip")
@@ -95,6 +113,7 @@ def test_sizes_are_checked(tmp_path, settings, message):
         ({"role": "original"}, "language 'hu' is expanded in corpus 'help' and original in 'two'"),
         ({"sample_by": "line"}, "two: sets sample_by, which has an effect on plain text only"),
         ({"format": "text", "text_field": "body"}, "two: is plain text, which has no fields"),
+        ({"format": "text", "language_field": "lang"}, "two: is plain text, which has no fields"),
     ],
 )
 def test_corpora_are_checked(tmp_path, more, message):
@@ -133,15 +152,44 @@ def test_training_text_among_the_held_out_is_told(tmp_path, how):
     recipe = from_tree(Recipe, tree, where="test")
     sources = recipe.preprocess.corpora
     preprocess(sources, tokenizer=str(tmp_path / "tokenizer"), output=str(tmp_path / "data"), workers=1)
-    sentences = list(trained_on(recipe))
+    sentences = list(doubts(recipe))
     if how == "neither":
         shutil.rmtree(tmp_path / "data")
         text.unlink()
-        assert not sentences and not list(trained_on(recipe))  # training text need not be there
+        assert not sentences and not list(doubts(recipe))  # training text need not be there
         return
     [sentence] = sentences
     what = "the very text that corpus text of the manifest" if "manifest" in how else "preprocess.corpora text"
     assert sentence.startswith("evaluation.corpora: held out: ") and what in sentence
+
+
+def test_text_held_out_of_several_languages_and_scored_as_one_is_told(tmp_path):
+    from preprocessing import preprocess
+
+    from megatron_lpr.testing.toy_models import write_toy_tokenizer
+
+    (tmp_path / "tokenizer").mkdir()
+    write_toy_tokenizer(tmp_path / "tokenizer")
+    lines = [{"text": f"text {n}", "lang": ("hu", "en")[n % 2]} for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    languages = {"hu": "expanded", "en": "original"}
+    entry = {"name": "web", "files": [str(tmp_path / "text.jsonl")], "language": "hu", "role": "expanded"}
+    held_out = entry | {"files": [str(tmp_path / "data/web.heldout.jsonl.gz")]}
+    tree = {
+        "name": "r",
+        "output": "o",
+        "model": {"base": "b"},
+        "data": {"manifest": str(tmp_path / "data/manifest.yaml")},
+        "preprocess": {"heldout": 0.5, "corpora": [entry | {"languages": languages, "language_field": "lang"}]},
+        "evaluation": {"corpora": [held_out, held_out | {"name": "hu", "language_field": "language"}]},
+    }
+    recipe = from_tree(Recipe, tree, where="test")
+    tokenizer, sources = str(tmp_path / "tokenizer"), recipe.preprocess.corpora
+    preprocess(sources, tokenizer=tokenizer, output=str(tmp_path / "data"), workers=1, heldout=0.5)
+    [sentence] = doubts(recipe)
+    assert "web.heldout.jsonl.gz has documents in several languages (hu, en), all scored as hu; with" in sentence
+    whole, hungarian = (read_corpus(corpus) for corpus in recipe.evaluation.corpora)
+    assert {text for text in whole if int(text.split()[1]) % 2 == 0} == set(hungarian) < set(whole)
 
 
 @pytest.fixture

@@ -156,13 +156,27 @@ def test_only_the_end_of_a_long_log_is_read(held, monkeypatch):
     assert 2 <= held.status(200).trend_steps < 12
 
 
-def test_lines_that_a_killed_process_has_left(held):
+def test_a_last_line_that_a_killed_process_has_not_finished_is_said(held):
     held.steps(1, 2)
-    for name in ("metrics", "ends"):
+    assert held.status(30).faults == []
+    for name in ("metrics", "starts", "ends"):
         with (held.folder / f"{name}.jsonl").open("a") as file:
             file.write('{"step": 3, "ti')
-    held.append("ends", {})  # closes the torn line
-    assert held.status(30).step == 2
+    status = held.status(30)
+    assert (status.step, status.damaged_lines) == (2, 0)
+    assert status.faults == [f"{name}.jsonl: {run_files.CUT}" for name in ("starts", "ends", "metrics")]
+
+
+def test_lines_of_starts_and_ends_that_are_none_are_counted(run):
+    """A torn line gets its end when the next start writes."""
+    run.append("ends", {"time": at(40), "outcome": "finished"}, [1], {"outcome": "failed"})
+    with (run.folder / "starts.jsonl").open("a") as file:
+        file.write('{"step": 3, "ti\n')
+    status = run.status(50)
+    assert status.state == "finished"
+    said = "lines near its end that are no records with a time"
+    assert status.faults == [f"starts.jsonl: {said}: 1", f"ends.jsonl: {said}: 2"]
+    assert status_rows(status)["left out"] == "; ".join(status.faults)
 
 
 def test_lines_that_are_no_records_are_left_out_and_counted(held):
@@ -179,6 +193,20 @@ def test_a_recipe_that_was_edited(held):
     held.append("starts", {"time": "2026-11-25T12:00:00.000Z"})
     (held.folder / "recipe.yaml").write_text("train: {steps: many}\nevaluation: [every]\n")
     assert held.status(30).steps is None
+
+
+def test_of_a_list_that_was_edited_the_wrong_entry_is_left_out(held):
+    good = {"name": "a", "language": "hu", "role": "expanded", "files": ["a.txt"]}
+    tree = {"evaluation": {"corpora": [good, {**good, "role": "x"}, 7]}, "model": {"mlp_only_layers": [3, -1]}}
+    (held.folder / "recipe.yaml").write_text(json.dumps(tree))
+    files = run_files.RunFiles.read(str(held.folder))
+    assert [corpus["name"] for corpus in files.section("evaluation")["corpora"]] == ["a"]
+    assert files.section("model")["mlp_only_layers"] == [3]
+    assert [fault.split(": ")[1] for fault in files.faults] == [
+        "model.mlp_only_layers[1]",
+        "evaluation.corpora[1].role",
+        "evaluation.corpora[2]",
+    ]
 
 
 def test_checkpoints_that_are_damaged_are_told(held):
