@@ -104,7 +104,11 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
     [
         (1, {"data": {"read_ahead": -1}}, "data.read_ahead: -1; at least 0"),
         (1, {"train": {"max_skipped_steps": 3}}, "3 has no effect with train.on_not_finite: stop"),
-        (1, {"optimizer": {"schedule": "constant", "min_lr": 1e-5}}, "min_lr: 1e-05 has no effect with optimizer.schedule"),
+        (
+            1,
+            {"optimizer": {"schedule": "constant", "min_lr": 1e-5}},
+            "min_lr: 1e-05 has no effect with optimizer.schedule",
+        ),
         (1, {"data": {"reset_attention": True, "windows": "document"}}, "no effect on samples of one document"),
         (1, {"model": {"num_frozen_experts": 0}}, "model.num_frozen_experts: 0; at least 1"),
         (1, {"model": {"num_frozen_experts": 5}}, "leaves no new expert beside 5 frozen: at least 6"),
