@@ -3,21 +3,21 @@
 People edit them. What is not as it should be is left out, and said.
 """
 
+import itertools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.json_lines import from_json, printable
+from megatron_lpr.files.json_lines import from_json, lines_from_the_end, printable
 from megatron_lpr.files.yaml_io import read_yaml
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.recipe.sound_part import sound_part
 from megatron_lpr.reporting.sound_record import sound_record
 
 Outcome = Literal["finished", "stopped", "failed"]
-_TAIL_BYTES = 1 << 20
+_TAIL_LINES = 1000
 _LONGEST_FAULT = 200
 
 
@@ -87,25 +87,20 @@ class RunFiles:
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The last records of a file of JSON lines, none of which is longer than what is read; [] without a file.
+    """The last records of a file of JSON lines; [] without a file.
 
     Raises:
         UserError: it cannot be read.
     """
-    return [record for line in last_lines(path) if (record := from_json(line)) is not None]
+    return [record for line in last_lines(path, _TAIL_LINES) if (record := from_json(line)) is not None]
 
 
-def last_lines(path: Path) -> Iterator[bytes]:
-    """Those that have their end, of so many bytes at the end of a file; none without a file. UserError as `records`."""
+def last_lines(path: Path, most: int) -> list[bytes]:
+    """So many that have their end, however long they are; [] without a file. UserError as `records`."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - _TAIL_BYTES, 0))
-            if file.tell():
-                file.readline()  # the rest of a line
-            yield from (line for line in file if line.endswith(b"\n"))
+        return list(itertools.islice(lines_from_the_end(path), most))[::-1]
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); look at the disk") from None
 
@@ -114,16 +109,10 @@ def last_validation(path: Path) -> dict[str, Any] | None:
     """Of the newest step that has one, which may be many steps old: metrics.jsonl is read from its end."""
     mark = b'"validation":'
     try:
-        with path.open("rb") as file:
-            rest, end = b"", file.seek(0, os.SEEK_END)
-            while end:
-                begin = max(end - _TAIL_BYTES, 0)
-                file.seek(begin)
-                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
-                if record := next((record for record in reversed(found) if record and "validation" in record), None):
-                    return {"step": record["step"], **record["validation"]}
-                end = begin
+        for line in lines_from_the_end(path):
+            record = sound_record(line, layers=False) if mark in line else None
+            if record and "validation" in record:
+                return {"step": record["step"], **record["validation"]}
     except OSError:
         pass  # there is no file yet; what cannot be read has been told
     return None
