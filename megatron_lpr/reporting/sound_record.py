@@ -38,7 +38,7 @@ def has_router(line: bytes) -> bool:
 
 
 def _without_router(line: bytes) -> bytes:
-    """As `MetricsLog` writes it, from a mark that no string holds, for quotes are escaped there, to the end of a `load`.
+    """As `MetricsLog` writes it, from a mark that no string holds, as quotes are escaped there, to the end of a `load`.
 
     Where that is not the last one, no JSON is left.
     """
