@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,9 +32,9 @@ def check_evaluation(settings: EvaluationConfig, model_dir: str) -> None:
     if not settings.corpora:
         raise UserError("evaluation.corpora: empty; list held-out corpora")
     check_window(settings, model_dir)
-    names = [corpus.name for corpus in settings.corpora]
+    names = Counter(corpus.name for corpus in settings.corpora)
     for corpus in settings.corpora:
-        if names.count(corpus.name) > 1:
+        if names[corpus.name] > 1:
             raise UserError(f"evaluation.corpora: two are called '{corpus.name}'; give each its own name")
         _check_corpus(corpus)
     check_files([dataclasses.replace(corpus, files=tuple(_files(corpus))) for corpus in settings.corpora])

@@ -9,9 +9,11 @@ B: windows of one forward pass, S: positions of a window, T: tokens of a stream.
 """
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,18 +106,19 @@ def _windows(text: Text, window: int, first: int, rows: int, share: RankShare) -
     width = min(window, positions)
     length = math.ceil(width / share.multiple) * share.multiple
 
-    def laid_out(column_T: Tensor) -> Tensor:
-        values = column_T[begin : begin + rows * width]
-        padded = torch.zeros(rows * width, dtype=column_T.dtype)
+    end = min(begin + rows * width, positions)
+
+    def laid_out(values: Tensor) -> Tensor:
+        padded = torch.zeros(rows * width, dtype=values.dtype)
         padded[: len(values)] = values
         whole_BS = torch.nn.functional.pad(padded.view(rows, width), (0, length - width))
         return torch.from_numpy(rank_positions(whole_BS.numpy(), share.context_rank, share.context_size))
 
     return Windows(
-        tokens_BS=laid_out(text.stream[:-1]),
-        labels_BS=laid_out(text.stream[1:]),
-        scored_BS=laid_out(text.scored[1:]),
-        is_text_BS=laid_out(torch.ones(positions, dtype=torch.bool)),
+        tokens_BS=laid_out(text.stream[begin:end]),
+        labels_BS=laid_out(text.stream[begin + 1 : end + 1]),
+        scored_BS=laid_out(text.scored[begin + 1 : end + 1]),
+        is_text_BS=laid_out(torch.ones(max(end - begin, 0), dtype=torch.bool)),
     )
 
 
@@ -133,13 +136,13 @@ def _cut(texts: Sequence[str], max_bytes: int | None) -> list[str]:
 
 
 def _stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The token stream [T] int64 and which of its tokens are scored [T] bool."""
+    """The token stream [T] int64 and which of its tokens are scored [T] bool; nine bytes for a token meanwhile."""
     eod = tokenizer.eod_id
     opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = [] if opening else [eod]
-    scored = [False] * len(tokens)
+    tokens = array("q", [] if opening else [eod])
+    scored = bytearray(len(tokens))
     for first in range(0, len(documents), _BATCH_DOCUMENTS):
         for ids in tokenizer.encode_batch(documents[first : first + _BATCH_DOCUMENTS]):
-            tokens += [*opening, *ids, eod]
-            scored += [*(False for _ in opening), *(True for _ in ids), False]
-    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(scored)
+            tokens.extend([*opening, *ids, eod])
+            scored += bytes(len(opening)) + b"\1" * len(ids) + b"\0"
+    return torch.tensor(np.frombuffer(tokens, np.int64)), torch.tensor(np.frombuffer(scored, np.bool_))

@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron_lpr.errors import UserError
 
+BLOCK_BYTES = 1 << 20  # that are read at once from the end of a file
+
 
 def utc_now() -> str:
     """The time as ISO 8601, as 2026-11-25T18:40:12.345Z."""
@@ -28,7 +30,7 @@ class JsonLines:
         self.path = Path(path)
         with writing(self.path):
             self._file = self.path.open("ab", buffering=0)
-            torn = not _ends_a_line(self.path)
+            torn = not ends_a_line(self.path)
         if torn:
             self._write(b"\n")
 
@@ -86,7 +88,28 @@ def complete_lines(path: Path) -> Iterator[bytes]:
         yield from (line for line in lines if line.endswith(b"\n"))
 
 
-def _ends_a_line(path: Path) -> bool:
+def lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """The same, the last one first and without their ends: no more of the file is read than what is asked for."""
+    parts: list[bytes] = []  # of the line whose beginning has not been reached, the last first
+    is_complete = False
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(end - BLOCK_BYTES, 0)
+            file.seek(begin)
+            first, *lines = file.read(end - begin).split(b"\n")
+            for line in reversed(lines):
+                parts.append(line)
+                if is_complete:
+                    yield b"".join(reversed(parts))
+                parts, is_complete = [], True
+            parts.append(first)
+            end = begin
+    if is_complete:
+        yield b"".join(reversed(parts))
+
+
+def ends_a_line(path: Path) -> bool:
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return True

@@ -1,5 +1,6 @@
 """Shares as a picture in SVG: rows of coloured cells, small however many there are."""
 
+import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,6 +11,7 @@ _LEVELS = 40
 _MOST_WIDTH, _ROW, _TOP = 940, 18, 26
 _LARGEST_CELL, _NUMBERED_CELL, _MOST_NUMBERS = 34, 22, 1000
 _SCALE = 120
+_MOST_TOLD = 40  # rows that the pointer finds at a place
 _UNNUMBERED_ROWS = 16  # above it rows are lower
 
 
@@ -95,9 +97,11 @@ def _columns(columns: Sequence[int], axis: str, left: float, bottom: int, cell: 
 def _strips(
     rows: Mapping[str, Sequence[float | None]], columns: Sequence[int], axis: str, left: float, bottom: int, cell: int
 ) -> Iterator[str]:
-    """What the pointer finds in a column."""
+    """What the pointer finds in a column: of many rows those that have most there, for nobody reads hundreds."""
     for place, column in enumerate(columns):
         shares = [(name, values[place] if place < len(values) else None) for name, values in rows.items()]
+        if len(shares) > _MOST_TOLD:
+            shares = heapq.nlargest(_MOST_TOLD, shares, key=lambda share: -1.0 if share[1] is None else share[1])
         told = [f"{axis} {column}", *(f"{name}: {100 * share:.1f}%" for name, share in shares if share is not None)]
         over = f'<rect class="over" x="{left + place * cell:.0f}" y="{_TOP}" width="{cell}" height="{bottom - _TOP}">'
         yield f"{over}<title>{escape(chr(10).join(told))}</title></rect>"

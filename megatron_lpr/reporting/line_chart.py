@@ -11,6 +11,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 42, 34
 _LEGEND_ROW, _MARGIN = 17, 4
 _SMOOTHED, _DOTTED = 60, 40  # points that are apart on a smoothed line; up to so many points are marked
 _BANDS = 3  # lines that have a band behind them at most
+_FULL_LINES = 8  # more of them have fewer points each
 _OUTLIERS = 0.03  # of a band, which may be out of sight at either side
 _STRIPS = 40  # places where the pointer finds the values
 _ROUNDING = 1e-9  # of the values: what lies closer together is all the same
@@ -27,6 +28,8 @@ def line_chart(
         level: a value that is drawn where it is in sight.
     """
     lines = {name: curve.smoothed(_SMOOTHED) for name, curve in curves.items() if curve}
+    if len(lines) > _FULL_LINES:
+        lines = {name: _thinned(points) for name, points in lines.items()}
     kinds = {name: _kind(place) for place, name in enumerate(curves)}
     legend, rows = _legend({name: kinds[name] for name in lines}) if len(curves) > 1 else ("", 0)
     bands = {name: points for name, points in lines.items() if len(points) > _DOTTED and len(lines) <= _BANDS}
@@ -43,6 +46,11 @@ def line_chart(
         legend,
     ]
     return drawing(title, WIDTH, HEIGHT + rows * _LEGEND_ROW, "".join(parts))
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """As many as are apart on a smoothed line, with the last."""
+    return [*points[: -1 : max(len(points) // _SMOOTHED, 1)], points[-1]]
 
 
 class _Axes:

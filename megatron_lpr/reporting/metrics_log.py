@@ -66,6 +66,8 @@ class ValidationRecord(TypedDict):
     retention: NotRequired[dict[str, float]]  # of original languages: the base's bits by the model's, in percent
 
 
+# Of one record, of every layer or expert: TensorBoard takes 0.1 ms for each and lists each tag, W&B likewise
+MOST_LAYER_SCALARS = 20_000
 _THROUGHPUT: tuple[Literal["tokens_per_second", "seconds", "tflops_per_device", "mfu"], ...]
 _THROUGHPUT = ("tokens_per_second", "seconds", "tflops_per_device", "mfu")
 # What may differ between two runs that compute the same
@@ -206,6 +208,8 @@ def _kept_bytes(path: Path, step: int) -> tuple[int, list[int | None]]:
 def scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     """Tags and values, as TensorBoard and others take them; what is not finite, as in a skipped step, is left out.
 
+    So are the layers', or the experts', where a record has more than `MOST_LAYER_SCALARS` of them.
+
     Layers and experts count from 0, as in the names of the parameters.
     """
     return ((tag, value) for tag, value in _scalars(metrics) if math.isfinite(value))
@@ -236,14 +240,18 @@ def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     for language, summary in summaries.items():
         for statistic, over_layers in summary.items():
             yield from ((f"router_summary/{statistic}/{language}/{name}", value) for name, value in over_layers.items())
-    for language, router in metrics.get("router", {}).items():
-        yield from _router_scalars(language, router)
+    yield from _router_scalars(metrics.get("router", {}))
 
 
-def _router_scalars(language: str, router: RouterMetrics) -> Iterator[tuple[str, float]]:
-    layers = zip(router["frozen_share"], router["p0"], router["load"], strict=True)
-    for layer, (share, p0, load) in enumerate(layers):
-        yield f"router/frozen_share/{language}/layer_{layer:02d}", share
-        yield f"router/p0/{language}/layer_{layer:02d}", p0
-        for expert, value in enumerate(load):
-            yield f"router/load/{language}/layer_{layer:02d}/expert_{expert}", value
+def _router_scalars(router: Mapping[str, RouterMetrics]) -> Iterator[tuple[str, float]]:
+    """Of every layer, and of every expert, unless these are more than anyone can look at: metrics.jsonl has them."""
+    if sum(2 * len(its["p0"]) for its in router.values()) <= MOST_LAYER_SCALARS:
+        for language, its in router.items():
+            for layer, (share, p0) in enumerate(zip(its["frozen_share"], its["p0"], strict=True)):
+                yield f"router/frozen_share/{language}/layer_{layer:02d}", share
+                yield f"router/p0/{language}/layer_{layer:02d}", p0
+    if sum(map(len, (load for its in router.values() for load in its["load"]))) <= MOST_LAYER_SCALARS:
+        for language, its in router.items():
+            for layer, load in enumerate(its["load"]):
+                for expert, value in enumerate(load):
+                    yield f"router/load/{language}/layer_{layer:02d}/expert_{expert}", value

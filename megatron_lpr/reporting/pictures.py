@@ -3,11 +3,13 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_lpr.reporting.heat_map import heat_map
 from megatron_lpr.reporting.line_chart import line_chart
+from megatron_lpr.reporting.metrics_log import RouterMetrics
 from megatron_lpr.reporting.run_log import Curve, RunLog
 
 
@@ -23,6 +25,8 @@ class Panel:
     log: bool = False
     level: float | None = None
 
+
+MOST_LANGUAGES = 24  # of a page that have pictures of their own
 
 LOSS, HELD_OUT, ROUTING, SPEED, OPTIMIZER = "Losses", "Held-out text", "Routing", "Speed and memory", "Optimizer"
 PANELS = (
@@ -53,21 +57,41 @@ PANELS = (
 )  # fmt: skip
 
 
-def curves(logs: Mapping[str, RunLog], section: str | None = None) -> Iterator[tuple[str, str]]:
+def most_read(logs: Iterable[RunLog], parts: int = 1) -> list[str]:
+    """The languages of which the runs have read most, as many as have pictures on a page, or on a part of so many.
+
+    Nobody looks at thousands, which take hundreds of megabytes.
+    """
+    read: Counter[str] = Counter()
+    for log in logs:
+        if log.last is not None:
+            read.update(log.last.get("tokens_per_language") or {})
+        read.update(dict.fromkeys(log.curves["validation/bits_per_byte/*"], 0))
+    return [language for language, _ in read.most_common(max(MOST_LANGUAGES // parts, 1))]
+
+
+def curves(
+    logs: Mapping[str, RunLog], section: str | None = None, languages: Sequence[str] | None = None
+) -> Iterator[tuple[str, str]]:
     """Names and pictures of the curves that some run has, all runs in one picture.
 
     Of several runs each language has its own picture, with a line for each run; of one run all languages share one.
+
+    Args:
+        languages: those that have pictures of their own; None: all.
     """
     for panel in PANELS:
         if section not in (None, panel.section):
             continue
         found = {run: log.curves[panel.path] for run, log in logs.items()}
-        languages = list(dict.fromkeys(language for its in found.values() for language in its))
-        if len(logs) == 1 and languages not in ([], [""]):
+        there = list(dict.fromkeys(language for its in found.values() for language in its))
+        if len(logs) == 1 and there not in ([], [""]):
             (of_run,) = found.values()
             yield f"{panel.file}_per_language", _chart(panel, f"{panel.title}, by language", of_run)
             continue
-        for language in languages:
+        for language in there:
+            if language and languages is not None and language not in languages:
+                continue
             lines = {run: its.get(language) for run, its in found.items()}
             name = f"{panel.file}_{language}" if language else panel.file
             yield name, _chart(panel, f"{panel.title}: {language}" if language else panel.title, lines)
@@ -77,14 +101,19 @@ def _chart(panel: Panel, title: str, lines: Mapping[str, Curve | None]) -> str:
     return line_chart(title, panel.unit, lines, log=panel.log, level=panel.level)
 
 
-def frozen_share(log: RunLog, model: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def frozen_share(
+    log: RunLog, model: Mapping[str, object], languages: Sequence[str] | None = None
+) -> Iterator[tuple[str, str]]:
     """Where each language's tokens go, at the first and the last step whose layers were recorded.
 
     Args:
         model: this section of the recipe.
+        languages: of which; None: of all.
     """
     for moment, end in zip(("before", "after"), log.router_ends, strict=False):
-        rows = {language: found["frozen_share"] for language, found in end["router"].items()}
+        rows = {language: found["frozen_share"] for language, found in _chosen(end["router"], languages)}
+        if not rows:
+            continue
         title = f"{moment}: step {end['step']:,}"
         yield f"frozen_share_{moment}", heat_map(title, rows, top=largest_share(model), columns=_layers(rows, model))
 
@@ -94,12 +123,14 @@ def of_result(title: str, routing: Mapping[str, Sequence[float]], top: float) ->
     return heat_map(title, routing, top=top, columns=_layers(routing, {}))
 
 
-def expert_load(log: RunLog, model: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def expert_load(
+    log: RunLog, model: Mapping[str, object], languages: Sequence[str] | None = None
+) -> Iterator[tuple[str, str]]:
     """Share of the slots of each expert at the last step whose layers were recorded, a picture for each language."""
     for end in log.router_ends[-1:]:
         most = max(share for found in end["router"].values() for layer in found["load"] for share in layer)
         top = math.ceil(100 * most - 1e-6) / 100
-        for language, found in end["router"].items():
+        for language, found in _chosen(end["router"], languages):
             experts = range(max(map(len, found["load"])))
             frozen = model.get("num_frozen_experts", 1)
             rows = {
@@ -111,6 +142,12 @@ def expert_load(log: RunLog, model: Mapping[str, object]) -> Iterator[tuple[str,
             columns = _layers({"": found["load"]}, model)
             title = f"{language}: step {end['step']:,}"
             yield f"load_{language}", heat_map(title, rows, top=top or 1.0, columns=columns)
+
+
+def _chosen(
+    router: Mapping[str, RouterMetrics], languages: Sequence[str] | None
+) -> Iterator[tuple[str, RouterMetrics]]:
+    return ((language, its) for language, its in router.items() if languages is None or language in languages)
 
 
 def largest_share(model: Mapping[str, object]) -> float:

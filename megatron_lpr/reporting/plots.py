@@ -1,5 +1,6 @@
 """Plots of a run: loss curves, and where each language's tokens go before and after review."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ LOSSES = {
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
 """Those of Okabe and Ito, which colour-blind readers tell apart."""
 MARKERS = "osD^v"
+_MOST_INCHES = 30.0  # of a side: what 2,000 texts would take at the size of a few is more than any memory
+_MOST_NUMBERS = 2000
+_LABEL_INCHES = 0.16  # that one label takes
 
 
 def plot_losses(runs: Mapping[str, RunLog], path: str | Path) -> None:
@@ -75,15 +79,15 @@ def plot_frozen_share(
         raise UserError(f"no router statistics to plot in {path}: the run logged none")
     columns = list(dict.fromkeys(column for moment in shares.values() for column in moment))
     layers = max(len(share) for moment in shares.values() for share in moment.values())
-    width, height = 2.2 + 0.9 * len(columns) * len(shares), 1.8 + 0.22 * layers
-    figure = Figure(figsize=(max(width, 5), max(height, 4)), layout="constrained")
+    width, height = min(0.9 * len(columns) * len(shares), _MOST_INCHES), min(0.22 * layers, _MOST_INCHES)
+    figure = Figure(figsize=(max(2.2 + width, 5), max(1.8 + height, 4)), layout="constrained")
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     for axes, (moment, share_of) in zip(panels, shares.items(), strict=True):
         share_LC = np.full((layers, len(columns)), np.nan)
         for index, column in enumerate(columns):
             if column in share_of:
                 share_LC[: len(share_of[column]), index] = share_of[column]
-        image = _heatmap(axes, share_LC, columns, max_share=max_share)
+        image = _heatmap(axes, share_LC, columns, max_share=max_share, inches=width / len(shares))
         axes.set_title(moment)
     panels[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=list(panels), format=PercentFormatter(xmax=1, decimals=0))
@@ -107,14 +111,16 @@ def plot_routing(shares: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     if not any(shares.values()):
         raise UserError(f"no router statistics to plot in {path}: the models have none")
     rows = list(dict.fromkeys(text for model in shares.values() for text in model))
-    figure = Figure(figsize=(8, 1.6 + 0.32 * len(rows)), layout="constrained")
-    axes = figure.subplots()
+    height = min(0.32 * len(rows), _MOST_INCHES)
+    figure = Figure(figsize=(8, 1.6 + height), layout="constrained")
+    axes, place_of = figure.subplots(), {text: place for place, text in enumerate(rows)}
     for number, (model, share_of) in enumerate(shares.items()):
         if share_of:
-            means, places = [np.mean(share) for share in share_of.values()], [rows.index(text) for text in share_of]
+            means, places = [np.mean(share) for share in share_of.values()], [place_of[text] for text in share_of]
             marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
             axes.plot(means, places, marker, color=colour, label=model, markersize=8, markeredgecolor="w")
-    axes.set_yticks(range(len(rows)), rows)
+    every = _every(len(rows), height)
+    axes.set_yticks(range(0, len(rows), every), rows[::every])
     axes.set(xlabel=f"share of routing slots that go to frozen experts, mean over layers (at most {max_share:.0%})")
     axes.set_xlim(0, 1.02 * max_share)
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -125,16 +131,24 @@ def plot_routing(shares: Mapping[str, Mapping[str, Sequence[float]]], path: str 
     save_figure(figure, path)
 
 
-def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float) -> AxesImage:
-    """share_LC: layers x columns, NaN where a language had no tokens."""
+def _every(names: int, inches: float) -> int:
+    """One of so many names is written, where there is no room for all."""
+    return math.ceil(names * _LABEL_INCHES / inches)
+
+
+def _heatmap(axes: Axes, share_LC: np.ndarray, columns: Sequence[str], *, max_share: float, inches: float) -> AxesImage:
+    """share_LC: layers x columns, NaN where a language had no tokens. inches: the width."""
     axes.set_facecolor("0.85")
     image = axes.imshow(share_LC, vmin=0, vmax=max_share, cmap="viridis", aspect="auto", origin="lower")
     slanted: dict[str, Any] = (
-        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, columns)) > 8 else {}
+        {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, columns)) > 8 or inches < 0.6 * len(columns)
+        else {}
     )
-    axes.set_xticks(range(len(columns)), columns, **slanted)
+    every = _every(len(columns), inches)
+    axes.set_xticks(range(0, len(columns), every), columns[::every], **slanted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(share_LC) <= 64:
+    if len(share_LC) <= 64 and share_LC.size <= _MOST_NUMBERS:
         for (layer, column), share in np.ndenumerate(share_LC):
             dark = share < 0.5 * max_share
             text = "" if np.isnan(share) else f"{100 * share:.0f}"

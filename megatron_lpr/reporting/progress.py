@@ -16,6 +16,7 @@ from megatron_lpr.files.json_lines import utc_now
 from megatron_lpr.reporting.durations import clock
 from megatron_lpr.reporting.metrics_log import StepMetrics, ValidationRecord
 
+_MOST_LANGUAGES = 16  # whose tokens are in a line one by one
 _TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
 
 
@@ -41,7 +42,6 @@ def stamped(line: str) -> str:
 def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
     """`moe  37% step  9/24  ntp 1.512 (hu 1.602 en 1.422)  lpr 1.003  gnorm 0.82  lr 4.9e-04  88 tok/s ...`"""
     step, steps = metrics["step"], metrics["steps"]
-    seen = metrics["tokens_per_language"]
     losses = {"balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]}
     return "  ".join(
         [
@@ -56,7 +56,7 @@ def progress_line(metrics: StepMetrics, *, seconds_per_step: float) -> str:
             f"{metrics['tokens_per_second']:,.0f} tok/s",
             *([f"{metrics['tflops_per_device']:.3g} TFLOP/s"] if "tflops_per_device" in metrics else []),
             *([f"MFU {metrics['mfu']:.1%}"] if "mfu" in metrics else []),
-            " ".join(f"{language} {_short(count)}" for language, count in seen.items()),
+            _read(metrics["tokens_per_language"]),
             f"ETA {clock((steps - step) * seconds_per_step)}",
         ]
     )
@@ -80,6 +80,13 @@ def _per_language(losses: Mapping[str, float]) -> str:
     if not 2 <= len(losses) <= 4:
         return ""
     return f" ({' '.join(f'{language} {loss:.3f}' for language, loss in losses.items())})"
+
+
+def _read(tokens: Mapping[str, int]) -> str:
+    """Of each language; of many their sum, for every step writes a line."""
+    if len(tokens) > _MOST_LANGUAGES:
+        return f"{len(tokens):,} languages {_short(sum(tokens.values()))}"
+    return " ".join(f"{language} {_short(count)}" for language, count in tokens.items())
 
 
 def _short(count: int) -> str:

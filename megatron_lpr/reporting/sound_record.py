@@ -15,15 +15,41 @@ _MOST = 1 << 63  # what is counted is fewer
 Shape = Callable[[Any], Any]
 
 
-def sound_record(line: bytes | str) -> StepMetrics | None:
+def sound_record(line: bytes, *, layers: bool = True) -> StepMetrics | None:
     """The record of a line as `StepMetrics` declares it; None: the line is no step's record.
 
     Numbers that are missing (null, NaN, infinity) are left out, and so is what needs them. Of the keys only `step` must
     be there: old versions wrote fewer.
+
+    Args:
+        layers: whether `router` is wanted, which may be a thousand times as long as the rest, and is not parsed then.
     """
-    record = from_json(line)
+    if layers:
+        return _sound(line)
+    found = _sound(_without_router(line)) or _sound(line)
+    if found:
+        found.pop("router", None)
+    return found
+
+
+def has_router(line: bytes) -> bool:
+    """Whether a line seems to have statistics of every layer."""
+    return b'"router":' in line and b'"router": {}' not in line
+
+
+def _without_router(line: bytes) -> bytes:
+    """As `MetricsLog` writes it, from a mark that no string holds, as quotes are escaped there, to the end of a `load`.
+
+    Where that is not the last one, no JSON is left.
+    """
+    begin = line.find(b', "router": {"')
+    end = line.find(b"]]}}", begin)
+    return line if begin < 0 or end < 0 else line[:begin] + line[end + 4 :]
+
+
+def _sound(line: bytes) -> StepMetrics | None:
     try:
-        found = _step_metrics(record)
+        found = _step_metrics(from_json(line))
     except ValueError:
         return None
     return cast(StepMetrics, found) if found and "step" in found else None

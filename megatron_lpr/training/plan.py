@@ -41,7 +41,7 @@ from megatron_lpr.recipe.fp8 import lacking_to_shard
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
 from megatron_lpr.training.own_tokenizer import checked_tokenizer
-from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, one_line
+from megatron_lpr.training.plan_lines import decimal_size, differing, frozen_lines, long_log, one_line
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 _HOLDS: dict[Content, str] = {
@@ -144,7 +144,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     if world_size == ranks.world_size:  # with another number it is checked for other machines (--dry-run --ranks)
         check_machine(recipe)
     assert train is not None and data is not None
-    manifest = Manifest.load(data.manifest)
+    manifest = Manifest.load(data.manifest, check_files=ranks.local_rank == 0)
     tokenizer = checked_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
@@ -234,6 +234,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
     yield from without_effect(plan.train, plan.data, plan.sampler)
+    yield from long_log(plan.recipe, plan.arch, len(plan.manifest.languages))
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)
     if plan.held_out:
         yield from doubts(plan.recipe)

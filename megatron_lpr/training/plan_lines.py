@@ -11,6 +11,10 @@ from megatron_lpr.model.rank.frozen import frozen_bytes, shards_frozen
 from megatron_lpr.recipe.reading import to_tree
 from megatron_lpr.recipe.settings import Recipe
 
+# of metrics.jsonl, about: a number of a layer's statistics; of a language in each step, and of its summary
+_BYTES_OF_NUMBER, _BYTES_OF_LANGUAGE, _BYTES_OF_SUMMARY = 22, 45, 310
+_LONG_LOG = 20 * 10**9
+
 
 def frozen_lines(recipe: Recipe, arch: Architecture, ranks: int) -> Iterator[str]:
     """Where the frozen weights are, if there are any."""
@@ -21,6 +25,22 @@ def frozen_lines(recipe: Recipe, arch: Architecture, ranks: int) -> Iterator[str
         yield f"frozen       sharded: {own} on a rank, where a copy is {decimal_size(whole)}"
     else:
         yield f"frozen       replicated: {decimal_size(whole)} on a rank"
+
+
+def long_log(recipe: Recipe, arch: Architecture, languages: int) -> Iterator[str]:
+    """A warning of a metrics.jsonl that fills disks, where languages, layers and experts are many."""
+    assert recipe.train is not None
+    steps, logging, experts = recipe.train.steps, recipe.logging, recipe.model.num_experts
+    layers = len(arch.moe_layers()) if experts else 0
+    of_layers = _BYTES_OF_NUMBER * languages * layers * (experts + 2)
+    every_step = languages * (_BYTES_OF_LANGUAGE + (_BYTES_OF_SUMMARY if layers else 0) // logging.router_every)
+    size = steps * every_step + of_layers * (steps // logging.router_layers_every + 2)
+    if size > _LONG_LOG:
+        yield (
+            f"metrics.jsonl will have some {decimal_size(size)}, {decimal_size(of_layers)} of them with each record of "
+            f"every layer: raise logging.router_layers_every ({logging.router_layers_every}) and logging.router_every "
+            f"({logging.router_every})"
+        )
 
 
 def differing(config: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A page of HTML that shows runs side by side: curves, languages, routing, data, settings and what they ran on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import megatron_lpr
@@ -21,6 +21,7 @@ _SMOOTHED = (
     "Long curves are smoothed; where they are few, the pale band behind them goes from the least to the most that the "
     "steps had. The pointer finds the values."
 )
+_FEWER = "Of {} languages those {} have pictures of their own here of which most was read; plot --svg draws all."
 _LOAD = "Share of the routing slots that each expert got, at the last step that recorded all layers."
 _SHARE = (
     "Share of the routing slots of each language that frozen experts got, at the first and the last step that recorded "
@@ -38,10 +39,10 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
         UserError: a result that is none, or results that cannot be compared.
     """
     logs = {name: run.log for name, run in runs.items()}
-    losses = html_page.pictures(pictures.curves(logs, pictures.LOSS))
+    losses = html_page.pictures(_curves(runs, pictures.LOSS))
     sections = {
         "Overview": html_page.facts(list(runs), _side_by_side([_overview(run) for run in runs.values()])),
-        pictures.LOSS: html_page.paragraph(_SMOOTHED) + losses,
+        pictures.LOSS: html_page.paragraph(_SMOOTHED) + _fewer(runs) + losses,
         "Languages": _languages(runs, results),
         "Routing": _routing(runs, results),
         "Expert load": _load(runs),
@@ -58,6 +59,19 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
         "s" if len(runs) > 1 else ""
     )
     return html_page.page(title, html_page.paragraph(written), sections)
+
+
+def _curves(runs: Mapping[str, ReportedRun], section: str) -> Iterator[tuple[str, str]]:
+    logs = {name: run.log for name, run in runs.items()}
+    return pictures.curves(logs, section, pictures.most_read(logs.values()))
+
+
+def _fewer(runs: Mapping[str, ReportedRun]) -> str:
+    """What is said where not all languages have the pictures that others have."""
+    languages = {language for run in runs.values() for language in run.tokens}
+    if len(languages) <= pictures.MOST_LANGUAGES:
+        return ""
+    return html_page.paragraph(_FEWER.format(len(languages), pictures.MOST_LANGUAGES))
 
 
 def _side_by_side(facts: Sequence[Mapping[str, str | None]]) -> dict[str, list[str | None]]:
@@ -86,7 +100,7 @@ def _overview(run: ReportedRun) -> dict[str, str | None]:
 
 def _languages(runs: Mapping[str, ReportedRun], results: Sequence[str]) -> str:
     """Held-out text during the runs, and what `evaluate` has found."""
-    parts = [html_page.pictures(pictures.curves({name: run.log for name, run in runs.items()}, pictures.HELD_OUT))]
+    parts = [html_page.pictures(_curves(runs, pictures.HELD_OUT))]
     if rows := _validations(runs):
         parts.insert(0, html_page.heading("Held-out text during the run"))
         note = "Bits per byte, lower is better; kept: the base's bits by the model's, in percent."
@@ -123,10 +137,11 @@ def _validations(runs: Mapping[str, ReportedRun]) -> list[list[str]]:
 
 
 def _routing(runs: Mapping[str, ReportedRun], results: Sequence[str]) -> str:
-    curves = html_page.pictures(pictures.curves({name: run.log for name, run in runs.items()}, pictures.ROUTING))
+    curves = html_page.pictures(_curves(runs, pictures.ROUTING))
     parts = []
     for name, run in runs.items():
-        if maps := html_page.pictures(pictures.frozen_share(run.log, run.section("model")), wide=True):
+        own = pictures.most_read([run.log]) if len(runs) > 1 else None
+        if maps := html_page.pictures(pictures.frozen_share(run.log, run.section("model"), own), wide=True):
             parts.append(html_page.heading(name) + maps if len(runs) > 1 else maps)
     if parts:
         parts.insert(0, html_page.paragraph(_SHARE))
@@ -152,9 +167,10 @@ def _evaluated_routing(runs: Mapping[str, ReportedRun], results: Sequence[str]) 
 def _load(runs: Mapping[str, ReportedRun]) -> str:
     parts = []
     for name, run in runs.items():
-        if maps := html_page.pictures(pictures.expert_load(run.log, run.section("model")), wide=True):
+        own = pictures.most_read([run.log], len(runs))
+        if maps := html_page.pictures(pictures.expert_load(run.log, run.section("model"), own), wide=True):
             parts.append(html_page.heading(name) + maps if len(runs) > 1 else maps)
-    return "".join([html_page.paragraph(_LOAD), *parts]) if parts else ""
+    return "".join([html_page.paragraph(_LOAD), _fewer(runs), *parts]) if parts else ""
 
 
 def _data(name: str, run: ReportedRun) -> str:

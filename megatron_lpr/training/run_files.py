@@ -3,20 +3,21 @@
 People edit them. What is not as it should be is left out, and said.
 """
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.files.json_lines import from_json, printable
+from megatron_lpr.files.json_lines import ends_a_line, from_json, lines_from_the_end, printable
 from megatron_lpr.files.yaml_io import read_yaml
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.recipe.sound_part import sound_part
 from megatron_lpr.reporting.sound_record import sound_record
 
 Outcome = Literal["finished", "stopped", "failed"]
-_TAIL_BYTES = 1 << 20
+_TAIL_LINES = 1000
 _LONGEST_FAULT = 200
 CUT = "the last line, which is not finished, as when a run is killed while it writes"
 
@@ -92,7 +93,7 @@ def _records(path: Path, faults: list[str]) -> list[dict[str, Any]]:
     Raises:
         UserError: it cannot be read.
     """
-    lines, is_cut = last_lines(path)
+    lines, is_cut = last_lines(path, _TAIL_LINES)
     found = [record for line in lines if (record := from_json(line)) is not None and "time" in record]
     if damaged := len(lines) - len(found):
         faults.append(f"{path.name}: lines near its end that are no records with a time: {damaged:,}")
@@ -101,8 +102,8 @@ def _records(path: Path, faults: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def last_lines(path: Path) -> tuple[list[bytes], bool]:
-    """Those that have their end, of so many bytes at the end of a file, and whether one follows that has none.
+def last_lines(path: Path, most: int) -> tuple[list[bytes], bool]:
+    """So many that have their end, however long they are, and whether one follows that has none.
 
     ([], False) without a file.
 
@@ -110,34 +111,21 @@ def last_lines(path: Path) -> tuple[list[bytes], bool]:
         UserError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - _TAIL_BYTES, 0))
-            if file.tell():
-                file.readline()  # the rest of a line
-            lines = file.readlines()
+        return list(itertools.islice(lines_from_the_end(path), most))[::-1], not ends_a_line(path)
     except FileNotFoundError:
         return [], False
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); look at the disk") from None
-    is_cut = bool(lines) and not lines[-1].endswith(b"\n")
-    return lines[: len(lines) - is_cut], is_cut
 
 
 def last_validation(path: Path) -> dict[str, Any] | None:
     """Of the newest step that has one, which may be many steps old: metrics.jsonl is read from its end."""
     mark = b'"validation":'
     try:
-        with path.open("rb") as file:
-            rest, end = b"", file.seek(0, os.SEEK_END)
-            while end:
-                begin = max(end - _TAIL_BYTES, 0)
-                file.seek(begin)
-                rest, *lines = (file.read(end - begin) + rest).split(b"\n")
-                found = [sound_record(line) for line in [*([rest] if not begin else []), *lines] if mark in line]
-                if record := next((record for record in reversed(found) if record and "validation" in record), None):
-                    return {"step": record["step"], **record["validation"]}
-                end = begin
+        for line in lines_from_the_end(path):
+            record = sound_record(line, layers=False) if mark in line else None
+            if record and "validation" in record:
+                return {"step": record["step"], **record["validation"]}
     except OSError:
         pass  # there is no file yet; what cannot be read has been told
     return None

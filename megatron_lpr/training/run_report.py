@@ -18,6 +18,8 @@ from megatron_lpr.reporting.run_log import RunLog, read_log
 from megatron_lpr.training.run_files import RunFiles
 from megatron_lpr.training.run_status import RunStatus, status_of
 
+_MOST_CORPORA = 200  # of the table
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportedRun:
@@ -148,16 +150,25 @@ def data_facts(run: ReportedRun) -> dict[str, str | None]:
 
 
 def corpora_rows(run: ReportedRun) -> list[list[str]]:
-    """A table of the corpora there are, with the epochs that the run makes of each; [] without their manifest."""
+    """A table of the corpora there are, with the epochs that the run makes of each; [] without their manifest.
+
+    Of thousands those with most tokens, in a page that shows many runs.
+    """
     if not isinstance(run.manifest, Manifest):
         return []
     epochs = {} if isinstance(run.epochs, UserError) else run.epochs
     titles = ["epochs so far", "of the whole run"] if epochs else []
     rows = [["corpus", "language", "role", "weight", "documents", "tokens", *titles]]
+    corpora = sorted(run.manifest.corpora, key=lambda corpus: -corpus.tokens)[:_MOST_CORPORA]
+    largest = {corpus.name for corpus in corpora}
     for corpus in run.manifest.corpora:
+        if corpus.name not in largest:
+            continue
         counts = [f"{corpus.weight:g}", f"{corpus.documents:,}", f"{corpus.tokens:,}"]
         passes = [f"{its:.3f}" for its in epochs.get(corpus.name, ())]
         rows.append([corpus.name, corpus.language, corpus.role, *counts, *passes])
+    if left := len(run.manifest.corpora) - len(corpora):
+        rows.append([f"and {left:,} smaller ones", *[""] * (len(rows[0]) - 1)])
     return rows
 
 

@@ -67,9 +67,9 @@ def run_status(run: str, now: datetime | None = None) -> RunStatus:
 def status_of(run: str, files: RunFiles, now: datetime | None = None) -> RunStatus:
     """The same where some of its files have been read."""
     folder, now = Path(run), now or datetime.now(UTC)
-    lines, is_cut = last_lines(folder / "metrics.jsonl")
-    found = [sound_record(line) for line in lines]
-    records = [cast(dict[str, Any], record) for record in found if record is not None][-_TAIL_STEPS:]
+    lines, is_cut = last_lines(folder / "metrics.jsonl", _TAIL_STEPS)
+    found = [sound_record(line, layers=False) for line in lines]
+    records = [cast(dict[str, Any], record) for record in found if record is not None]
     last = records[-1] if records else {}
     since = files.start.get("time", "")
     fresh = [record for record in records if str(record.get("time", "")) > since]

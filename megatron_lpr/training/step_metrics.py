@@ -1,4 +1,5 @@
-"""The numbers of one step, the same at every layout: one all-reduce of a few hundred doubles.
+"""The numbers of one step, the same at every layout: one all-reduce of a few hundred doubles, and where a step logs
+what routers do of N * L * C more: 33 MB where there are 200 languages, 80 layers and 256 experts.
 
 Shapes: N layers with experts, L languages, C columns of `RouterStats`, E experts.
 """
@@ -88,7 +89,7 @@ class ReducedStats:
 
     ntp_loss: float
     token_loss_sums_L: torch.Tensor  # fp64
-    sums_NLC: torch.Tensor  # fp64
+    sums_NLC: torch.Tensor  # fp64; no layers in a step that logs nothing of them
     balance_N: torch.Tensor  # fp64, L_balance of each layer
     lpr_N: torch.Tensor  # fp64, L_LPR of each layer, where it is trained with
 
@@ -101,11 +102,13 @@ class StatsOfStep:
     host prepares the next step.
     """
 
-    def __init__(self, trainer: RunningTrainer, losses: RankLosses) -> None:
+    def __init__(self, trainer: RunningTrainer, losses: RankLosses, *, with_routers: bool) -> None:
+        """with_routers: the step logs what they did, or how many operations it took; the same on all ranks."""
         plan = trainer.plan
         moe_layers, num_languages = plan.arch.moe_layers(), len(plan.manifest.languages)
         self._votes = trainer.votes
-        self._shape = (len(moe_layers), num_languages, SLOTS + plan.recipe.model.num_experts)
+        columns = SLOTS + plan.recipe.model.num_experts
+        self._shape = (len(moe_layers) if with_routers else 0, num_languages, columns)
         self._sizes = [1, num_languages, len(moe_layers), len(moe_layers), math.prod(self._shape), len(KINDS)]
         packed = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device())
         ntp, token_loss_sums_L, balance_N, lpr_N, sums, said = packed.split(self._sizes)
@@ -114,7 +117,8 @@ class StatsOfStep:
         for router in trainer.routers:
             sums_LC, balance, lpr = router.stats.take()
             n = moe_layers.index(router.layer_number - 1)
-            sums_NLC[n] += sums_LC
+            if with_routers:
+                sums_NLC[n] += sums_LC
             balance_N[n] += balance
             lpr_N[n] += lpr
         self._votes.fill(said)
@@ -162,36 +166,58 @@ def router_metrics(
 ) -> RouterEntries:
     """Those of the entries that are asked for."""
     entries = RouterEntries()
-    if summary or layers:
-        record = router_record(sums_NLC, languages, num_frozen)
-        if summary:
-            entries["router_summary"] = {language: router_summary(full) for language, full in record.items()}
-        if layers:
-            entries["router"] = record
+    if summary:
+        entries["router_summary"] = router_summary(sums_NLC, languages, num_frozen)
+    if layers:
+        entries["router"] = router_record(sums_NLC, languages, num_frozen)
     return entries
 
 
-def router_summary(full: RouterMetrics) -> RouterSummary:
-    """A language's statistics of all layers in nine numbers."""
-    busiest_N = [len(load_E) * max(load_E) for load_E in full["load"]]
+def router_summary(sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int) -> dict[str, RouterSummary]:
+    """Each language's statistics of all layers in nine numbers.
+
+    Every step may have it, on every rank: the load of each expert, millions of numbers, never becomes Python's.
+    """
+    seen, sums_NLC = _seen(sums_NLC, languages)
+    slots_NLE = sums_NLC[..., SLOTS:]
+    all_slots_NL = slots_NLE.sum(-1)
+    statistics_3NL = torch.stack(
+        [
+            slots_NLE[..., :num_frozen].sum(-1) / all_slots_NL,
+            sums_NLC[..., P_FROZEN] / sums_NLC[..., TOKENS],
+            slots_NLE.amax(-1) * slots_NLE.shape[-1] / all_slots_NL,
+        ]
+    )
+    over_layers = [statistics_3NL.mean(1), statistics_3NL.amin(1), statistics_3NL.amax(1)]
+    rows = torch.stack(over_layers, dim=-1).transpose(0, 1).tolist()  # by language, statistic, and over the layers
+    return {language: _summary(*row) for language, row in zip(seen, rows, strict=True)}
+
+
+def _summary(frozen_share: list[float], p0: list[float], busiest_expert: list[float]) -> RouterSummary:
+    def over_layers(mean: float, low: float, high: float) -> OverLayers:
+        return {"mean": mean, "min": low, "max": high}
+
     return {
-        "frozen_share": _over_layers(full["frozen_share"]),
-        "p0": _over_layers(full["p0"]),
-        "busiest_expert": _over_layers(busiest_N),
+        "frozen_share": over_layers(*frozen_share),
+        "p0": over_layers(*p0),
+        "busiest_expert": over_layers(*busiest_expert),
     }
 
 
-def _over_layers(values_N: list[float]) -> OverLayers:
-    return {"mean": sum(values_N) / len(values_N), "min": min(values_N), "max": max(values_N)}
+def _seen(sums_NLC: torch.Tensor, languages: tuple[str, ...]) -> tuple[list[str], torch.Tensor]:
+    """The languages of which the step has a token, and their sums."""
+    there = sums_NLC[0, :, TOKENS].tolist()
+    if all(there):
+        return list(languages), sums_NLC
+    places = [place for place, tokens in enumerate(there) if tokens]
+    return [languages[place] for place in places], sums_NLC[:, places]
 
 
 def router_record(sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int) -> dict[str, RouterMetrics]:
     """Per language: lists over layers of the frozen experts' share of slots, mean p_frozen, load of each expert."""
+    seen, sums_NLC = _seen(sums_NLC, languages)
     record: dict[str, RouterMetrics] = {}
-    for index, language in enumerate(languages):
-        sums_NC = sums_NLC[:, index]
-        if not sums_NC[0, TOKENS]:
-            continue
+    for language, sums_NC in zip(seen, sums_NLC.unbind(1), strict=True):
         load_NE = sums_NC[:, SLOTS:] / sums_NC[:, SLOTS:].sum(1, keepdim=True)
         record[language] = {
             "frozen_share": load_NE[:, :num_frozen].sum(1).tolist(),

@@ -158,7 +158,7 @@ class Trainer:
         self.optimizer.zero_grad()
         batches = self.micro_batches.step(sizes.global_batch_size, len(self.chunks))
         losses = forward_backward(self.plan, self.chunks, batches, self.counts)
-        stats = StatsOfStep(self, losses)
+        stats = StatsOfStep(self, losses, with_routers=wanted)
         skipped: str | None = None
         try:
             grad_norm = update(self.optimizer)

@@ -128,14 +128,17 @@ class Manifest:
             names.add(corpus.name)
         check_language_roles(self.path, (triple for corpus in self.corpora for triple in language_roles(corpus)))
 
-    @property
+    @cached_property
     def languages(self) -> tuple[str, ...]:
         """Languages in order of first appearance; a language tag is an index into these, plus one."""
         return tuple(self.language_roles)
 
-    @property
+    @cached_property
     def language_roles(self) -> dict[str, str]:
-        """Role of each language: those of the corpora, and those inside corpora that mix languages."""
+        """Role of each language: those of the corpora, and those inside corpora that mix languages.
+
+        Every step asks for them, and there may be thousands of corpora.
+        """
         own = {corpus.language: corpus.role for corpus in self.corpora}
         inside = {language: role for corpus in self.corpora for language, role in (corpus.languages or {}).items()}
         return own | {language: role for language, role in inside.items() if language not in own}

@@ -93,7 +93,8 @@ def record(manifest: Manifest) -> bool:
     recorded = [(corpus, with_checksums(corpus)) for corpus in old]
     with FolderLocks(os.path.dirname(manifest.path) or ".") as locks, locks.manifest():
         now = Manifest.load(manifest.path)
-        now.with_corpora([new for corpus, new in recorded if corpus in now.corpora]).save()
+        there = {corpus.name: corpus for corpus in now.corpora}
+        now.with_corpora([new for corpus, new in recorded if there.get(corpus.name) == corpus]).save()
     return True
 
 

@@ -206,14 +206,12 @@ def step_documents(recipe: Recipe, step: int) -> str:
     first = (step - 1) * samples
     tokenizer, note = _tokenizer(recipe, sampler.manifest)
     lines = [f"step {step:,}: samples {first:,} to {first + samples - 1:,}{note}"]
-    files: dict[int, IndexedCorpus] = {}
     for k in range(first, first + samples):
         pick = sampler.pick(k)
         corpus = sampler.manifest.corpora[pick.corpus]
-        files.setdefault(pick.corpus, IndexedCorpus(corpus.prefix))
         where = f"{corpus.name} ({corpus.language}, {corpus.role}), epoch {pick.epoch}, window {pick.window:,}"
         lines.append(f"sample {k:,}: {where}")
-        lines += _documents(sampler, pick, files[pick.corpus], tokenizer)
+        lines += _documents(sampler, pick, IndexedCorpus(corpus.prefix), tokenizer)  # a step may read of thousands
     return "\n".join(lines)
 
 

@@ -111,8 +111,9 @@ def corpus_weights(manifest: Manifest, overrides: Mapping[str, float]) -> list[i
         UserError: an unknown corpus, or a weight below 2^-60 of its role.
     """
     names = [corpus.name for corpus in manifest.corpora]
+    known = set(names)
     for name in overrides:
-        if name not in names:
+        if name not in known:
             raise UserError(f"data.schedule: no corpus '{name}' in {manifest.path}{nearest(name, names)}")
     weights = [0] * len(names)
     for role in ROLES:
@@ -158,8 +159,11 @@ def subsets(manifest: Manifest, replay: ReplayConfig) -> tuple[Subset, ...]:
             if key not in known:
                 raise UserError(f"data.replay.{field}: no role or language '{key}'{nearest(key, known)}")
     parts: dict[str, Subset] = {}
-    for language, role in languages.items():
-        corpora = [corpus for corpus in manifest.corpora if corpus.language == language]
+    of_language: dict[str, list[Corpus]] = {}
+    for corpus in manifest.corpora:
+        of_language.setdefault(corpus.language, []).append(corpus)
+    for language, corpora in of_language.items():
+        role = languages[language]
         documents = replay.documents.get(language, replay.documents.get(role))
         share = replay.tokens.get(language, replay.tokens.get(role))
         if documents is not None and share is not None:

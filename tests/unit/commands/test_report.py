@@ -4,6 +4,7 @@ import html
 import json
 import re
 import xml.dom.minidom
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from megatron_lpr.data.corpus.indexed import IndexedWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
+from megatron_lpr.reporting.heat_map import heat_map
 from megatron_lpr.reporting.line_chart import line_chart
 from megatron_lpr.reporting.run_log import Curve
 from megatron_lpr.reporting.svg import tick_label, ticks
+from megatron_lpr.training import run_report
 
 HOSTILE = '<script>alert("1")</script> & \x00\ud800'
 
@@ -94,6 +97,51 @@ def test_two_of_one_name_go_by_their_folders(tmp_path):
     runs = [log_run(tmp_path / name, "stage 1") for name in ("a", "b")]
     assert report(*runs) == 0
     assert f"<title>{runs[0]}, {runs[1]}</title>" in (runs[0] / "report.html").read_text()
+
+
+def test_of_many_languages_those_have_pictures_of_which_most_was_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_lpr.reporting.pictures.MOST_LANGUAGES", 4)
+    languages = [f"l{number}" for number in range(9)]
+    runs = [log_run(tmp_path / name, name, languages=languages) for name in "ab"]
+    for run in runs:
+        text = (run / "metrics.jsonl").read_text()
+        (run / "metrics.jsonl").write_text(text.replace('"l8": 960,', '"l8": 999,').replace('"l8": 960}', '"l8": 999}'))
+    assert report(*runs) == report(runs[1]) == 0
+    both, one = (html.unescape(text_of((run / "report.html").read_text())) for run in runs)
+    for page, of_load in ((both, {"l8", "l0"}), (one, {"l8", "l0", "l1", "l2"})):
+        assert "Of 9 languages those 4 have pictures of their own here of which most was read" in page
+        assert set(re.findall(r"(l\d): step 30 expert", page)) == of_load
+    assert set(re.findall("Next-token prediction: (l.)", both)) == {"l8", "l0", "l1", "l2"}
+    assert "Next-token prediction, by language" in one and "step 30 l0: " in one and "l7: " in one
+
+
+def test_the_page_does_not_grow_with_points_and_rows_that_nobody_can_see():
+    def size(lines, steps):
+        curves = {f"run {number}": Curve() for number in range(lines)}
+        for curve in curves.values():
+            for step in range(steps):
+                curve.add(step, float(step % 7))
+        return len(line_chart("", "", curves)) / lines
+
+    assert size(64, 300) < 0.4 * size(8, 300)
+    told = [
+        heat_map("", {f"expert {row}": [row / rows] * 2 for row in range(rows)}, top=1.0, columns=[0, 1]).count("%")
+        for rows in (41, 256)
+    ]
+    assert told[0] == told[1]
+
+
+def test_of_thousands_of_corpora_the_largest_are_in_the_table(monkeypatch):
+    monkeypatch.setattr(run_report, "_MOST_CORPORA", 2)
+    sizes = [5, 7, 1, 9]
+    corpora = [
+        Corpus(name=f"c{n}", prefix=f"c{n}", language="hu", role="expanded", documents=1, tokens=n, digest="0" * 64)
+        for n in sizes
+    ]
+    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
+    manifest = Manifest(path="m", tokenizer=tokenizer, corpora=tuple(corpora))
+    run = SimpleNamespace(manifest=manifest, epochs={})
+    assert [row[0] for row in run_report.corpora_rows(run)] == ["corpus", "c7", "c9", "and 2 smaller ones"]
 
 
 def test_results_of_evaluate(tmp_path):

@@ -58,3 +58,16 @@ def test_one_process_pads_less_than_a_row_for_each_pass():
     passes = [(b.tokens_BS.shape[0], done) for (b,), done in rounds(text_of(102), 10, 4, RankShare())]
     assert passes == [(4, 4), (4, 8), (4, 11)]  # 11 windows, the last of one token
     assert [b.tokens_BS.shape for (b,), _ in rounds(text_of(82), 10, 8, RankShare())] == [(5, 10), (5, 10)]
+
+
+def test_a_pass_costs_what_its_windows_do_however_long_the_text_is(monkeypatch):
+    made, ones, zeros = [], torch.ones, torch.zeros
+    monkeypatch.setattr(torch, "ones", lambda n, **o: made.append(n) or ones(n, **o))
+    monkeypatch.setattr(torch, "zeros", lambda n, **o: made.append(n) or zeros(n, **o))
+    for windows in (10, 1000):
+        corpus = EvaluationCorpus(name="x", language="x", role="original", files=("x",))
+        stream = torch.arange(8 * windows + 1)
+        text = Text(corpus=corpus, stream=stream, scored=stream > 0, bytes=1)
+        made.clear()
+        assert sum(1 for _ in rounds(text, 8, 2, RankShare())) == windows // 2
+        assert max(made) == 16

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.reporting import metrics_log
 from megatron_lpr.reporting.metrics_log import MetricsLog, read_metrics
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -198,3 +199,13 @@ def test_tensorboard_scalars(tmp_path):
         "router/load/hu/layer_01/expert_0": [(1, 0.25)],
         "router/load/hu/layer_01/expert_1": [(1, 0.75)],
     }
+
+
+@pytest.mark.parametrize(("languages", "experts", "kinds"), [(2, 4, 3), (20, 300, 2), (300, 300, 0)])
+def test_tensorboard_gets_no_more_of_layers_and_experts_than_anyone_can_look_at(languages, experts, kinds):
+    layers = 40
+    of_one = {"frozen_share": [0.5] * layers, "p0": [0.5] * layers, "load": [[1 / experts] * experts] * layers}
+    router = {f"l{number}": of_one for number in range(languages)}
+    tags = [tag.split("/")[1] for tag, _ in metrics_log.scalars(metrics(1, router=router)) if tag.startswith("router/")]
+    assert len(set(tags)) == kinds and len(tags) <= 2 * metrics_log.MOST_LAYER_SCALARS
+    assert tags.count("p0") in (0, layers * languages)

@@ -116,3 +116,18 @@ def test_nothing_to_plot_is_refused(tmp_path):
         plot_frozen_share(RunLog().frozen_shares(), tmp_path / "heat.png", max_share=0.5)
     with pytest.raises(UserError, match="the models have none"):
         plot_routing({"base": {}}, tmp_path / "routing.png", max_share=0.5)
+
+
+def test_pictures_of_thousands_of_texts_are_no_larger_than_those_of_hundreds(tmp_path, figures):
+    def drawn(texts):
+        figures.clear()
+        shares = {model: {f"text {number}": [0.5] * 8 for number in range(texts)} for model in ("one", "two")}
+        plot_frozen_share(shares, tmp_path / "a.png", max_share=0.5)
+        plot_routing(shares, tmp_path / "b.png", max_share=0.5)
+        labels = [len(axes.get_xticks()) + len(axes.get_yticks()) for figure in figures for axes in figure.axes]
+        numbers = sum(len(axes.texts) for figure in figures for axes in figure.axes)
+        return [tuple(figure.get_size_inches()) for figure in figures], sum(labels), numbers
+
+    few, many, more = (drawn(texts) for texts in (10, 400, 2000))
+    assert few[2] == 2 * 10 * 8 and many[2] == more[2] == 0
+    assert many[0] == more[0] != few[0] and more[1] < 1.3 * many[1]

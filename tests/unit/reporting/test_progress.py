@@ -57,6 +57,12 @@ def test_a_validation_is_in_the_line(bits, retention, text):
     assert f"  balance 1.003  held out {text}  gnorm" in progress_line(validated, seconds_per_step=1)
 
 
+def test_the_line_does_not_grow_with_the_languages():
+    few, many = ({f"l{n}": 10**6 for n in range(count)} for count in (16, 200))
+    assert "  l0 1.0M l1 1.0M" in progress_line(METRICS | {"tokens_per_language": few}, seconds_per_step=1)
+    assert "  200 languages 200.0M  ETA" in progress_line(METRICS | {"tokens_per_language": many}, seconds_per_step=1)
+
+
 def test_a_skipped_step_says_so():
     line = progress_line(METRICS | {"ntp_loss": float("nan"), "skipped": "why"}, seconds_per_step=1)
     assert "24  skipped  ntp nan  balance" in line

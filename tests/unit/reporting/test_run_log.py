@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.reporting import run_log, sound_record
 from megatron_lpr.reporting.run_log import MOST_POINTS, Curve, Point, read_log
 
 
@@ -62,8 +63,10 @@ def test_what_a_log_keeps(tmp_path):
     records[3] |= {"router": router, "ranks": ranks, "ntp_loss": None}
     found = read_log(log(tmp_path / "metrics.jsonl", records, rest='{"step": 7, "ntp'))
     assert found.last == {"step": 6, "ntp_loss": 1.0}
-    assert [(end["step"], end["router"]) for end in found.router_ends] == [(2, router), (4, router)]
-    assert found.validation_ends == [{"step": 3, "ntp_loss": 1.0, "router": router, **VALIDATION}]
+    assert [end["step"] for end in found.router_ends] == [2, 4]
+    for end in found.router_ends:
+        assert end["router"]["hu"] | {"load": [list(load) for load in end["router"]["hu"]["load"]]} == router["hu"]
+    assert found.validation_ends == [{"step": 3, "ntp_loss": 1.0, **VALIDATION}]
     drawn = {(path, language) for path, its in found.curves.items() for language in its}
     assert drawn == {
         ("ntp_loss", ""), ("ntp_loss_per_language/*", "hu"), ("validation/bits_per_byte/*", "hu"),
@@ -126,3 +129,47 @@ def test_frozen_shares_skip_steps_without_router_statistics(tmp_path):
     records = [record(1), record(2, hu=[0.25]), record(3, hu=[0.5]), record(4)]
     found = read_log(log(tmp_path / "metrics.jsonl", records)).frozen_shares()
     assert found == {"step 2": {"hu": [0.25]}, "step 3": {"hu": [0.5]}}
+
+
+def test_layers_are_parsed_where_they_are_drawn(tmp_path, monkeypatch):
+    """All other records with them cost what the rest of their lines does."""
+    router = {"hu": {"frozen_share": [0.25], "p0": [0.1], "load": [[0.25, 0.75]]}}
+    records = [{"step": step, "ntp_loss": 1.0, "router": router, "lr": 0.5} for step in range(1, 101)]
+    path, parsed, from_json = log(tmp_path / "metrics.jsonl", records), [], sound_record.from_json
+    monkeypatch.setattr(sound_record, "from_json", lambda line: parsed.append(b"load" in line) or from_json(line))
+    found = read_log(path)
+    assert parsed.count(True) == 2 and [end["step"] for end in found.router_ends] == [1, 100]
+    assert found.curves["lr"][""].last == 100
+
+
+def test_a_line_whose_layers_lie_otherwise_is_parsed_whole(tmp_path):
+    router = '{"]]}}": {"load": [[0.25, 0.75]], "p0": [0.1], "frozen_share": [0.25]}}'
+    path = log(tmp_path / "metrics.jsonl", [], rest=f'{{"step": 1, "router": {router}, "lr": 0.5}}\n')
+    found = read_log(path)
+    assert found.last == {"step": 1, "lr": 0.5} and found.router_ends[0]["router"]["]]}}"]["p0"] == [0.1]
+    assert found.damaged.count == 0
+
+
+def test_damaged_layers_are_told(tmp_path):
+    path = log(tmp_path / "metrics.jsonl", [{"step": 1, "router": {"hu": {"load": [[0.5]]}}, "lr": 0.5}])
+    found = read_log(path)
+    assert found.notes.startswith("lines left out: 1") and not found.router_ends
+
+
+def test_a_packed_curve_is_the_same():
+    made = curve([math.sin(step) for step in range(1000)])
+    points, smooth = made.points(), made.smoothed(20)
+    made.pack()
+    assert (made.points(), made.smoothed(20)) == (points, smooth)
+
+
+def test_of_a_long_file_some_lines_are_parsed(tmp_path, monkeypatch, capsys):
+    records = [{"step": step, "ntp_loss": float(step)} for step in range(1, 1002)]
+    records[500] |= VALIDATION
+    path, parsed, from_json = log(tmp_path / "metrics.jsonl", records), [], sound_record.from_json
+    monkeypatch.setattr(run_log, "_MOST_BYTES", path.stat().st_size // 10)
+    monkeypatch.setattr(sound_record, "from_json", lambda line: parsed.append(line) or from_json(line))
+    found = read_log(path)
+    assert len(parsed) == 102 and found.last["step"] == 1001 and found.validation_ends[0]["step"] == 501
+    assert found.curves["ntp_loss"][""].first == 10
+    assert "of 10 lines one is read, for the file is long" in capsys.readouterr().err

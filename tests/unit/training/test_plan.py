@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.run_state import RunState
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.errors import UserError
 from megatron_lpr.model.rank.frozen import frozen_bytes
 from megatron_lpr.recipe.reading import from_tree, load_recipe
@@ -17,7 +18,7 @@ from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.testing.toy_models import write_toy_project
 from megatron_lpr.training.cost import model_size
 from megatron_lpr.training.plan import describe, plan_training
-from megatron_lpr.training.plan_lines import decimal_size, frozen_lines
+from megatron_lpr.training.plan_lines import decimal_size, frozen_lines, long_log
 from megatron_lpr.training.replay_budget import ReplayBudget, replay_budget
 
 
@@ -58,6 +59,35 @@ def test_description_names_the_checkpoint_it_starts_from(plan, tmp_path):
     state = RunState(step=2, consumed_samples=8, has_optimizer=True, recipe={})
     resumed = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert "step 2 of this run" in describe(resumed) and resumed.first_step == 2
+
+
+def test_a_log_that_fills_disks_is_told_before(recipe, plan):
+    """200 languages, 80 layers and 256 experts: 90 MB in each record of every layer."""
+    arch = dataclasses.replace(plan.arch, num_layers=80)
+    large = dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, num_experts=256),
+        train=dataclasses.replace(recipe.train, steps=50_000),
+    )
+    [sentence] = long_log(large, arch, 200)
+    assert "some 49.1 GB, 90.8 MB of them with each record of every layer: raise logging.router_layers" in sentence
+    seldom = dataclasses.replace(large.logging, router_layers_every=10_000, router_every=10)
+    assert not list(long_log(dataclasses.replace(large, logging=seldom), arch, 200))
+    assert not list(long_log(recipe, plan.arch, 3)) and "metrics.jsonl will" not in describe(plan)
+
+
+@pytest.mark.parametrize("local_rank", [0, 3])
+def test_one_process_of_a_node_compares_the_files_of_corpora(tmp_path, monkeypatch, local_rank):
+    recipes = write_toy_project(tmp_path)
+    assert cli.main(["preprocess", str(recipes["upcycle"])]) == 0
+    seen = []
+    monkeypatch.setattr(Manifest, "check_files", lambda self, corpus: seen.append(corpus.name))
+    for name, value in (("RANK", local_rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", 4)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    plan = plan_training(load_recipe(str(recipes["stage1"]), ["train.micro_batch_size=1", "model.load=null"]))
+    assert seen == ([corpus.name for corpus in plan.manifest.corpora] if local_rank == 0 else [])
 
 
 def test_languages_of_the_plan(plan):

@@ -10,6 +10,8 @@ import pytest
 from fake_checkpoints import write_fake_checkpoint
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files import json_lines
+from megatron_lpr.reporting import sound_record
 from megatron_lpr.training import run_files
 from megatron_lpr.training.run_status import run_status
 from megatron_lpr.training.status_rows import status_rows
@@ -69,7 +71,7 @@ def test_the_last_validation_may_be_long_ago(run, monkeypatch):
     run.steps(6, 6, validation=found)
     run.steps(7, 300)
     for size in (100, 4096, 1 << 20):  # of what is read at once, from the end
-        monkeypatch.setattr(run_files, "_TAIL_BYTES", size)
+        monkeypatch.setattr(json_lines, "BLOCK_BYTES", size)
         assert run_files.last_validation(run.folder / "metrics.jsonl") == {"step": 6, **found}
     assert run.status(0).validation == {"step": 6, **found}
 
@@ -150,10 +152,24 @@ def test_skipped_steps_have_no_loss(held):
 
 
 def test_only_the_end_of_a_long_log_is_read(held, monkeypatch):
-    monkeypatch.setattr("megatron_lpr.training.run_files._TAIL_BYTES", 2000)
+    read, from_end = [], json_lines.lines_from_the_end
+    monkeypatch.setattr(run_files, "lines_from_the_end", lambda path: (read.append(x) or x for x in from_end(path)))
     (held.folder / "metrics.jsonl").write_text("damaged, long ago\n" * 1000)
     held.steps(1, 20)
-    assert 2 <= held.status(200).trend_steps < 12
+    status = held.status(200)
+    assert (status.trend_steps, status.damaged_lines) == (20, 80) and len(read) <= 110
+
+
+def test_a_record_may_be_longer_than_what_is_read_at_once(held, monkeypatch):
+    """Of 200 languages, 80 layers and 256 experts the last step's is 90 MB."""
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", 100)
+    router = {"hu": {"frozen_share": [0.5] * 80, "p0": [0.5] * 80, "load": [[0.5, 0.5]] * 80}}
+    held.steps(1, 4)
+    held.steps(5, 5, router=router)
+    parsed, from_json = [], sound_record.from_json
+    monkeypatch.setattr(sound_record, "from_json", lambda line: parsed.append(len(line)) or from_json(line))
+    assert (held.status(60).step, held.status(60).trend_steps) == (5, 5)
+    assert max(parsed) < 1000  # without what status does not show
 
 
 def test_a_last_line_that_a_killed_process_has_not_finished_is_said(held):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_metrics, router_record
 
@@ -55,6 +56,46 @@ def test_summary_of_the_layers():
         "busiest_expert": {"mean": 1.3125, "min": 1.125, "max": 1.5},  # of three experts 0.375 and 0.5 of the slots
     }
     assert en["p0"] == {"mean": 0.625, "min": 0.5, "max": 0.75}
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of a step's statistics, and the numbers that become Python's."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_summary_costs_as_many_operations_whatever_the_languages(monkeypatch):
+    numbers, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: numbers.append(self.numel()) or tolist(self))
+    counts = []
+    for languages in (2, 200):
+        sums_NLC = torch.rand(4, languages, 3 + 256, dtype=torch.float64) + 1
+        numbers.clear()
+        with Operations() as operations:
+            router_metrics(sums_NLC, tuple(map(str, range(languages))), 1, summary=True, layers=False)
+        counts.append(operations.count)
+        assert sum(numbers) == 10 * languages  # tokens of each, and the nine numbers
+    assert counts[0] == counts[1]
+
+
+def test_steps_that_log_nothing_of_routers_reduce_nothing_of_them(megatron, toy_base, tmp_path, monkeypatch):
+    from megatron_lpr.platform.to_host import ToHost
+    from megatron_lpr.training import step_metrics
+
+    reduced = []
+    monkeypatch.setattr(step_metrics, "ToHost", lambda packed: reduced.append(packed.numel()) or ToHost(packed))
+    trainer = make_trainer(toy_base, tmp_path, logging={"router_every": 2}, train={"steps": 6})
+    for _ in range(3):
+        trainer.train_step()
+    layers, experts = len(trainer.routers), trainer.recipe.model.num_experts
+    of_routers = layers * len(trainer.plan.manifest.languages) * (3 + experts)
+    assert [size - min(reduced) for size in reduced] == [of_routers, of_routers, 0]
 
 
 @pytest.mark.parametrize("summary", [True, False])

@@ -37,7 +37,7 @@ def two_steps():
                     votes.say("stop")
             losses = torch.rand(3, dtype=torch.float64, generator=torch.Generator().manual_seed(ranks.rank))
             of_rank = RankLosses(ntp_loss=losses[0].clone(), token_loss_sums_L=losses, of_micro_batches=())
-            stats = StatsOfStep(trainer, of_rank).read()
+            stats = StatsOfStep(trainer, of_rank, with_routers=step == 1).read()
             dist.all_reduce(losses)
             same = stats.ntp_loss == float(losses[0]) and torch.equal(stats.token_loss_sums_L, losses)
             seen.append((counts(votes), same))

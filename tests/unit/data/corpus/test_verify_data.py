@@ -11,7 +11,7 @@ from preprocessing import preprocess
 
 from megatron_lpr.cli import main
 from megatron_lpr.data.corpus import spot_check
-from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.corpus.verify_data import record
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
@@ -115,6 +115,12 @@ def test_recording_keeps_what_another_process_has_entered_meanwhile(manifest):
     old.with_corpus(newer).save()
     assert record(old)
     assert Manifest.load(manifest.path).corpora == (newer, *manifest.corpora[1:])
+
+
+def test_recording_compares_each_corpus_once(manifest, monkeypatch):
+    old, compared, equal = made_old(manifest), [], Corpus.__eq__
+    monkeypatch.setattr(Corpus, "__eq__", lambda self, other: compared.append(self.name) or equal(self, other))
+    assert record(old) and len(compared) == len(old.corpora)
 
 
 def test_an_existing_corpus_that_changed_is_told(manifest, hf_tokenizer, tmp_path, capsys):

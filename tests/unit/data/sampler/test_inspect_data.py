@@ -1,11 +1,13 @@
 """megatron-lpr inspect-data: what it says is what the sampler gives."""
 
 import re
+import weakref
 
 import pytest
 
 from megatron_lpr import cli
 from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.sampler import inspect_data
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.recipe.reading import load_recipe
@@ -112,3 +114,18 @@ def test_settings_that_the_run_has_nothing_from(inspect, recipe, setting, warnin
 )
 def test_mistakes_are_named(inspect, name, arguments, message):
     assert message in inspect(name, *arguments, status=2)
+
+
+def test_a_step_keeps_no_corpus_open(inspect, monkeypatch):
+    """It may read of more corpora than a process may have files open."""
+    opened, there = [], []
+
+    class Watched(inspect_data.IndexedCorpus):
+        def __init__(self, prefix):
+            super().__init__(prefix)
+            opened.append(weakref.ref(self))
+            there.append(sum(corpus() is not None for corpus in opened))
+
+    monkeypatch.setattr(inspect_data, "IndexedCorpus", Watched)
+    inspect("stage2", "--step", "3")
+    assert len(there) == 4 and max(there) <= 2
