@@ -18,7 +18,8 @@ from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_dry_run
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.reading import from_tree
-from megatron_lpr.recipe.settings import ExportConfig, Recipe
+from megatron_lpr.recipe.sections import check_setting
+from megatron_lpr.recipe.settings import ExportConfig, ModelConfig, Recipe
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAYS = "(default: %(default)s)"
@@ -78,11 +79,15 @@ def hf_to_hf(options: argparse.Namespace) -> None:
     from megatron_lpr.families import read_architecture
     from megatron_lpr.families.expansion import Expansion
 
+    arch = read_architecture(options.base)
+    _refuse_what_has_no_effect(options, options.num_experts or arch.num_experts, arch.num_experts)
     experts = _experts(options)
+    check_setting(ModelConfig, "router_init_std", experts["router_std"], "--router-std")
+    check_setting(ModelConfig, "router_init_seed", experts["seed"], "--seed")
     expansion = Expansion(
         num_experts=options.num_experts,
         num_frozen=experts["num_frozen"],
-        topk=_topk(options.topk, read_architecture(options.base).topk),
+        topk=_topk(options.topk, arch.topk),
         mlp_only_layers=tuple(options.mlp_only_layers),
         router_std=experts["router_std"],
         router_seed=experts["seed"],

@@ -4,7 +4,10 @@ import argparse
 import functools
 
 from megatron_lpr.commands.command import Command
-from megatron_lpr.commands.options import add_recipe, typed_recipe
+from megatron_lpr.commands.options import add_recipe, typed_recipe, warn_of_unread
+from megatron_lpr.errors import warn
+
+HF_READS = ("model", "export")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the upcycled model as a checkpoint (step 0), or as what an export of that checkpoint would be."""
     from megatron_lpr import api
-    from megatron_lpr.platform import together
+    from megatron_lpr.platform import Ranks, together
 
     recipe = together(functools.partial(typed_recipe, options))
     api.upcycle(
@@ -26,7 +29,10 @@ def run(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
         on_verified=print,
     )
+    if Ranks.from_environment().rank == 0 and recipe.model.load is not None:
+        warn(f"model.load: {recipe.model.load} has no effect here: what is upcycled is model.base")
     if options.hf is not None:
+        warn_of_unread(options.set, HF_READS)
         print(f"{'would write' if options.dry_run else 'wrote'} {options.hf}")
 
 

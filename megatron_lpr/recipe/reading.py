@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import datetime
 import math
 import os
 import types
@@ -208,8 +209,9 @@ def converted(hint: Any, value: Any, where: str, name: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    found = str(value).lower() if isinstance(value, bool) else repr(value)  # as YAML writes it
-    wrong = UserError(f"{where}: expected {hint.__name__}, found {found}")
+    found = str(value).lower() if isinstance(value, bool | datetime.date) else repr(value)  # as YAML writes it
+    quotes = "; write it in quotes" if hint is str and isinstance(value, bool | datetime.date) else ""
+    wrong = UserError(f"{where}: expected {hint.__name__}, found {found}{quotes}")
     if hint is bool or isinstance(value, bool):
         if hint is bool and isinstance(value, bool):
             return value

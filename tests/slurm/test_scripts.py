@@ -48,6 +48,13 @@ def test_a_sweep_without_that_line(tmp_path, lines):
     assert done.returncode == 2 and "lines.txt has no line 2; give --array as many tasks as it has lines" in done.stderr
 
 
+def test_restarts_that_are_no_number():
+    variables = {"MAX_RESTARTS": "ten", "PATH": "/usr/bin:/bin"}
+    words = ["bash", ROOT / "examples/slurm/train.sbatch", "recipe.yaml"]
+    done = subprocess.run(words, env=variables, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "train.sbatch: MAX_RESTARTS: 'ten' is no number of restarts\n")
+
+
 @pytest.mark.parametrize(
     "image, words",
     [

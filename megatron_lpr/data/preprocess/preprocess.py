@@ -25,6 +25,7 @@ from megatron_lpr.data.text.text_files import expand, files_sha256
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks
+from megatron_lpr.files.output_place import check_place
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 
 
@@ -76,6 +77,7 @@ def check(settings: PreprocessConfig) -> tuple[list[SourceConfig], Tokenizer, Ma
     """
     assert settings.output is not None and settings.tokenizer is not None
     check_sources(settings)
+    check_place(settings.output)
     corpora = [dataclasses.replace(source, files=_files(source)) for source in settings.corpora]
     check_files(corpora)
     tokenizer = load_tokenizer(settings.tokenizer, engine=settings.engine, special=special_tokens(settings))

@@ -42,6 +42,14 @@ def test_dtype_is_that_of_the_model_or_of_the_export(recipe, tmp_path):
         assert json.loads((out / "config.json").read_text())["num_local_experts"] == 4
 
 
+def test_settings_that_upcycling_does_not_read(recipe, tmp_path, capsys):
+    settings = ["--set", "model.load=elsewhere", "--set", "parallel.expert=2"]
+    assert cli.main(["upcycle", recipe, "--hf", str(tmp_path / "out"), "--dry-run", *settings]) == 0
+    told = capsys.readouterr().err
+    assert "warning: --set parallel.expert=2: has no effect here, where model, export of the recipe are read" in told
+    assert "warning: model.load: elsewhere has no effect here: what is upcycled is model.base" in told
+
+
 def test_without_experts(recipe, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert cli.main(["upcycle", recipe, "--hf", out, "--set", "model.num_experts=0"]) == 2

@@ -66,6 +66,23 @@ def test_options_of_experts_on_a_dense_import(convert_hf, toy_base, tmp_path, ca
     assert convert_hf([*again, "--seed", "2"]) == 2
     assert "--seed 2: has no effect, for no expert is new" in capsys.readouterr().err
     assert convert_hf([*again, "--num-frozen", "2"]) == 0
+    again = ["hf-to-hf", str(tmp_path / "moe"), out, "--num-experts", "4", "--num-frozen", "4", "--dry-run"]
+    assert convert_hf([*again, "--router-std", "1"]) == 2
+    assert "--router-std 1.0: has no effect, for no expert is new" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value, told",
+    [
+        ("--router-std", "nan", "--router-std: nan; at least 0, at most 100"),
+        ("--router-std", "-1", "--router-std: -1.0; at least 0, at most 100"),
+        ("--seed", str(2**64), "--seed: 18446744073709551616; at least 0, at most 2^63 - 1"),
+    ],
+)
+def test_numbers_of_new_routers(convert_hf, toy_base, tmp_path, capsys, option, value, told):
+    command = ["hf-to-hf", str(toy_base), str(tmp_path / "out"), "--num-experts", "4", "--dry-run"]
+    assert convert_hf([*command, option, value]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_checkpoint_to_hf(convert_hf, toy_base, tmp_path, capsys):

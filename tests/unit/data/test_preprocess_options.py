@@ -38,6 +38,7 @@ def test_no_recipe(write_text, hf_tokenizer, tmp_path, out, monkeypatch, capsys)
     one = ["--input", write_text("a.jsonl", [b'{"body": "fox"}', b"{"]), "--name", "hu", "--language", "hu"]
     one += ["--role", "expanded", "--tokenizer", hf_tokenizer, "--output", out, "--text-field", "body"]
     assert command(*one, "--dry-run") == 0 and not Path(out).exists()
+    assert command(*one, "--dry-run", "--output", "~/none/data") == 2  # before hours of work, and not a folder ~
     assert command(*one) == 2
     assert "a.jsonl:2: broken JSON" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *one, "--on-bad-line", "skip", "--seed", "3"])

@@ -126,6 +126,11 @@ def test_overrides(write):
         ("evaluation.corpora=[x]", "corpora[0]: expected a mapping"),
         ("name.first=x", "'name' is a value, not a section"),
         ("optimizer.lr=[", "not valid YAML"),
+        ("name=2026-11-27", "name: expected str, found 2026-11-27; write it in quotes"),
+        (
+            "evaluation={corpora: [{name: a, files: f, language: no, role: original}]}",
+            "found false; write it in quotes",
+        ),
         ("model.load=''", "model.load: is empty; give it a value, or leave it out"),
         ("evaluation={corpora: [{name: x, files: [' ']}]}", "evaluation.corpora[0].files[0]: is empty"),
     ],

@@ -191,7 +191,7 @@ def test_mistakes_are_found_before_anything_is_written(run, write_text, sp_token
     refused("preprocess.seed: -1; at least 0", seed=-1)
     with pytest.raises(UserError, match="no corpora to preprocess"):
         run()
-    with pytest.raises(UserError, match="cannot make the output folder .*a.jsonl/out"):
+    with pytest.raises(UserError, match="output folder '.*a.jsonl/out' cannot be made: '.*a.jsonl' is a file"):
         run(source(path), output="a.jsonl/out")
     run(source(path))
     with pytest.raises(UserError, match="holds corpora of another tokenizer"):
