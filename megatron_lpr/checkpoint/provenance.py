@@ -1,6 +1,6 @@
 """What was done to a model, as its checkpoint and the files of its run tell it: for the model card."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from megatron_lpr.checkpoint.run_state import RunState, checkpoint_folder, read_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import complete_lines, from_json
+from megatron_lpr.reporting.sound_record import sound_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +102,9 @@ def _objective(recipe: dict[str, Any]) -> str:
 def _losses(metrics: Path, step: int) -> dict[str, float]:
     """Of that step, of a metrics.jsonl that may be gone or broken: then there is nothing to tell."""
     try:
-        records = filter(None, map(from_json, complete_lines(metrics)))
-        record = next((record for record in records if record.get("step") == step), {})
+        lines = (line for line in complete_lines(metrics) if (from_json(line) or {}).get("step") == step)
+        record: Mapping[str, Any] = sound_record(next(lines, b"")) or {}
     except OSError:
         return {}
     losses = {"NTP": "ntp_loss", "balance": "balance_loss", "LPR": "lpr_loss"}
-    return {name: record[key] for name, key in losses.items() if record.get(key) is not None}
+    return {name: record[key] for name, key in losses.items() if key in record}

@@ -31,9 +31,17 @@ def with_checksums(corpus: Corpus) -> Corpus:
         UserError: a file cannot be read.
     """
     index_digest = file_sha256(f"{corpus.prefix}.idx")
-    suffixes = ["bin", "idx", *(["lang"] if corpus.languages else [])]
-    spots = {suffix: spot_digest(f"{corpus.prefix}.{suffix}", corpus.digest) for suffix in suffixes}
+    spots = {suffix: spot_digest(f"{corpus.prefix}.{suffix}", corpus.digest) for suffix in _suffixes(corpus)}
     return dataclasses.replace(corpus, index_digest=index_digest, spot_digests=spots)
+
+
+def is_recorded(corpus: Corpus) -> bool:
+    """Whether the entry has the blocks of each of its files."""
+    return set(_suffixes(corpus)) <= (corpus.spot_digests or {}).keys()
+
+
+def _suffixes(corpus: Corpus) -> list[str]:
+    return ["bin", "idx", *(["lang"] if corpus.languages else [])]
 
 
 def spot_digest(path: str, key: str) -> str:
@@ -118,7 +126,7 @@ def check_at_start(manifest: Manifest, local_rank: int) -> None:
 
 def unrecorded(manifest: Manifest) -> list[str]:
     """A sentence about the corpora that cannot be checked, where there are any."""
-    names = [corpus.name for corpus in manifest.corpora if not {"bin", "idx"} <= (corpus.spot_digests or {}).keys()]
+    names = [corpus.name for corpus in manifest.corpora if not is_recorded(corpus)]
     if not names:
         return []
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

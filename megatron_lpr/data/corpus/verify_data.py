@@ -13,7 +13,7 @@ import numpy as np
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest
-from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.data.corpus.spot_check import is_recorded, with_checksums
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
@@ -87,7 +87,7 @@ def record(manifest: Manifest) -> bool:
 
     An entry that another process has written anew meanwhile stays as it is.
     """
-    old = [corpus for corpus in manifest.corpora if not (corpus.spot_digests and corpus.index_digest)]
+    old = [corpus for corpus in manifest.corpora if not (is_recorded(corpus) and corpus.index_digest)]
     if not old:
         return False
     recorded = [(corpus, with_checksums(corpus)) for corpus in old]

@@ -43,6 +43,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return _number(value, where)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind != (bool | None)):
         raise UserError(f"{where} must be {_KINDS[kind]}, not {value!r}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} must be text, not {value!r}")  # no file has such a name
     return value
 
 

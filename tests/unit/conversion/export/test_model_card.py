@@ -95,7 +95,10 @@ def test_results_that_are_not_there(two_stages, toy_base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [None, "", "{", '{"step": 4}\n', '[1]\n{"step": 4, "ntp_loss": 1.0}x'])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", '{"step": 4}\n', '[1]\n{"step": 4, "ntp_loss": 1.0}x', '{"step": 4, "ntp_loss": "low"}\n'],
+)
 def test_metrics_that_are_gone_or_broken_are_left_out(two_stages, toy_base, tmp_path, content):
     metrics = tmp_path / "stage1/metrics.jsonl"
     metrics.unlink() if content is None else metrics.write_text(content)

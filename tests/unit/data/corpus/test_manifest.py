@@ -83,6 +83,7 @@ def corpus_change(**fields):
         (corpus_change(weight=True), "corpus 'en': weight must be a number"),
         (corpus_change(documents="one"), "corpus 'en': documents must be an integer"),
         (corpus_change(language=False), "corpus 'en': language must be a string"),
+        (corpus_change(prefix="e\0n"), "corpus 'en': prefix must be text"),
         (corpus_change(digest="abc"), "corpus 'en': digest must be the SHA-256"),
         (corpus_change(tokens=61), "corpus 'en' has 61 tokens in the manifest but 60"),
         (corpus_change(documents=2), "corpus 'en' has 2 documents in the manifest but 1"),
