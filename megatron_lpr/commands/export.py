@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs = "+" if name == "results" else None
         option, metavar = f"--{name.replace('_', '-')}", _SETTINGS[name]
         parser.add_argument(option, nargs=nargs, metavar=metavar, help=f"{help_text} (export.{name})")
-    add_graft_delta(parser)
+    add_graft_delta(parser, "add INSTRUCT - BASE (delta grafting)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
     add_own_recipe(parser)
     for option in ("--checkpoint", "--out"):

@@ -44,10 +44,8 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, do nothing")
 
 
-def add_graft_delta(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help="add INSTRUCT - BASE (delta grafting)"
-    )
+def add_graft_delta(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help=what)
 
 
 def add_gone(parser: argparse.ArgumentParser, option: str, now: str) -> None:

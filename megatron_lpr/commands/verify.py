@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     frozen = "frozen experts of an export that neither a record, nor --checkpoint or --recipe tells of (default: 1)"
     parser.add_argument("--num-frozen", metavar="N", type=int, help=frozen)
-    add_graft_delta(parser)
+    add_graft_delta(parser, "the two models whose difference the export has, as it was made with")
     add_own_recipe(parser)
 
 

@@ -29,7 +29,8 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model folder. UserError where either is missing or broken."""
     folder = Path(hf_dir)
     if not folder.is_dir():
-        raise UserError(f"model folder '{folder}' does not exist: give the path of a downloaded Hugging Face model")
+        mend = "give the path of a downloaded Hugging Face model (`hf download NAME --local-dir FOLDER`)"
+        raise UserError(f"model folder '{folder}' does not exist: {mend}")
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"'{folder}' holds no config.json: give the folder of a Hugging Face model")

@@ -54,7 +54,9 @@ def check_preprocessing(recipe: Recipe) -> None:
     if settings.tokenizer is None and not base:
         raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
     if settings.tokenizer is None and not Path(base).is_dir():
-        raise UserError(f"model.base: {base}: no such folder, and preprocess.tokenizer is not set")
+        raise UserError(
+            f"model.base: {base}: no such folder, and preprocess.tokenizer is not set; name a folder for one of them"
+        )
 
 
 def use_transformer_engine(spec: str) -> bool:

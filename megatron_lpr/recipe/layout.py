@@ -31,9 +31,10 @@ def check_layout(recipe: Recipe, arch: Architecture, world_size: int) -> None:
     if arch.mlp_only_layers and recipe.train is not None and recipe.train.trainable != "all":
         _check_something_learns(sizes, arch)
     ranks = sizes.tensor * sizes.context * sizes.pipeline
-    _divides("parallel.tensor x context x pipeline", ranks, world_size, "the number of ranks")
+    several = "; torchrun or srun starts several ranks" if world_size == 1 else ""
+    _divides("parallel.tensor x context x pipeline", ranks, world_size, "the number of ranks", several)
     experts = sizes.expert_tensor * sizes.expert * sizes.pipeline
-    _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks")
+    _divides("parallel.expert_tensor x expert x pipeline", experts, world_size, "the number of ranks", several)
     _check_frozen(recipe, world_size)
     _check_dispatcher(recipe)
     _check_overlap(sizes)
@@ -185,11 +186,11 @@ def nearest_multiples(number: int, multiple: int) -> str:
     return f"the nearest {'are' if len(found) > 1 else 'is'} {' and '.join(map(str, found))}"
 
 
-def _divides(field: str, divisor: int, number: int, what: str) -> None:
+def _divides(field: str, divisor: int, number: int, what: str, more: str = "") -> None:
     if number % divisor:
         valid = [n for n in range(1, number + 1) if number % n == 0]
         near = sorted(valid, key=lambda n: (abs(n - divisor), n))[:3]
         raise UserError(
             f"{field}: {divisor} does not divide {what}, {number}; the nearest valid are "
-            f"{', '.join(map(str, sorted(near)))}"
+            f"{', '.join(map(str, sorted(near)))}{more}"
         )

@@ -39,7 +39,9 @@ class SourceConfig:
     """Raw text of one corpus, or a corpus that is there already."""
 
     name: str = required("name of the corpus")
-    files: tuple[str, ...] = opt((), "JSONL, .txt (both also .gz, .zst) or Parquet files; patterns as text/*.jsonl.gz")
+    files: tuple[str, ...] = opt(
+        (), "JSONL, .txt (both also .gz, .zst, .bz2, .xz) or Parquet files; patterns as text/*.jsonl.gz"
+    )
     prefix: str | None = opt(None, "in place of `files`: existing Megatron corpus, path without .bin")
     language: str = required("language code; of a corpus that mixes languages the one it counts as in the mixture")
     role: Literal["original", "expanded"] = required("`original`: the base model knows it; `expanded`: it is new")

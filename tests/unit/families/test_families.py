@@ -118,7 +118,7 @@ def test_what_cannot_be_carried_is_refused(tmp_path, changes, message):
 
 
 def test_missing_folder_and_missing_or_broken_config(tmp_path):
-    with pytest.raises(UserError, match="nowhere' does not exist"):
+    with pytest.raises(UserError, match="nowhere' does not exist: .*hf download NAME --local-dir FOLDER"):
         read_architecture(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no config.json"):
         read_architecture(tmp_path)

@@ -116,7 +116,7 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (4, {"parallel": {"tensor": 4}}, "number of key/value heads, 2"),
         (5, {"parallel": {"expert_tensor": 5}}, "parallel.expert_tensor: 5 does not divide the FFN width, 48"),
         (3, {"parallel": {"pipeline": 3}}, "number of layers, 2"),
-        (1, {"parallel": {"tensor": 2}}, "does not divide the number of ranks, 1"),
+        (1, {"parallel": {"tensor": 2}}, "of ranks, 1; the nearest valid are 1; torchrun or srun starts several"),
         (6, {"parallel": {"expert": 4}}, "does not divide the number of ranks, 6"),
         (1, {"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline: 2 needs parallel.pipeline above 1"),
         (1, {"parallel": {"tensor": 0}}, "parallel.tensor: 0; at least 1"),
