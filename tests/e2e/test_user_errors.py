@@ -85,13 +85,9 @@ def test_tokenizer_of_another_vocabulary(refused, project, tmp_path):
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
     assert "tokenizer of another vocabulary" in error and str(base) in error
-
-
-def test_tokenizer_of_more_tokens_than_the_model_embeds(refused, project, tmp_path):
-    config = json.loads((project.root / "base/config.json").read_text())
-    base = copy_of_base(project, tmp_path / "smaller", vocab_size=config["vocab_size"] - 1)
+    base = copy_of_base(project, tmp_path / "smaller", vocab_size=256)
     error = refused("train", "stage1", *changed(f"model.base={base}", f"output={tmp_path}/out"))
-    assert f"has {config['vocab_size']} tokens, but the model embeds {config['vocab_size'] - 1}" in error
+    assert "has 257 tokens, but the model embeds 256 " in error
 
 
 @pytest.mark.parametrize("place", ["", "/run"])
