@@ -1,7 +1,9 @@
 """What the files of a run say of it, for a report: its log, recipe, starts, data and what it runs on; without torch."""
 
+import functools
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +63,7 @@ class ReportedRun:
         path = str(self.section("data").get("manifest", ""))
         here = Path(str(self.files.start.get("working_folder", ""))) / path
         try:
-            return Manifest.load(str(here if here.is_file() else path), check_files=False)
+            return _manifest(str(here if here.is_file() else path))
         except UserError as error:
             return error
 
@@ -115,6 +117,19 @@ class ReportedRun:
         except UserError:  # the overview tells
             return None
         return (source or {}).get("tokens")
+
+
+def _manifest(path: str) -> Manifest:
+    """Read once for all runs of a page that have it: thousands of corpora take a second."""
+    try:
+        return _manifest_as_of(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return Manifest.load(path, check_files=False)  # which says what is wrong
+
+
+@functools.lru_cache(maxsize=8)
+def _manifest_as_of(path: str, changed: int) -> Manifest:
+    return Manifest.load(path, check_files=False)
 
 
 def mixture(run: ReportedRun) -> Iterator[str]:

@@ -131,6 +131,18 @@ def test_the_page_does_not_grow_with_points_and_rows_that_nobody_can_see():
     assert told[0] == told[1]
 
 
+def test_runs_of_one_manifest_read_it_once(tmp_path, monkeypatch):
+    runs = [log_run(tmp_path / name, name) for name in "abc"]
+    (tmp_path / "data").mkdir()
+    corpus = Corpus(name="hu", prefix="hu", language="hu", role="expanded", documents=1, tokens=9, digest="0" * 64)
+    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
+    Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer, corpora=(corpus,)).save()
+    monkeypatch.chdir(tmp_path)
+    loaded, load = [], Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda *a, **o: loaded.append(a) or load(*a, **o))
+    assert report(*runs) == 0 and len(loaded) == 1
+
+
 def test_of_thousands_of_corpora_the_largest_are_in_the_table(monkeypatch):
     monkeypatch.setattr(run_report, "_MOST_CORPORA", 2)
     sizes = [5, 7, 1, 9]

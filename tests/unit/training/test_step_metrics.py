@@ -5,6 +5,7 @@ import torch
 from harness import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_metrics, router_record
 
 # per layer and language: tokens, sum of p_frozen, sum of the LPR loss, slots of three experts
@@ -82,6 +83,24 @@ def test_a_summary_costs_as_many_operations_whatever_the_languages(monkeypatch):
         counts.append(operations.count)
         assert sum(numbers) == 10 * languages  # tokens of each, and the nine numbers
     assert counts[0] == counts[1]
+
+
+def test_a_step_looks_at_no_corpus_to_know_its_languages():
+    """There may be thousands, and every step asks more than once."""
+
+    class Watched(tuple):
+        passes = 0
+
+        def __iter__(self):
+            Watched.passes += 1
+            return super().__iter__()
+
+    corpus = Corpus(name="hu", prefix="hu", language="hu", role="expanded", documents=1, tokens=9, digest="0" * 64)
+    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
+    manifest = Manifest(path="m", tokenizer=tokenizer, corpora=Watched([corpus]))
+    assert manifest.languages == ("hu",)
+    passes = Watched.passes
+    assert manifest.languages == ("hu",) and manifest.language_roles == {"hu": "expanded"} and Watched.passes == passes
 
 
 def test_steps_that_log_nothing_of_routers_reduce_nothing_of_them(megatron, toy_base, tmp_path, monkeypatch):
