@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_lpr.checkpoint.same_run import base_identity
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import Batch, BatchCounts
 from megatron_lpr.families import Architecture, read_architecture
@@ -101,9 +102,11 @@ def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path
         for language, role in ROLES.items()
     )
     tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="0" * 64, eod_id=0)
+    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
     return Plan(
         recipe=recipe,
-        arch=with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers),
+        arch=arch,
+        base=base_identity(recipe.model.base, arch),
         manifest=Manifest(path="none", tokenizer=tokenizer, corpora=corpora),
         sampler=FixedSampler(batch),
         world_size=world_size,
