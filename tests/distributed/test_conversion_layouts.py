@@ -83,6 +83,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
     with megatron():
         from megatron_lpr.checkpoint.base_files import BaseFiles
         from megatron_lpr.checkpoint.run_state import RunState
+        from megatron_lpr.checkpoint.same_run import base_identity
         from megatron_lpr.checkpoint.save import save_checkpoint
         from megatron_lpr.model.builder import build_model, init_model_parallel
         from megatron_lpr.model.load.weights import fill_weights
@@ -97,8 +98,8 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             assert_all_written(chunks)
             state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
             if case[0] != WHOLE:
-                files = BaseFiles(recipe.model.base).digests()
-                state = dataclasses.replace(state, content="over base", base={"files": files})
+                base = base_identity(recipe.model.base, arch) | {"files": BaseFiles(recipe.model.base).digests()}
+                state = dataclasses.replace(state, content="over base", base=base)
             folder = save_checkpoint(recipe.output, state, chunks)
             poison(chunks)
             fill_weights(recipe, arch, chunks, folder)
