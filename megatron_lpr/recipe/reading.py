@@ -93,6 +93,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}': expected section.key=value, as optimizer.lr=1e-4")
+    if not value.strip():  # a variable of the shell that nobody set; YAML would read it as null
+        raise UserError(f"override '{override}': has no value; give one, or null for none")
     *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
