@@ -8,8 +8,7 @@ import typing
 from typing import Any, Literal, NotRequired, TypedDict
 
 from megatron_lpr.checkpoint.holding import Content
-
-_MOST = 1 << 63  # what is counted is fewer
+from megatron_lpr.recipe.fields import LARGEST_INT
 
 
 class _Model(TypedDict):
@@ -140,5 +139,5 @@ def _is(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if hint is int:  # all of them count something
-        return type(value) is int and 0 <= value < _MOST
+        return type(value) is int and 0 <= value <= LARGEST_INT
     return isinstance(value, (int, float) if hint is float else hint) if isinstance(hint, type) else False

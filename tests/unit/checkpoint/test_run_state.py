@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from edited import changed
 from fake_checkpoints import RECIPE, write_fake_checkpoint
 
 from megatron_lpr.checkpoint.manifest import sealed, write_manifest
@@ -193,14 +194,7 @@ def test_an_entry_of_another_kind_is_named(run, entry, value, seal):
     tree["tokens_per_language"] = {"hu": 3}
     file.write_text(seal(tree))
     assert read_run_state(step(run, 7)).step == 7
-    *parents, last = [int(key) if key.isdigit() else key for key in entry.split(".")]
-    place = tree
-    for key in parents:
-        place = place[key]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
+    changed(tree, entry, value)
     file.write_text(seal(tree))
     with pytest.raises(UserError, match=rf"run.json is damaged \({entry}[.a-z_]* is not what a run writes\); give ano"):
         read_run_state(step(run, 7))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import yaml
+from edited import changed
 from logged_runs import log_run
 
 from megatron_lpr import cli
@@ -13,17 +14,6 @@ from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.evaluation.tasks import TaskResult, TaskScore
 
 LINES = {"starts.jsonl", "ends.jsonl"}
-
-
-def changed(tree, dotted, value):
-    """value: what takes the place of an entry; ... takes it out."""
-    *parents, last = [int(key) if key.isdigit() else key for key in dotted.split(".")]
-    for key in parents:
-        tree = tree[key]
-    if value is ...:
-        del tree[last]
-    else:
-        tree[last] = value
 
 
 @pytest.mark.parametrize(
