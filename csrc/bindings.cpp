@@ -191,11 +191,14 @@ void define_files(py::module_& module) {
 void define_settings(py::module_& module) {
   py::class_<lpr::CorpusSpec>(module, "CorpusSpec")
       .def(py::init([](std::string prefix, std::uint64_t stream, bool expanded, std::vector<std::int64_t> tags,
-                       bool sidecar, std::uint64_t documents, std::uint64_t tokens) {
-             return lpr::CorpusSpec{std::move(prefix), stream, expanded, std::move(tags), sidecar, documents, tokens};
+                       bool sidecar, std::uint64_t documents, std::uint64_t tokens, std::uint64_t document_limit,
+                       std::uint64_t token_limit) {
+             return lpr::CorpusSpec{std::move(prefix), stream, expanded,       std::move(tags), sidecar,
+                                    documents,         tokens, document_limit, token_limit};
            }),
            py::kw_only(), py::arg("prefix"), py::arg("stream"), py::arg("expanded"), py::arg("tags"),
-           py::arg("sidecar"), py::arg("documents"), py::arg("tokens"));
+           py::arg("sidecar"), py::arg("documents"), py::arg("tokens"), py::arg("document_limit"),
+           py::arg("token_limit"));
   py::class_<lpr::MixtureSpec>(module, "MixtureSpec")
       .def(py::init([](std::uint64_t first_sample, std::uint64_t numerator, std::uint64_t denominator,
                        std::vector<std::uint64_t> weights) {

@@ -9,33 +9,24 @@
 // One document per sample. Sample w is document w: its first S positions where it is longer, padded where shorter.
 //
 // Positions without a label, behind the end of a short window, hold the end-of-document token, loss mask 0 and tag 0.
+//
+// How many samples there are follows from sizes that the manifest tells; files are opened when the first sample is read.
+// A rank of hundreds over thousands of corpora would otherwise open every one of them before its first step.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "documents.h"
-#include "languages.h"
+#include "corpus_files.h"
 #include "permutation.h"
-#include "reader.h"
 
 namespace megatron_lpr {
-
-struct CorpusSpec {
-  std::string prefix;
-  std::uint64_t stream;            // selects the corpus' permutations
-  bool expanded;                   // its role in the mixture
-  std::vector<std::int64_t> tags;  // of every token, or of each language of its sidecar: language + 1, minus: expanded
-  bool sidecar;
-  std::uint64_t documents;  // a run of so many documents, at a keyed place, is all that is read; 0: no limit
-  std::uint64_t tokens;     // the same in tokens, from a document's start on; 0: no limit
-};
 
 struct WindowRule {
   std::uint64_t seq_length;
@@ -54,26 +45,30 @@ struct Row {
 
 class SampledCorpus {
  public:
-  SampledCorpus(const CorpusSpec& spec, const WindowRule& rule, std::uint64_t seed, bool document_ids,
+  SampledCorpus(CorpusSpec spec, const WindowRule& rule, std::uint64_t seed, bool document_ids,
                 std::uint64_t vocab_size)
-      : reader_(spec.prefix, vocab_size),
+      : spec_(std::move(spec)),
         rule_(rule),
         seed_(seed),
-        stream_(spec.stream),
-        tags_(spec.tags),
-        totals_(new Totals) {
-    const CorpusHeader& header = reader_.header();
-    if (document_ids || rule.one_document || spec.documents || spec.tokens) documents_.emplace(spec.prefix, header);
-    if (spec.sidecar) languages_.emplace(spec.prefix, header.tokens, tags_.size());
-    end_ = header.tokens;
-    restrict_to(spec);
-    if (end_ - first_ < 2) throw CorpusError(spec.prefix + ".bin holds fewer than two tokens");
-    samples_ = rule.one_document ? documents_read_ : (positions() - 1) / rule.seq_length + 1;
+        document_ids_(document_ids),
+        vocab_size_(vocab_size),
+        made_at_(static_cast<std::int64_t>(std::time(nullptr))),
+        once_(new Once) {
+    // What neither the manifest nor a limit tells depends on where the documents lie that are read.
+    std::uint64_t documents = spec_.documents;
+    if (spec_.documents_limited() || (spec_.tokens_limited() && rule.one_document)) {
+      tokens_ = files().end - files().first;
+      documents = files().documents_read;
+    } else {
+      tokens_ = spec_.tokens_limited() ? spec_.token_limit : spec_.tokens;
+    }
+    if (tokens_ < 2) throw CorpusError(spec_.prefix + ".bin holds fewer than two tokens");
+    samples_ = rule.one_document ? documents : (positions() - 1) / rule.seq_length + 1;
   }
 
   std::uint64_t samples() const { return samples_; }  // in an epoch
-  std::uint64_t tokens() const { return end_ - first_; }
-  std::uint64_t stream() const { return stream_; }
+  std::uint64_t tokens() const { return tokens_; }
+  std::uint64_t stream() const { return spec_.stream; }
 
   // What a sample holds: token ranges of the corpus, in order; at most two, and empty behind the first.
   struct Span {
@@ -83,14 +78,16 @@ class SampledCorpus {
   using Spans = std::pair<Span, Span>;
 
   Spans spans(std::uint64_t window, std::uint64_t epoch) const {
+    const std::uint64_t first = files().first;
     if (rule_.one_document) {
-      const std::uint64_t document = first_document_ + window, length = documents_->length(document);
-      return {{documents_->start(document), std::min(rule_.seq_length, length - (length > 0))}, {0, 0}};
+      const DocumentOffsets& documents = files().documents.value();
+      const std::uint64_t document = files().first_document + window, length = documents.length(document);
+      return {{documents.start(document), std::min(rule_.seq_length, length - (length > 0))}, {0, 0}};
     }
     const std::uint64_t count = std::min(rule_.seq_length, positions() - window * rule_.seq_length);
     const std::uint64_t start = (shift(epoch) + window * rule_.seq_length) % positions();
     const std::uint64_t head = std::min(count, positions() - start);
-    return {{first_ + start, head}, {first_, count - head}};
+    return {{first + start, head}, {first, count - head}};
   }
 
   // Writes a sample's valid positions and returns their number.
@@ -109,10 +106,11 @@ class SampledCorpus {
   template <typename Visit>
   void for_each_document(const Span& span, Visit&& visit) const {
     if (span.count == 0) return;
-    std::uint64_t first = span.first, document = documents_.value().containing(first);
+    const DocumentOffsets& documents = files().documents.value();
+    std::uint64_t first = span.first, document = documents.containing(first);
     for (const std::uint64_t end = span.first + span.count; first < end; ++document) {
-      const std::uint64_t next = documents_->start(document + 1);
-      if (next < first) documents_->corrupt(document);
+      const std::uint64_t next = documents.start(document + 1);
+      if (next < first) documents.corrupt(document);
       if (next == first) continue;  // an empty document
       const std::uint64_t until = std::min(end, next);
       visit(document, first, until - first);
@@ -129,60 +127,51 @@ class SampledCorpus {
 
   // Adds the valid positions of the corpus' samples [first, last) in its order.
   void count_range(std::uint64_t first, std::uint64_t last, std::vector<std::uint64_t>& per_language) const {
-    if (rule_.one_document || languages_) return count_visiting(first, last, per_language);
+    if (rule_.one_document || spec_.sidecar) return count_visiting(first, last, per_language);
     // Every sample is full but an epoch's last window.
     const std::uint64_t missing = samples_ * rule_.seq_length - positions();
     const std::uint64_t shorts = short_before(last) - short_before(first);
-    per_language[language(tags_[0])] += (last - first) * rule_.seq_length - shorts * missing;
+    per_language[language(spec_.tags[0])] += (last - first) * rule_.seq_length - shorts * missing;
   }
 
  private:
   static constexpr std::size_t kCounted = 1 << 20;  // windows that are looked up in the order of the files
 
-  struct Totals {
-    std::once_flag once;
-    std::vector<std::uint64_t> per_language;
+  // Done by whichever thread comes first; again where it failed.
+  struct Once {
+    std::once_flag open;
+    std::unique_ptr<const CorpusFiles> files;
+    std::once_flag count;
+    std::vector<std::uint64_t> per_language;  // positions in an epoch
   };
 
   static std::size_t language(std::int64_t tag) { return static_cast<std::size_t>(tag < 0 ? -tag : tag) - 1; }
 
-  std::uint64_t positions() const { return end_ - first_ - 1; }
-  PermutationKey key(std::uint64_t epoch) const { return {seed_, stream_, epoch}; }
+  std::uint64_t positions() const { return tokens_ - 1; }
+  PermutationKey key(std::uint64_t epoch) const { return {seed_, spec_.stream, epoch}; }
 
   std::uint64_t shift(std::uint64_t epoch) const {
     return rule_.shift && epoch > 0 ? below(mix(key(epoch).hash() ^ kGolden), rule_.seq_length) : 0;
   }
 
-  void restrict_to(const CorpusSpec& spec) {
-    const std::uint64_t place = mix(key(0).hash() + 1);
-    documents_read_ = reader_.header().documents;
-    if (spec.documents != 0 && spec.documents < documents_read_) {
-      first_document_ = below(place, documents_read_ - spec.documents + 1);
-      documents_read_ = spec.documents;
-      first_ = documents_->start(first_document_);
-      end_ = documents_->start(first_document_ + documents_read_);
-      if (end_ < first_) documents_->corrupt(first_document_);
-    } else if (spec.tokens != 0 && spec.tokens < end_) {
-      first_document_ = documents_->containing(below(place, end_ - spec.tokens + 1));
-      first_ = documents_->start(first_document_);
-      if (spec.tokens > end_ - first_) documents_->corrupt(first_document_);
-      end_ = first_ + spec.tokens;
-      const std::uint64_t last = documents_->containing(end_ - 1);
-      if (last < first_document_) documents_->corrupt(last);
-      documents_read_ = last + 1 - first_document_;
-    }
+  const CorpusFiles& files() const {
+    std::call_once(once_->open, [&] {
+      const bool documents = document_ids_ || rule_.one_document;
+      once_->files = std::make_unique<CorpusFiles>(spec_, mix(key(0).hash() + 1), documents, vocab_size_, made_at_);
+    });
+    return *once_->files;
   }
 
   void read_span(const Span& span, const Row& row, std::uint64_t at) const {
     if (span.count == 0) return;
-    reader_.read(span.first, span.count, row.tokens + at, row.labels + at);
+    files().reader.read(span.first, span.count, row.tokens + at, row.labels + at);
     std::int64_t* tags = row.tags + at;
-    if (!languages_) {
-      std::fill_n(tags, span.count, tags_[0]);
+    if (!spec_.sidecar) {
+      std::fill_n(tags, span.count, spec_.tags[0]);
       return;
     }
-    languages_->for_each(span.first, span.count, [&](std::size_t language, std::uint64_t count) {
-      tags = std::fill_n(tags, count, tags_[language]);
+    files().languages->for_each(span.first, span.count, [&](std::size_t language, std::uint64_t count) {
+      tags = std::fill_n(tags, count, spec_.tags[language]);
     });
   }
 
@@ -195,11 +184,11 @@ class SampledCorpus {
   }
 
   void count_span(const Span& span, std::vector<std::uint64_t>& per_language) const {
-    if (!languages_) {
-      per_language[language(tags_[0])] += span.count;
+    if (!spec_.sidecar) {
+      per_language[language(spec_.tags[0])] += span.count;
     } else if (span.count != 0) {
-      languages_->for_each(span.first, span.count, [&](std::size_t index, std::uint64_t count) {
-        per_language[language(tags_[index])] += count;
+      files().languages->for_each(span.first, span.count, [&](std::size_t index, std::uint64_t count) {
+        per_language[language(spec_.tags[index])] += count;
       });
     }
   }
@@ -229,12 +218,13 @@ class SampledCorpus {
   }
 
   const std::vector<std::uint64_t>& epoch_totals(std::size_t num_languages) const {
-    std::call_once(totals_->once, [&] {
-      totals_->per_language.assign(num_languages, 0);
-      if (!rule_.one_document) return count_span({first_, positions()}, totals_->per_language);
-      for (std::uint64_t window = 0; window < samples_; ++window) count(window, 0, totals_->per_language);
+    std::call_once(once_->count, [&] {
+      std::vector<std::uint64_t>& totals = once_->per_language;
+      totals.assign(num_languages, 0);
+      if (!rule_.one_document) return count_span({files().first, positions()}, totals);
+      for (std::uint64_t window = 0; window < samples_; ++window) count(window, 0, totals);
     });
-    return totals_->per_language;
+    return once_->per_language;
   }
 
   // How many of the corpus' first `n` samples are an epoch's last window.
@@ -243,19 +233,15 @@ class SampledCorpus {
     return epoch + (Permutation(samples_, key(epoch)).inverse(samples_ - 1) < n % samples_);
   }
 
-  CorpusReader reader_;
-  std::optional<DocumentOffsets> documents_;
-  std::optional<LanguageRuns> languages_;
+  CorpusSpec spec_;
   WindowRule rule_;
   std::uint64_t seed_;
-  std::uint64_t stream_;
-  std::vector<std::int64_t> tags_;
-  std::uint64_t first_ = 0;  // tokens that are read: [first_, end_)
-  std::uint64_t end_ = 0;
-  std::uint64_t first_document_ = 0;
-  std::uint64_t documents_read_ = 0;
+  bool document_ids_;
+  std::uint64_t vocab_size_;
+  std::int64_t made_at_;
+  std::uint64_t tokens_ = 0;  // that are read
   std::uint64_t samples_ = 0;
-  std::unique_ptr<Totals> totals_;
+  std::unique_ptr<Once> once_;
 };
 
 }  // namespace megatron_lpr

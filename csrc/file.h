@@ -34,14 +34,16 @@ class File {
     if (status.st_size <= 0) throw CorpusError(path + " is empty");
     size_ = static_cast<std::uint64_t>(status.st_size);
     inode_ = status.st_ino;
+    modified_ = static_cast<std::int64_t>(status.st_mtime);
     struct ::rlimit limit {};
     if (::getrlimit(RLIMIT_NOFILE, &limit) == 0 && static_cast<::rlim_t>(opened.number) < limit.rlim_cur / 2)
       kept_ = std::move(opened);
   }
 
   const std::string& path() const { return path_; }
-  std::uint64_t size() const { return size_; }  // when it was opened
-  std::uint64_t id() const { return id_; }      // of no other file in this process
+  std::uint64_t size() const { return size_; }         // when it was opened
+  std::int64_t modified() const { return modified_; }  // the same, in seconds since 1970
+  std::uint64_t id() const { return id_; }             // of no other file in this process
 
   void read(std::uint64_t offset, std::uint64_t bytes, void* out) const {
     if (kept_.number >= 0) return read(kept_, offset, bytes, static_cast<unsigned char*>(out));
@@ -89,6 +91,7 @@ class File {
   std::uint64_t size_ = 0;
   std::uint64_t id_ = 0;
   ::ino_t inode_ = 0;
+  std::int64_t modified_ = 0;
 };
 
 }  // namespace megatron_lpr

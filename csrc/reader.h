@@ -83,6 +83,7 @@ class CorpusReader {
       : CorpusReader(prefix, vocab_size, File(prefix + ".idx")) {}
 
   const CorpusHeader& header() const { return header_; }
+  std::int64_t modified() const { return bin_.modified(); }  // seconds since 1970
 
   // Copies tokens [first, first + count) of the concatenated documents, widened to 64 bits, and to `labels` the token
   // that follows each.

@@ -36,6 +36,7 @@ class File {
   const std::string& path() const { return path_; }
   std::uint64_t size() const { return size_; }
   std::uint64_t id() const { return id_; }
+  std::int64_t modified() const { return 0; }
 
   void read(std::uint64_t offset, std::uint64_t bytes, void* out) const {
     require(offset <= size_ && bytes <= size_ - offset, "a read past the end of a file");

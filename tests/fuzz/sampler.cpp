@@ -50,10 +50,15 @@ std::unique_ptr<Sampler> make_sampler(const unsigned char* settings) {
   bool expanded = false, original = false;
   for (std::size_t i = 0; i < corpora; ++i) {
     const unsigned char* own = settings + 8 + 8 * i;
-    CorpusSpec spec{"corpus" + std::to_string(i), own[0], own[1] % 2 == 0, {1}, own[2] % 2 == 0, 0, 0};
+    CorpusSpec spec{"corpus" + std::to_string(i), own[0], own[1] % 2 == 0, {1}, own[2] % 2 == 0, 1, 2, 0, 0};
     if (spec.sidecar) spec.tags = {-1, 2, 3};
-    if (own[3] % 3 == 1) spec.documents = 1 + own[4] % 8;
-    if (own[3] % 3 == 2) spec.tokens = 2 + own[4] % 40;
+    refused_by_name([&] {  // what no header tells is anything
+      const CorpusHeader header = CorpusReader(spec.prefix).header();
+      spec.documents = header.documents;
+      spec.tokens = header.tokens;
+    });
+    if (own[3] % 3 == 1) spec.document_limit = 1 + own[4] % 8;
+    if (own[3] % 3 == 2) spec.token_limit = 2 + own[4] % 40;
     (spec.expanded ? expanded : original) = true;
     specs.push_back(spec);
     weights.push_back(1 + own[5] % 7);

@@ -96,7 +96,8 @@ class ReplaySampler:
 
     Raises:
         UserError: a setting outside its range, an unknown corpus or language, a share or weight that is too small, a
-            role without corpora, or a corpus that cannot be read.
+            role without corpora, or a corpus of fewer than two tokens. Files are opened when the first sample of a corpus
+            is read; what is wrong with them is raised there.
     """
 
     def __init__(
@@ -271,8 +272,10 @@ def _corpus_specs(manifest: Manifest, subset: Sequence[Subset]) -> list[CorpusSp
             expanded=corpus.role == "expanded",
             tags=[tags[language] for language in corpus.languages or (corpus.language,)],
             sidecar=corpus.languages is not None,
-            documents=part.documents,
-            tokens=part.tokens,
+            documents=corpus.documents,
+            tokens=corpus.tokens,
+            document_limit=part.documents,
+            token_limit=part.tokens,
         )
         for corpus, part in zip(manifest.corpora, subset, strict=True)
     ]
