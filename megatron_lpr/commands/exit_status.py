@@ -4,13 +4,12 @@ It imports nothing heavy: it must be in place before what takes seconds to impor
 """
 
 import contextlib
-import io
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 
+from megatron_lpr.commands.standard_streams import LossyStream, drop, lossy_streams
 from megatron_lpr.errors import STOPPED, Stopped
 from megatron_lpr.signals import among_ranks, end_process, listening
 
@@ -24,13 +23,14 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -
     that nobody finishes, and a launcher that sees one rank go first ends the others.
 
     Args:
-        resumes: started again it goes on, so that to be stopped is no failure (75).
+        resumes: started again it goes on, so that to be stopped is no failure (75); what it prints is told in its files
+            too, so that neither is to lose some of it.
     """
-    with listening(name, resumes=resumes) as listener:
+    with listening(name, resumes=resumes) as listener, lossy_streams() as (stdout, _):
         try:
             status = command()
-            sys.stdout.flush()
-            return status
+            stdout.flush()
+            return status if resumes else status or _lost(name, stdout)
         except Stopped:
             if among_ranks():
                 end_process(STOPPED)
@@ -59,16 +59,15 @@ def _in_process_group() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
+def _lost(name: str, stdout: LossyStream) -> int:
+    if stdout.error is None:
+        return 0
+    print(f"{name}: what it prints could not be written: {stdout.error.strerror}", file=sys.stderr, flush=True)
+    return 1
+
+
 def _nobody_reads(name: str) -> int:
-    _drop_output()
+    drop(sys.stdout)
     with contextlib.suppress(BrokenPipeError):
         print(f"{name}: stopped, for nobody reads what it prints", file=sys.stderr, flush=True)
     return NOBODY_READS
-
-
-def _drop_output() -> None:
-    """Or Python would try to print the rest when it ends, and complain."""
-    with contextlib.suppress(io.UnsupportedOperation):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)

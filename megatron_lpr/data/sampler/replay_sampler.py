@@ -96,8 +96,8 @@ class ReplaySampler:
 
     Raises:
         UserError: a setting outside its range, an unknown corpus or language, a share or weight that is too small, a
-            role without corpora, or a corpus of fewer than two tokens. Files are opened when the first sample of a corpus
-            is read; what is wrong with them is raised there.
+            role without corpora, or a corpus of fewer than two tokens. Files are opened when the first sample of a
+            corpus is read; what is wrong with them is raised there.
     """
 
     def __init__(
