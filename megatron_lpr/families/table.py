@@ -94,6 +94,7 @@ class HFClass:
         (`FIELDS`). The first one found is read; all are written.
     required: values that alone can be carried. They are written too, but for None, which means absent.
     defaults, rope_theta: what transformers assumes for a field that config.json leaves out.
+    joined: a layer's tensor on disk -> those of the mappings whose rows it holds, one after the other (weights.py).
     """
 
     architecture: str
@@ -102,6 +103,7 @@ class HFClass:
     required: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     rope_theta: float = 1e4
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +113,14 @@ class MoEClass(HFClass):
     expert: with {expert} and {weight} to fill in. weights: a dense FFN's weight -> its name in `expert`, where it has
         another.
     zeros: tensors that the class has, the method has not, and that do nothing when they are zero (name -> dimensions).
+    any_head_dim: whether heads that do not make up the hidden size can be loaded by transformers 4 too.
     """
 
     router: str = "mlp.gate.weight"
     expert: str = "mlp.experts.{expert}.{weight}"
     weights: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, str] = field(default_factory=dict)
+    any_head_dim: bool = True
 
 
 # What every class calls the same, beside the RoPE fields and the dtype.
@@ -136,17 +140,22 @@ FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: its dense class, its mappings (model, layer, FFN), and the stock MoE class it is exported to."""
+    """One family: its dense class, its mappings (model, layer, FFN), and the stock MoE class it is exported to.
+
+    dense_again: the class of a dense export; None: the dense class, as long as that joins no tensors.
+    """
 
     name: str
     dense: HFClass
     moe: MoEClass
+    dense_again: HFClass | None = None
     model: tuple[Mapping, ...] = MODEL
     layer: tuple[Mapping, ...] = LAYER
     ffn: tuple[Mapping, ...] = FFN
 
     def hf_class(self, num_experts: int) -> HFClass:
-        return self.moe if num_experts else self.dense
+        """Of an export."""
+        return self.moe if num_experts else self.dense_again or self.dense
 
     def has(self, megatron: str) -> bool:
         return any(mapping.megatron == megatron for mapping in self.layer)
