@@ -245,6 +245,7 @@ def _architecture(values: _Values, family: Family, hf_class: HFClass, **others: 
         num_experts=values.size("num_experts") if hf_class is family.moe else 0,
         topk=values.size("topk") if hf_class is family.moe else 0,
         mlp_only_layers=values.layers("mlp_only_layers", num_layers),
+        rope_interleaved=family.rope_interleaved,
         shared_expert_size=_shared_expert_size(values, family, hf_class),
         **others,
     )

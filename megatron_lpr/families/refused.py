@@ -14,7 +14,7 @@ _REASONS = {
     "which has layers without RoPE": ("SmolLM3", "Llama4"),
     "which multiplies embeddings, residuals and logits by constants": ("Granite", "HyperCLOVAX", "MiniCPM"),
     "whose attention and FFN run side by side": ("Cohere", "Cohere2"),
-    "whose RoPE turns channels side by side, not the halves of a head": ("Ernie4_5", "Helium", "Glm", "Glm4"),
+    "whose RoPE turns half of each head": ("Glm", "Glm4"),
     "whose FFN has no gate": ("Apertus", "Arcee", "Bloom", "Falcon", "GPTNeoX", "Nemotron", "OPT", "Phi", "Starcoder2"),
     "which norms q and k after RoPE, not before": ("HunYuanDenseV1",),
     "only some of whose layers have a sliding window": ("Cwm", "Ministral"),

@@ -4,7 +4,7 @@ Names in `Mapping.megatron` and `Mapping.hf` are relative: to the model, to a de
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_lpr.families.mappings import QKV, Copy, GateUp, Mapping, ParameterName
@@ -43,6 +43,7 @@ class Architecture:
     num_experts, topk: of the model that was read; what it is upcycled to is said where it is used.
     mlp_only_layers: layers (from 0) that have no experts, in the model that was read or in the upcycled one.
     shared_expert_size: width of the zero shared expert that the MoE class insists on.
+    rope_interleaved: RoPE turns channels side by side, not those of a head's two halves.
     """
 
     family: str
@@ -66,6 +67,7 @@ class Architecture:
     topk: int = 0
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_size: int = 0
+    rope_interleaved: bool = False
 
     def shape(self, dims: str) -> Shape:
         """The shape that a string of dimension letters (`"VH"`, see mappings.py) stands for."""
@@ -76,6 +78,7 @@ class Architecture:
             "Q": self.num_attention_heads * self.head_dim,
             "K": self.num_query_groups * self.head_dim,
             "D": self.head_dim,
+            "E": self.num_experts,
             "S": self.shared_expert_size,
             "1": 1,
         }
@@ -149,6 +152,7 @@ class Family:
     dense: HFClass
     moe: MoEClass
     dense_again: HFClass | None = None
+    rope_interleaved: bool = False
     model: tuple[Mapping, ...] = MODEL
     layer: tuple[Mapping, ...] = LAYER
     ffn: tuple[Mapping, ...] = FFN
@@ -191,6 +195,7 @@ class Family:
 
     def zero_shapes(self, arch: Architecture, num_experts: int) -> dict[str, Shape]:
         """Name and shape of the tensors on disk that are always zero."""
+        arch = replace(arch, num_experts=num_experts)
         return {
             f"model.layers.{layer}.{name}": arch.shape(dims)
             for layer in (arch.moe_layers() if num_experts else ())

@@ -49,6 +49,8 @@ TINY = {
         {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
     "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 9, "pad_token_id": None}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
+    "helium": ("Helium", {"head_dim": 8, "pad_token_id": None}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
 }
 

@@ -24,6 +24,9 @@ SEED = {
     **LLAMA, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True, "head_dim": 128,
     "attention_out_bias": False, "mlp_bias": False, "residual_dropout": 0.1, "rope_scaling": {"rope_type": "default"},
 }  # fmt: skip
+ERNIE = {
+    **LLAMA, "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "use_bias": False, "head_dim": 128,
+}  # fmt: skip
 PHI_4 = (5120, 17920, 40, 40, 10)
 PHI_4_MINI = (3072, 8192, 32, 24, 8)
 # sizes, other fields, family, parameters as published
@@ -41,6 +44,9 @@ READ = {
     "phi-4": (PHI_4, {**PHI, "vocab_size": 100352, "rope_theta": 25e4}, "phi3", 14_659_507_200),
     "Phi-3-mini-4k": (
         (3072, 8192, 32, 32, 32), {**PHI, "vocab_size": 32064, "sliding_window": 2047}, "phi3", 3_821_079_552,
+    ),
+    "ERNIE-4.5-0.3B": (
+        (1024, 3072, 18, 16, 2), {**ERNIE, "vocab_size": 103424, "tie_word_embeddings": True}, "ernie4_5", 360_748_032,
     ),
     "Seed-OSS-36B": ((5120, 27648, 64, 80, 8), {**SEED, "vocab_size": 155136}, "seed_oss", 36_151_104_512),
 }  # fmt: skip
@@ -60,7 +66,11 @@ REFUSED = {
     "OLMo-2-7B": (PHI_4, {"architectures": ["Olmo2ForCausalLM"]}, "norms what leaves attention and FFN"),
     "SmolLM3-3B": (PHI_4, {"architectures": ["SmolLM3ForCausalLM"]}, "layers without RoPE, so that it cannot be"),
     "Granite-3.3-8B": (PHI_4, {"architectures": ["GraniteForCausalLM"]}, "multiplies embeddings"),
-    "GPT-2": (PHI_4, {"architectures": ["GPT2LMHeadModel"]}, "which is not supported; supported: Llama"),
+    "GPT-2": (
+        PHI_4,
+        {"architectures": ["GPT2LMHeadModel"]},
+        "which is not supported; supported: Ernie4_5ForCausalLM, ",
+    ),
     "Mistral-Small-3.1-24B": (
         (),
         {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral"}},
@@ -69,7 +79,7 @@ REFUSED = {
     "Qwen2.5-VL-7B": (
         (),
         {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {"model_type": "qwen2_5_vl_text"}},
-        "model_type 'qwen2_5_vl_text', which is not supported; supported: Llama",
+        "model_type 'qwen2_5_vl_text', which is not supported; supported: Ernie4_5ForCausalLM, ",
     ),
 }
 
@@ -100,15 +110,16 @@ def test_refused_for_its_reason(tmp_path, name):
 @pytest.mark.slow
 def test_every_class_that_transformers_has(tmp_path):
     """With its own defaults: those of the families are read, no other."""
-    read = {hf_class.model_type for family in FAMILIES.values() for hf_class in (family.dense, family.moe)}
+    read = {each.model_type: each for family in FAMILIES.values() for each in (family.dense, family.moe)}
     classes = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
-    assert read < classes.keys()
+    assert read.keys() < classes.keys()
     for model_type, architecture in classes.items():
         try:
             config = CONFIG_MAPPING[model_type]().to_dict()
         except Exception:  # some classes have no defaults
             continue
-        fields = {**config, "norm_topk_prob": True, "architectures": [architecture]}
+        needed = read[model_type].required if model_type in read else {}
+        fields = {**config, **needed, "architectures": [architecture]}
         (tmp_path / "config.json").write_text(json.dumps(fields, default=str))
         if model_type in read:
             assert read_architecture(tmp_path).num_layers == config["num_hidden_layers"]
