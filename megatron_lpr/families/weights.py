@@ -46,9 +46,13 @@ class _PartsReader(SafetensorsReader):
     def __init__(self, folder: str | Path, parts: dict[str, _Part]):
         super().__init__(folder)
         self._parts, self._wholes = parts, {part.whole for part in parts.values()}
+        for name in self._parts.keys() & self._file_of.keys():
+            raise UserError(f"'{self.folder}' holds the tensor '{name}', which belongs into its '{parts[name].whole}'")
 
     def __contains__(self, name: str) -> bool:
-        return self._parts[name].whole in self._file_of if name in self._parts else name in self._file_of
+        if name in self._parts:
+            return self._parts[name].whole in self._file_of
+        return name in self._file_of and name not in self._wholes
 
     def keys(self) -> list[str]:
         parts = [name for name in self._parts if name in self]

@@ -53,7 +53,7 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         **_parallel(recipe),
         **_recompute(recipe),
         **_fp8(recipe),
-        # Megatron tells the kernel for documents apart nothing of interleaved channels
+        # Megatron 0.16 tells the kernel that keeps documents apart nothing of interleaved channels
         apply_rope_fusion=fused.rope and not arch.rope_interleaved,
         params_dtype=dtype,
         pipeline_dtype=dtype,
