@@ -109,7 +109,8 @@ class TestSecondRound:
         report = verify_export(out, once, num_frozen=4)
         assert report.ok, str(report)
         old, new = (load_file(folder / "model.safetensors") for folder in (once, out))
-        assert all(torch.equal(new[name][: len(tensor)], tensor) for name, tensor in old.items())
+        zeros = {name for name in old if name.endswith("e_score_correction_bias")}  # one for each expert, in one row
+        assert all(torch.equal(new[name][: len(old[name])], old[name]) for name in old.keys() - zeros)
         torch.testing.assert_close(twice.logits(tokens_BS()), stock_logits(out), rtol=0, atol=1e-4)
 
     def test_top_1_computes_the_same(self, tmp_path, name):
