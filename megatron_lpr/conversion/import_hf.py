@@ -8,7 +8,7 @@ from megatron_lpr.checkpoint.holding import Content, content_of
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
-from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks, megatron, together
 from megatron_lpr.recipe.dtype import check_same_dtype, with_dtype
@@ -79,7 +79,7 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
     check_recipe(recipe, arch, ranks.world_size)
     use_transformer_engine(model.spec)
-    check_checkpoint(SafetensorsReader(model.base), arch)
+    check_checkpoint(open_weights(model.base, arch), arch)
     needed = model_bytes(arch, model.num_experts, model.dtype)
     if _content(recipe) == "over base":
         needed = new_bytes(arch, model.num_experts, model.num_frozen_experts, model.dtype)

@@ -52,8 +52,9 @@ def check_carried_over(base_config: dict[str, Any], arch: Architecture, hf_dir: 
 def export_config(
     arch: Architecture, base_config: dict[str, Any], *, num_experts: int, topk: int, dtype: str
 ) -> dict[str, Any]:
-    """The config.json of an export: the family's MoE class, or (num_experts = 0) its dense class again."""
-    hf_class = family_of(arch).hf_class(num_experts)
+    """The config.json of an export: the family's MoE class, or (num_experts = 0) a dense one again."""
+    family = family_of(arch)
+    hf_class = family.hf_class(num_experts)
     values = {**vars(arch), "num_experts": num_experts, "topk": topk}
     fields = {
         **_rope_fields(arch.rope_theta, arch.rope_scaling),
@@ -66,7 +67,7 @@ def export_config(
             for name in names
         },
     }
-    if not num_experts:
+    if hf_class is family.dense:
         return {**base_config, **fields}
     return {
         "architectures": [hf_class.architecture],
@@ -74,7 +75,7 @@ def export_config(
         **fields,
         **{key: base_config[key] for key in CARRIED_OVER if key in base_config},
         **{key: value for key, value in hf_class.required.items() if value is not None},
-        "output_router_logits": False,
+        **({"output_router_logits": False} if num_experts else {}),
     }
 
 

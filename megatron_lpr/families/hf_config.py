@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.families.refused import why_not
 from megatron_lpr.families.table import FIELDS, Architecture, Family, HFClass
 from megatron_lpr.files.safetensors_io import DTYPES, dtype_on_disk
 
@@ -139,9 +140,12 @@ def _find_class(config: dict[str, Any], families: Iterable[Family], hf_dir: str 
     classes = [(family, hf_class) for family in families for hf_class in (family.dense, family.moe)]
     for family, hf_class in classes:
         if hf_class.architecture == names[0]:
+            # transformers reads the fields by this one, with the names and defaults of its own class
+            if config.get("model_type", hf_class.model_type) != hf_class.model_type:
+                must = f"'{hf_class.model_type}', with which alone a {names[0]} can be converted"
+                raise wrong_value(hf_dir, "model_type", config["model_type"], must)
             return family, hf_class
-    supported = ", ".join(sorted({hf_class.architecture for _, hf_class in classes}))
-    raise UserError(f"'{hf_dir}' is a {names[0]}, which is not supported; supported: {supported}")
+    raise UserError(f"'{hf_dir}' is a {names[0]}, {why_not(names[0], config, [each for _, each in classes])}")
 
 
 def _check_required(config: dict[str, Any], hf_class: HFClass, hf_dir: str | Path) -> None:
@@ -241,6 +245,7 @@ def _architecture(values: _Values, family: Family, hf_class: HFClass, **others: 
         num_experts=values.size("num_experts") if hf_class is family.moe else 0,
         topk=values.size("topk") if hf_class is family.moe else 0,
         mlp_only_layers=values.layers("mlp_only_layers", num_layers),
+        rope_interleaved=family.rope_interleaved,
         shared_expert_size=_shared_expert_size(values, family, hf_class),
         **others,
     )

@@ -48,6 +48,7 @@ QWEN2 = Family(
             "mlp.shared_expert.down_proj.weight": "HS",
             "mlp.shared_expert_gate.weight": "1H",
         },
+        any_head_dim=False,
     ),
     layer=(*LAYER, QKV_BIAS),
 )

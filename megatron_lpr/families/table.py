@@ -4,7 +4,7 @@ Names in `Mapping.megatron` and `Mapping.hf` are relative: to the model, to a de
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_lpr.families.mappings import QKV, Copy, GateUp, Mapping, ParameterName
@@ -43,6 +43,7 @@ class Architecture:
     num_experts, topk: of the model that was read; what it is upcycled to is said where it is used.
     mlp_only_layers: layers (from 0) that have no experts, in the model that was read or in the upcycled one.
     shared_expert_size: width of the zero shared expert that the MoE class insists on.
+    rope_interleaved: RoPE turns channels side by side, not those of a head's two halves.
     """
 
     family: str
@@ -66,6 +67,7 @@ class Architecture:
     topk: int = 0
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_size: int = 0
+    rope_interleaved: bool = False
 
     def shape(self, dims: str) -> Shape:
         """The shape that a string of dimension letters (`"VH"`, see mappings.py) stands for."""
@@ -76,6 +78,7 @@ class Architecture:
             "Q": self.num_attention_heads * self.head_dim,
             "K": self.num_query_groups * self.head_dim,
             "D": self.head_dim,
+            "E": self.num_experts,
             "S": self.shared_expert_size,
             "1": 1,
         }
@@ -94,6 +97,7 @@ class HFClass:
         (`FIELDS`). The first one found is read; all are written.
     required: values that alone can be carried. They are written too, but for None, which means absent.
     defaults, rope_theta: what transformers assumes for a field that config.json leaves out.
+    joined: a layer's tensor on disk -> those of the mappings whose rows it holds, one after the other (weights.py).
     """
 
     architecture: str
@@ -102,6 +106,7 @@ class HFClass:
     required: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     rope_theta: float = 1e4
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +116,14 @@ class MoEClass(HFClass):
     expert: with {expert} and {weight} to fill in. weights: a dense FFN's weight -> its name in `expert`, where it has
         another.
     zeros: tensors that the class has, the method has not, and that do nothing when they are zero (name -> dimensions).
+    any_head_dim: whether heads that do not make up the hidden size can be loaded by transformers 4 too.
     """
 
     router: str = "mlp.gate.weight"
     expert: str = "mlp.experts.{expert}.{weight}"
     weights: dict[str, str] = field(default_factory=dict)
     zeros: dict[str, str] = field(default_factory=dict)
+    any_head_dim: bool = True
 
 
 # What every class calls the same, beside the RoPE fields and the dtype.
@@ -136,17 +143,23 @@ FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: its dense class, its mappings (model, layer, FFN), and the stock MoE class it is exported to."""
+    """One family: its dense class, its mappings (model, layer, FFN), and the stock MoE class it is exported to.
+
+    dense_again: the class of a dense export; None: the dense class, as long as that joins no tensors.
+    """
 
     name: str
     dense: HFClass
     moe: MoEClass
+    dense_again: HFClass | None = None
+    rope_interleaved: bool = False
     model: tuple[Mapping, ...] = MODEL
     layer: tuple[Mapping, ...] = LAYER
     ffn: tuple[Mapping, ...] = FFN
 
     def hf_class(self, num_experts: int) -> HFClass:
-        return self.moe if num_experts else self.dense
+        """Of an export."""
+        return self.moe if num_experts else self.dense_again or self.dense
 
     def has(self, megatron: str) -> bool:
         return any(mapping.megatron == megatron for mapping in self.layer)
@@ -182,6 +195,7 @@ class Family:
 
     def zero_shapes(self, arch: Architecture, num_experts: int) -> dict[str, Shape]:
         """Name and shape of the tensors on disk that are always zero."""
+        arch = replace(arch, num_experts=num_experts)
         return {
             f"model.layers.{layer}.{name}": arch.shape(dims)
             for layer in (arch.moe_layers() if num_experts else ())

@@ -53,7 +53,8 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
         **_parallel(recipe),
         **_recompute(recipe),
         **_fp8(recipe),
-        apply_rope_fusion=fused.rope,
+        # Megatron 0.16 tells the kernel that keeps documents apart nothing of interleaved channels
+        apply_rope_fusion=fused.rope and not arch.rope_interleaved,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -107,6 +108,7 @@ def _architecture(arch: Architecture) -> dict:
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        rotary_interleaved=arch.rope_interleaved,
         # Megatron counts the positions to the left of a query, transformers counts its own too
         window_size=(arch.sliding_window - 1, 0) if arch.sliding_window else None,
         hidden_dropout=0.0,

@@ -31,8 +31,8 @@ from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_held
 from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.output_place import check_place
-from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.platform import Ranks
@@ -166,7 +166,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         _check_under(recipe, source)
         origin = source_identity(source)
     else:
-        check_checkpoint(SafetensorsReader(recipe.model.base), arch, (ranks.rank, ranks.world_size))
+        check_checkpoint(open_weights(recipe.model.base, arch), arch, (ranks.rank, ranks.world_size))
     if state is None or state.step < train.steps:
         check_place(recipe.output, recipe.model.base)
         held_out = _held_out(recipe, tokenizer, ranks.rank)

@@ -1,4 +1,4 @@
-"""What only some families have, trained with tensor parallelism: biases of q, k and v, norms of q and k, a window."""
+"""What only some families have, with tensor parallelism: biases and norms of q and k, a window, RoPE side by side."""
 
 import pytest
 from layouts import Case, Comparison, Part, run_parts
@@ -8,6 +8,7 @@ from megatron_lpr.testing.toy_models import write_toy_model
 FAMILIES = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
+    "helium": {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 16},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
 }
 RANKS = 2

@@ -26,6 +26,9 @@ QWEN_OPTIONS = {
     "layers_without_experts": ("qwen3", {"mlp_only_layers": (1,)}, None),
     "no_shared_expert": ("qwen2", {}, 0),
 }
+# Seed-OSS' heads do not make up the hidden size; a Qwen2-MoE of transformers 4 insists on that, and export says so.
+NAMES = [name for name in TINY if name != "seed_oss"]
+NAMES += [*QWEN_OPTIONS, "llama_other_llama3_dense", "qwen2_dense", "qwen3_dense"]
 
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no transformers 4 at {PYTHON}: make venv-transformers4")
 
@@ -35,7 +38,7 @@ def folders(tmp_path_factory):
     """Exports by name, with experts that differ; and one of a dense model."""
     root = tmp_path_factory.mktemp("exports")
     bases = {name: save_tiny(name, root / f"{name}_base") for name in TINY}
-    options = {name: (name, {}, None) for name in TINY} | QWEN_OPTIONS
+    options = {name: (name, {}, None) for name in NAMES if name in TINY} | QWEN_OPTIONS
     exports = {
         name: rewrite(
             upcycle_hf(
@@ -72,9 +75,6 @@ def version_4(folders, tmp_path_factory):
     done = subprocess.run(list(map(str, arguments)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(zip(folders, torch.load(scratch / "logits.pt"), strict=True))
-
-
-NAMES = [*TINY, *QWEN_OPTIONS, "llama_other_llama3_dense", "qwen2_dense", "qwen3_dense"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -48,6 +48,10 @@ TINY = {
         "Qwen3",
         {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     ),
+    "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 9, "pad_token_id": None}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
+    "helium": ("Helium", {"head_dim": 8, "pad_token_id": None}),
+    "seed_oss": ("SeedOss", {"head_dim": 16}),
 }
 
 
@@ -63,6 +67,19 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32, **fie
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(b'{"not": "parsed"}  \n')
     return folder
+
+
+def load_apart(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a single-file checkpoint; a Phi-3's cut where its own code cuts what they compute."""
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    for name in [name for name in tensors if name.endswith("qkv_proj.weight")]:
+        sizes = [config[heads] * config["head_dim"] for heads in ("num_attention_heads", *["num_key_value_heads"] * 2)]
+        for letter, part in zip("qkv", tensors.pop(name).split(sizes), strict=True):
+            tensors[name.replace("qkv_proj", f"{letter}_proj")] = part
+    for name in [name for name in tensors if name.endswith("gate_up_proj.weight")]:
+        for which, part in zip(("gate", "up"), tensors.pop(name).chunk(2), strict=True):
+            tensors[name.replace("gate_up", which)] = part
+    return tensors
 
 
 def rewrite(folder: Path, change) -> Path:

@@ -18,6 +18,7 @@ from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import Origin, origins
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.file_tensor import FileTensor
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 from megatron_lpr.model.load.upcycle import check_checkpoint
@@ -63,7 +64,7 @@ class GraftedSource:
     ):
         check_pair(base_dir, instruct_dir)
         self._source, self.units = source, source.units
-        self._base, self._instruct = SafetensorsReader(base_dir), SafetensorsReader(instruct_dir)
+        self._base, self._instruct = open_weights(base_dir, arch), open_weights(instruct_dir, arch)
         self._origins = origins(arch, made.expansion.num_experts)
         self._num_frozen, self._dtype = made.untouched, torch_dtype(dtype)
 
@@ -107,7 +108,7 @@ def check_pair(base_dir: str | Path, instruct_dir: str | Path) -> None:
     if differ:
         raise UserError(f"--graft-delta: '{base_dir}' and '{instruct_dir}' are different models: {', '.join(differ)}")
     for folder, arch in ((base_dir, base), (instruct_dir, instruct)):
-        check_checkpoint(SafetensorsReader(folder), arch)
+        check_checkpoint(open_weights(folder, arch), arch)
     if _vocabulary(base_dir) != _vocabulary(instruct_dir):
         raise UserError(
             f"--graft-delta: the tokenizers of '{base_dir}' and '{instruct_dir}' give other ids to the same text"

@@ -27,8 +27,9 @@ from megatron_lpr.families.expansion import (
     zero_tensors,
 )
 from megatron_lpr.families.mappings import Mapping, parse, positions, take_apart
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.file_tensor import FileTensor, Narrowable, Shape
-from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
+from megatron_lpr.files.safetensors_io import torch_dtype
 from megatron_lpr.model.load.upcycle import check_checkpoint
 
 HFTensors = Iterator[tuple[str, torch.Tensor | FileTensor]]
@@ -78,7 +79,7 @@ class UpcycledSource:
     """A HF model upcycled as it is read; a unit is a tensor of the result. UserError: see `check_checkpoint`."""
 
     def __init__(self, base_dir: str | Path, arch: Architecture, expansion: Expansion):
-        self._reader, self._arch, self._expansion = SafetensorsReader(base_dir), arch, expansion
+        self._reader, self._arch, self._expansion = open_weights(base_dir, arch), arch, expansion
         check_checkpoint(self._reader, arch)
         self._origins = origins(arch, expansion.num_experts)
         self.units = {name: [name] for name in self._origins}
@@ -99,7 +100,7 @@ class FrozenTensors:
     """
 
     def __init__(self, base_dir: str | Path, arch: Architecture, made: Made, dtype: torch.dtype):
-        self._reader, self._dtype = SafetensorsReader(base_dir), dtype
+        self._reader, self._dtype = open_weights(base_dir, arch), dtype
         check_checkpoint(self._reader, arch)
         self._copied = {
             name: origin.copied

@@ -19,6 +19,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, Family, family_of, read_architecture
 from megatron_lpr.families.expansion import Expansion, origins, with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 from megatron_lpr.model.load.upcycle import check_checkpoint
 
@@ -51,7 +52,7 @@ def verify_export(
     export_dir, base_dir = Path(export_dir), Path(base_dir)
     arch, base_config = read_architecture(base_dir), read_config(base_dir)
     config = read_config(export_dir)
-    base, export = SafetensorsReader(base_dir), SafetensorsReader(export_dir)
+    base, export = open_weights(base_dir, arch), SafetensorsReader(export_dir)
     check_checkpoint(base, arch)
     _check_class(config, family_of(arch), export_dir)
     record = read_record(export_dir)
@@ -92,10 +93,11 @@ def verify_export(
 
 def _check_class(config: dict[str, Any], family: Family, export_dir: Path) -> None:
     name = _architecture(config)
-    if name not in (family.dense.architecture, family.moe.architecture):
+    dense = family.hf_class(0).architecture
+    if name not in (dense, family.moe.architecture):
         raise UserError(
             f"'{export_dir}' is a {name} with {config.get(family.moe.fields['num_experts'][0])} experts; "
-            f"an export of a {family.dense.architecture} is a {family.moe.architecture}, or dense again"
+            f"an export of a {family.dense.architecture} is a {family.moe.architecture}, or dense a {dense}"
         )
 
 
@@ -107,7 +109,7 @@ def _architecture(config: dict[str, Any]) -> Any:
 def _as_config_says(config: dict[str, Any], arch: Architecture, num_frozen: int | None, export_dir: Path) -> Made:
     """Of an export about which nothing else is known. An expanded one has at least the base's experts frozen."""
     family = family_of(arch)
-    if _architecture(config) == family.dense.architecture:
+    if _architecture(config) == family.hf_class(0).architecture:
         return Made(expansion=Expansion())
     num_experts, topk = (_number(config, family.moe.fields[name][0], export_dir) for name in ("num_experts", "topk"))
     layers = config.get("mlp_only_layers") or []

@@ -13,7 +13,7 @@ from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.families import Architecture
-from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.model.load.row_shards import fill_row_shards
 from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.platform.place import RankPlace
@@ -74,7 +74,7 @@ def _fill_from_base(
     wanted: Callable[[str], bool],
     progress: _Told = lambda filled_bytes: None,
 ) -> int:
-    reader, place = SafetensorsReader(recipe.model.base), RankPlace.of_this_rank()
+    reader, place = open_weights(recipe.model.base, arch), RankPlace.of_this_rank()
     for chunk in chunks:
         load_dense(
             _told(chunk.named_parameters(), progress),

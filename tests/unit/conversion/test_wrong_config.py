@@ -36,7 +36,13 @@ EXPERTS = {
     "norm_topk_prob": True,
     "shared_expert_intermediate_size": 8,
     "mlp_only_layers": [],
+    # ERNIE's names
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_num_shared_experts": 0,
+    "moe_layer_start_index": 0,
 }
+ERNIE = "Ernie4_5_MoeForCausalLM"
 CLASSES = {
     hf_class.architecture: SIZES
     | (EXPERTS if hf_class is family.moe else {})
@@ -73,6 +79,7 @@ WRONG = {
 }
 WRONG_EXPERTS = {
     "num_experts_per_tok": [*NO_SIZE, 5],
+    "moe_k": [*NO_SIZE, 5],
     "mlp_only_layers": ["0", [-1], [2], [0.0], ["0"], [True], {"0": 1}, 1, [0, 1]],
     "shared_expert_intermediate_size": [-1, "8", [], 1.5, None, True],
     "norm_topk_prob": ["true", None, []],
@@ -84,8 +91,8 @@ def table():
     for architecture, config in CLASSES.items():
         fields = dict(WRONG)
         if "num_experts" in config:
-            count = "num_local_experts" if architecture == "MixtralForCausalLM" else "num_experts"
-            fields[count] = [*NO_SIZE, 10**6]
+            count = {"MixtralForCausalLM": "num_local_experts", ERNIE: "moe_num_experts"}
+            fields[count.get(architecture, "num_experts")] = [*NO_SIZE, 10**6]
             fields |= {name: WRONG_EXPERTS[name] for name in WRONG_EXPERTS if read_by(architecture, name)}
         if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
             fields["sliding_window"] = NO_SIZE
@@ -97,8 +104,10 @@ def table():
 
 
 def read_by(architecture, name):
-    if name == "num_experts_per_tok":
-        return True
+    if name in ("moe_k", "num_experts_per_tok"):
+        return (name == "moe_k") == (architecture == ERNIE)
+    if architecture == ERNIE:
+        return name == "moe_intermediate_size"
     if name == "shared_expert_intermediate_size":
         return architecture == "Qwen2MoeForCausalLM"
     return architecture != "MixtralForCausalLM"

@@ -1,40 +1,55 @@
-"""docs/families.md: its code runs, and the family that it adds computes what transformers computes."""
+"""docs/families.md: its code runs, its family is the one that is used, and a language model is taken out of one."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import SIZES, load_strictly, stock_logits, tokens_BS
-from transformers import SeedOssConfig, SeedOssForCausalLM
+from tiny_models import SIZES, stock_logits, tokens_BS
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from megatron_lpr.conversion.export.export import upcycle_hf
-from megatron_lpr.conversion.verify.verify import verify_export
-from megatron_lpr.families import FAMILIES
-from megatron_lpr.families.expansion import Expansion
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import FAMILIES, read_architecture
+from megatron_lpr.testing.toy_models import write_toy_tokenizer
 
+NAME = "models/Mistral-Small-3.2-24B-Instruct-2506"
 PAGE = Path(__file__).resolve().parents[3] / "docs/families.md"
 
 
-@pytest.fixture
-def seed_oss(monkeypatch):
+def blocks():
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_family_of_the_page():
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
-        exec(block, namespace)
-    monkeypatch.setitem(FAMILIES, "seed_oss", namespace["SEED_OSS"])
+    exec(blocks()[1], namespace)
+    exec(blocks()[2], namespace)
+    assert namespace["SEED_OSS"] == FAMILIES["seed_oss"]
 
 
-def test_the_family_of_the_page(seed_oss, tmp_path):
-    base, out = tmp_path / "base", tmp_path / "out"
-    torch.manual_seed(0)
-    model = SeedOssForCausalLM(SeedOssConfig(**SIZES, head_dim=16))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 1.0)
-    model.save_pretrained(base)
-    upcycle_hf(base, out, Expansion(num_experts=3, router_std=1.0))
-    assert type(load_strictly(out)).__name__ == "Qwen2MoeForCausalLM"
-    torch.testing.assert_close(stock_logits(out), model.eval()(tokens_BS()).logits.detach(), rtol=0, atol=1e-5)
-    assert verify_export(out, base).ok
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_language_model_in_a_larger_one(tmp_path, monkeypatch, tied):
+    monkeypatch.chdir(tmp_path)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={**SIZES, "model_type": "mistral", "head_dim": 8, "pad_token_id": None},
+        vision_config={**tower, "model_type": "pixtral", "head_dim": 8, "image_size": 16, "patch_size": 8},
+        image_token_index=59,
+        tie_word_embeddings=tied,
+    )
+    whole, folder = Mistral3ForConditionalGeneration(config).eval(), Path(NAME)
+    whole.save_pretrained(folder)
+    write_toy_tokenizer(folder)
+    with pytest.raises(UserError, match="save that alone"):
+        read_architecture(folder)
+    namespace = {}
+    exec(blocks()[0], namespace)
+    tokens = tokens_BS().clamp(max=58)
+    with torch.no_grad():
+        expected = whole(input_ids=tokens).logits
+    assert read_architecture(namespace["out"]).tie_word_embeddings == tied
+    torch.testing.assert_close(stock_logits(Path(namespace["out"]), tokens), expected, rtol=0, atol=1e-6)
 
 
 def test_the_table_of_the_page_is_the_table_of_the_code():

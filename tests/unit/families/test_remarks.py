@@ -71,3 +71,13 @@ def test_a_dtype_that_rounds_is_told_and_one_that_does_not_is_exact(tmp_path, ca
     assert (capsys.readouterr().err == "") == exact
     before, after = (load_file(path / "model.safetensors")[name] for path in (folder, out))
     assert torch.equal(before.double(), after.double()) == exact
+
+
+def test_heads_that_transformers_4_refuses(tmp_path):
+    seed_oss = {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True}
+    base = write_toy_model(tmp_path / "base", **seed_oss, head_dim=64)
+    (sentence,) = told(base, "float32")
+    assert "heads of 64 do not make up the hidden size" in sentence and "transformers 4 cannot load" in sentence
+    assert told(base, "float32", num_experts=0) == []
+    write_toy_model(tmp_path / "qwen3", architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=64)
+    assert told(tmp_path / "qwen3", "float32") == []

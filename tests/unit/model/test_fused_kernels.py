@@ -6,6 +6,9 @@ from apex_stand_in import apex
 from harness import gradients, unwrapped
 from layouts import recipe_of, trainer_of, write_source
 
+from megatron_lpr.families import read_architecture
+from megatron_lpr.testing.toy_models import write_toy_model
+
 
 @pytest.fixture
 def installed(megatron, monkeypatch):
@@ -53,6 +56,19 @@ def test_without_them(installed, toy_base, tmp_path, monkeypatch):
     assert vars(installed(recipe, te=True)) == {"router": True, "permutation": False, "rope": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not any(vars(installed(recipe, te=True)).values())
+
+
+def test_no_kernel_of_rope_for_channels_side_by_side(megatron, tmp_path, monkeypatch):
+    """Megatron 0.16 does not tell the one that keeps documents apart; it would turn other channels without a word."""
+    from megatron_lpr.model import transformer_config as module
+    from megatron_lpr.model.fused_kernels import FusedKernels
+
+    helium = {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 16}
+    base = write_toy_model(tmp_path / "base", **helium)
+    monkeypatch.setattr(module, "fused_kernels", lambda recipe, te: FusedKernels(rope=True))
+    recipe = recipe_of(base, "stage1", tmp_path, {})
+    config = module.transformer_config(recipe, read_architecture(base), te=False)
+    assert config.rotary_interleaved and not config.apply_rope_fusion
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "moe_full"])

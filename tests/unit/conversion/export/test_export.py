@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tiny_models import load_apart
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
+from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
-from megatron_lpr.files.safetensors_io import SafetensorsReader
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.model.load.upcycle import load_dense
 from megatron_lpr.recipe.settings import ExportConfig
 
@@ -44,7 +46,7 @@ def test_offline_upcycling_equals_loading_and_exporting(base, tmp_path, empty_ra
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=1, num_experts=3)
     load_dense(
         parameters.items(),
-        SafetensorsReader(base),
+        open_weights(base, arch),
         arch,
         Expansion(num_frozen=1, num_experts=3, router_std=0.1, router_seed=7),
     )
@@ -94,15 +96,16 @@ def test_distinct_experts_land_where_the_router_expects_them(llama, tmp_path, tr
         torch.testing.assert_close(got_TH.reshape_as(expected_TH), expected_TH, atol=1e-4, rtol=1e-4)
 
 
-def test_dense_export_is_the_dense_class_again(base, tmp_path, empty_rank):
+def test_dense_export_is_a_dense_class_again(base, tmp_path, empty_rank):
     arch = read_architecture(base)
     parameters = empty_rank(arch, layers=arch.num_layers, num_frozen=0, num_experts=0)
-    load_dense(parameters.items(), SafetensorsReader(base), arch)
+    load_dense(parameters.items(), open_weights(base, arch), arch)
     out = export_model(parameters.items(), arch, Expansion(), base_dir=base, out_dir=tmp_path / "out")
-    expected, got = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    expected, got = load_apart(base), load_file(out / "model.safetensors")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert torch.equal(logits(out), logits(base))
+    torch.testing.assert_close(logits(out), logits(base), rtol=0, atol=1e-5)
+    assert verify_export(out, base).ok
 
 
 def test_config_says_the_same_to_both_major_versions(tied, tmp_path):

@@ -7,11 +7,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import load_apart
 
 from megatron_lpr.conversion.export.sources import to_hf
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import read_architecture
+from megatron_lpr.families import family_of, read_architecture
 from megatron_lpr.families.expansion import Expansion, router_rows
+from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.model.load.upcycle import check_checkpoint, load_dense
 from megatron_lpr.platform.place import RankPlace
@@ -35,7 +37,8 @@ def gather(slices, name):
 def load_layout(empty_rank):
     def load(base, *, tp=1, ep=1, etp=1, experts=MOE, te_names=False, dtype=torch.float32):
         """Global Megatron names and whole tensors, gathered from the ranks of a layout."""
-        arch, reader = read_architecture(base), SafetensorsReader(base)
+        arch = read_architecture(base)
+        reader = open_weights(base, arch)
         layout = {"tp": tp, "ep": ep, "etp": etp, "layers": arch.num_layers, "te_names": te_names, **experts}
         ranks = {}
         for tp_rank in range(tp):
@@ -74,7 +77,7 @@ def load_layout(empty_rank):
 
 def split_by_hand(base):
     """The base's tensors with the FFN's apart: (everything else, {(layer, which): weight})."""
-    tensors = load_file(base / "model.safetensors")
+    tensors = load_apart(base)
     ffn = {name: tensors.pop(name) for name in list(tensors) if ".mlp." in name}
     return tensors, {(int(name.split(".")[2]), name.split(".")[4]): weight for name, weight in ffn.items()}
 
@@ -87,7 +90,7 @@ def test_any_layout_gathers_back_to_the_dense_bytes(base, tp, ep, etp, load_layo
     for name, weight in others.items():
         assert torch.equal(exported.pop(name), weight), name
     for layer in range(arch.num_layers):
-        mixtral = not arch.family.startswith("qwen")
+        mixtral = family_of(arch).moe.architecture == "MixtralForCausalLM"
         prefix = f"model.layers.{layer}." + ("block_sparse_moe." if mixtral else "mlp.")
         exported.pop(prefix + "gate.weight")
         for expert in range(MOE["num_experts"]):
@@ -100,7 +103,7 @@ def test_any_layout_gathers_back_to_the_dense_bytes(base, tp, ep, etp, load_layo
 @pytest.mark.parametrize("tp", [1, 2])
 def test_dense_model(base, tp, load_layout):
     arch, whole = load_layout(base, tp=tp, experts=DENSE)
-    expected = load_file(base / "model.safetensors")
+    expected = load_apart(base)
     exported = dict(to_hf(whole.items(), arch, num_frozen=0))
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)

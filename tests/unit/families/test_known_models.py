@@ -1,0 +1,129 @@
+"""Models as they are published: which are read, with how many parameters, and in which sentence others are refused."""
+
+import json
+import math
+
+import pytest
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.families import FAMILIES, family_of, read_architecture
+
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+PHI = {
+    **LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0, "rope_scaling": None, "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+}  # fmt: skip
+SEED = {
+    **LLAMA, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True, "head_dim": 128,
+    "attention_out_bias": False, "mlp_bias": False, "residual_dropout": 0.1, "rope_scaling": {"rope_type": "default"},
+}  # fmt: skip
+ERNIE = {
+    **LLAMA, "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "use_bias": False, "head_dim": 128,
+}  # fmt: skip
+PHI_4 = (5120, 17920, 40, 40, 10)
+PHI_4_MINI = (3072, 8192, 32, 24, 8)
+# sizes, other fields, family, parameters as published
+READ = {
+    "Yi-6B": ((4096, 11008, 32, 32, 4), {**LLAMA, "vocab_size": 64000}, "llama", 6_061_035_520),
+    "DeepSeek-LLM-7B": ((4096, 11008, 30, 32, 32), {**LLAMA, "vocab_size": 102400}, "llama", 6_910_365_696),
+    "SmolLM2-1.7B": (
+        (2048, 8192, 24, 32, 32), {**LLAMA, "vocab_size": 49152, "tie_word_embeddings": True}, "llama", 1_711_376_384,
+    ),
+    "TinyLlama": ((2048, 5632, 22, 32, 4), {**LLAMA, "vocab_size": 32000}, "llama", 1_100_048_384),
+    "Falcon3-7B": ((3072, 23040, 28, 12, 4), {**LLAMA, "vocab_size": 131072, "head_dim": 256}, "llama", 7_455_550_464),
+    "Mistral-Nemo": (
+        (5120, 14336, 40, 32, 8), {**MISTRAL, "vocab_size": 131072, "head_dim": 128}, "mistral", 12_247_782_400,
+    ),
+    "phi-4": (PHI_4, {**PHI, "vocab_size": 100352, "rope_theta": 25e4}, "phi3", 14_659_507_200),
+    "Phi-3-mini-4k": (
+        (3072, 8192, 32, 32, 32), {**PHI, "vocab_size": 32064, "sliding_window": 2047}, "phi3", 3_821_079_552,
+    ),
+    "ERNIE-4.5-0.3B": (
+        (1024, 3072, 18, 16, 2), {**ERNIE, "vocab_size": 103424, "tie_word_embeddings": True}, "ernie4_5", 360_748_032,
+    ),
+    "Seed-OSS-36B": ((5120, 27648, 64, 80, 8), {**SEED, "vocab_size": 155136}, "seed_oss", 36_151_104_512),
+}  # fmt: skip
+REFUSED = {
+    "Phi-4-mini": (
+        PHI_4_MINI,
+        {**PHI, "partial_rotary_factor": 0.75, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+        "partial_rotary_factor = 0.75: it must be 1",
+    ),
+    "Phi-3-mini-128k": (PHI_4, {**PHI, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "= 'longrope'"),
+    "Phi-3-mini-128k of old": (PHI_4, {**PHI, "rope_scaling": {"type": "su", "long_factor": [1.0]}}, "= 'su'"),
+    "Granite-code-8B": (PHI_4, {**LLAMA, "attention_bias": True, "mlp_bias": True}, "attention_bias = True"),
+    "a Phi with biases": (PHI_4, {**PHI, "attention_bias": True}, "attention_bias = True"),
+    "a Seed-OSS without": (PHI_4, {**SEED, "attention_bias": False}, "attention_bias = False"),
+    "InternLM3 as transformers saves it": (PHI_4, {**LLAMA, "model_type": "internlm3"}, "model_type = 'internlm3'"),
+    "Gemma-2-9B": (PHI_4, {"architectures": ["Gemma2ForCausalLM"]}, "whose norms add 1 to their weights"),
+    "OLMo-2-7B": (PHI_4, {"architectures": ["Olmo2ForCausalLM"]}, "norms what leaves attention and FFN"),
+    "SmolLM3-3B": (PHI_4, {"architectures": ["SmolLM3ForCausalLM"]}, "layers without RoPE, so that it cannot be"),
+    "Granite-3.3-8B": (PHI_4, {"architectures": ["GraniteForCausalLM"]}, "multiplies embeddings"),
+    "GPT-2": (
+        PHI_4,
+        {"architectures": ["GPT2LMHeadModel"]},
+        "which is not supported; supported: Ernie4_5ForCausalLM, ",
+    ),
+    "Mistral-Small-3.1-24B": (
+        (),
+        {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "mistral"}},
+        "'mistral': save that alone, as docs/families.md shows",
+    ),
+    "Qwen2.5-VL-7B": (
+        (),
+        {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {"model_type": "qwen2_5_vl_text"}},
+        "model_type 'qwen2_5_vl_text', which is not supported; supported: Ernie4_5ForCausalLM, ",
+    ),
+}
+
+
+def folder(tmp_path, sizes, fields):
+    common = {"max_position_embeddings": 4096, "vocab_size": 1000, "torch_dtype": "bfloat16"}
+    config = {**common, **dict(zip(FIELDS, sizes, strict=bool(sizes))), **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_with_all_of_its_parameters(tmp_path, name):
+    sizes, fields, family, parameters = READ[name]
+    arch = read_architecture(folder(tmp_path, sizes, fields))
+    assert arch.family == family and arch.sliding_window == fields.get("sliding_window")
+    assert sum(map(math.prod, family_of(arch).shapes(arch).values())) == parameters
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_for_its_reason(tmp_path, name):
+    sizes, fields, reason = REFUSED[name]
+    with pytest.raises(UserError) as raised:
+        read_architecture(folder(tmp_path, sizes, fields))
+    assert reason in str(raised.value)
+
+
+@pytest.mark.slow
+def test_every_class_that_transformers_has(tmp_path):
+    """With its own defaults: those of the families are read, no other."""
+    read = {each.model_type: each for family in FAMILIES.values() for each in (family.dense, family.moe)}
+    classes = {**MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    assert read.keys() < classes.keys()
+    for model_type, architecture in classes.items():
+        try:
+            config = CONFIG_MAPPING[model_type]().to_dict()
+        except Exception:  # some classes have no defaults
+            continue
+        needed = read[model_type].required if model_type in read else {}
+        fields = {**config, **needed, "architectures": [architecture]}
+        (tmp_path / "config.json").write_text(json.dumps(fields, default=str))
+        if model_type in read:
+            assert read_architecture(tmp_path).num_layers == config["num_hidden_layers"]
+            continue
+        with pytest.raises(UserError) as refused:
+            read_architecture(tmp_path)
+        assert architecture in str(refused.value) and "\n" not in str(refused.value)
