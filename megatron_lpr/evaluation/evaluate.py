@@ -117,14 +117,10 @@ class Evaluation:
 
             texts = from_first_rank(texts)
             model = MegatronModel.of_checkpoint(self.recipe, str(self.folder), self.recipe.parallel)
-            model.collect_routing(1)
-            scores: list[CorpusScore] = []
-            routing: dict[str, list[float]] = {}
-            for text in texts:
-                scores += score(model.nats, [text], report)
-                if shares := model.frozen_shares():
-                    routing[text.corpus.name] = shares[0].tolist()
-        return tuple(scores), routing
+            model.collect_routing(len(texts))
+            scores = score(model.nats, texts, report)
+            shares = model.frozen_shares()  # none of a dense model
+        return scores, {text.corpus.name: of_text.tolist() for text, of_text in zip(texts, shares, strict=False)}
 
 
 def plan_evaluation(model: str | Path, recipe: Recipe | None = None) -> Evaluation:

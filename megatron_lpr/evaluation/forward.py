@@ -1,6 +1,6 @@
-"""What a text costs a model at any layout: forward passes through Megatron's pipeline schedule, and one sum.
+"""What texts cost a model at any layout: forward passes through Megatron's pipeline schedule, and one sum.
 
-Import it after `platform.prepare()`. Shapes: B windows, S positions of this rank.
+Import it after `platform.prepare()`. Shapes: B windows, S positions of this rank, N texts.
 """
 
 import functools
@@ -13,35 +13,35 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_lpr.evaluation.windows import RankShare, Text, Windows, rounds
+from megatron_lpr.evaluation.windows import RankShare, Text, Windows, rounds, windows_in_all
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.platform import device
 
 
 @torch.no_grad()
-def corpus_nats(
+def text_nats(
     chunks: Sequence[Any],
-    text: Text,
+    texts: Sequence[Text],
     *,
     window: int,
     batch: int,
     tagged: bool = False,
     progress: Callable[[int, int], None] = lambda done, windows: None,
-) -> float:
-    """The sum of -ln p over the scored tokens of a text: fp32 losses, summed in fp64. All ranks call it and get it.
+) -> list[float]:
+    """The sum of -ln p over the scored tokens of each text: fp32 losses, summed in fp64. All ranks call it and get it.
 
     Args:
         chunks: this rank's GPTModels, in evaluation mode, without wrappers.
         window: tokens of context at most.
         batch: windows of one forward pass at most.
-        tagged: the tokens are those of language 0 to routers that collect statistics.
+        tagged: routers that collect statistics take each text for a language of its own, in the order of `texts`.
         progress: told (windows done, windows) after each round, on every rank; what it raises on all of them ends it.
     """
-    nats, share = torch.zeros((), dtype=torch.float64, device=device()), share_of_this_rank()
-    for micro_batches, done in rounds(text, window, batch, share):
+    nats_N, share = torch.zeros(len(texts), dtype=torch.float64, device=device()), share_of_this_rank()
+    for micro_batches, done in rounds(texts, window, batch, share):
         tokens_BS = micro_batches[0].tokens_BS
         reported = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward_step, tagged),
+            forward_step_func=functools.partial(_forward_step, len(texts), tagged),
             data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
             model=list(chunks),
             num_microbatches=len(micro_batches),
@@ -51,10 +51,10 @@ def corpus_nats(
         )
         # only the last pipeline stage has losses; its tensor-parallel ranks all have the same
         if reported and parallel_state.get_tensor_model_parallel_rank() == 0:
-            nats += torch.stack(reported).sum()
-        progress(done, text.windows(window))
-    dist.all_reduce(nats)
-    return float(nats)
+            nats_N += torch.stack(reported).sum(0)
+        progress(done, windows_in_all(texts, window))
+    dist.all_reduce(nats_N)
+    return nats_N.tolist()
 
 
 def share_of_this_rank() -> RankShare:
@@ -72,19 +72,19 @@ def share_of_this_rank() -> RankShare:
     )
 
 
-def _forward_step(tagged: bool, batches: Iterator[Windows], model: torch.nn.Module):
+def _forward_step(texts: int, tagged: bool, batches: Iterator[Windows], model: torch.nn.Module):
     windows = next(batches)
-    tags_BS = windows.is_text_BS.long().to(device()) if tagged else None
+    tags_BS = windows.tags_BS.to(device()) if tagged else None
     losses_BS = model(
         input_ids=windows.tokens_BS.to(device()),
         position_ids=None,  # rotary embeddings count for themselves
         labels=windows.labels_BS.to(device()),
         **passengers(tags_BS),
     )
-    return losses_BS, functools.partial(_nats, windows.scored_BS.to(device()))
+    return losses_BS, functools.partial(_nats, windows, texts)
 
 
-def _nats(scored_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(no loss, no tokens, nats to report), in the form that Megatron's schedules take."""
+def _nats(windows: Windows, texts: int, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(no loss, no tokens, nats [N] to report), in the form that Megatron's schedules take."""
     zero = torch.zeros((), device=losses_BS.device)
-    return zero, zero.int(), torch.where(scored_BS, losses_BS.double(), 0.0).sum()
+    return zero, zero.int(), windows.nats(losses_BS, texts)

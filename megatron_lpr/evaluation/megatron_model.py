@@ -4,7 +4,7 @@ Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabu
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lpr.checkpoint.own_recipe import with_experts_of
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
-from megatron_lpr.evaluation.forward import corpus_nats
+from megatron_lpr.evaluation.forward import text_nats
 from megatron_lpr.evaluation.windows import Text
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import with_layers_kept_dense
@@ -71,14 +71,16 @@ class MegatronModel:
         assert self.recipe.parallel.pipeline == 1
         return self.chunks[0]
 
-    def nats(self, text: Text, progress: Callable[[int, int], None] = lambda done, windows: None) -> float:
-        """The sum of -ln p over the scored tokens of a text; all ranks call it and get it.
+    def nats(
+        self, texts: Sequence[Text], progress: Callable[[int, int], None] = lambda done, windows: None
+    ) -> list[float]:
+        """The sum of -ln p over the scored tokens of each text; all ranks call it and get it.
 
-        Where routing is collected, all tokens of the text count as language 0.
+        Where routing is collected, each text is a language of its own.
         """
         settings = self.recipe.evaluation
-        return corpus_nats(
-            self.chunks, text, window=settings.window, batch=settings.batch, tagged=True, progress=progress
+        return text_nats(
+            self.chunks, texts, window=settings.window, batch=settings.batch, tagged=True, progress=progress
         )
 
     @torch.no_grad()

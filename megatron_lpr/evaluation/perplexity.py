@@ -10,18 +10,18 @@ the stream so that the very first token has something to be predicted from, and 
 
 pays for every byte once, and two models with different tokenizers divide by the same number.
 
-B: windows of one forward pass, S: tokens of a window, V: vocabulary.
+B: windows of one forward pass, S: tokens of a window, N: texts.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.evaluation.windows import Text
+from megatron_lpr.evaluation.windows import RankShare, Text, rounds, windows_in_all
 from megatron_lpr.recipe.fields import required
 
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,34 +40,31 @@ class CorpusScore:
     bytes: int = required("of the text, in UTF-8", at_least=1)
 
 
-NatsFn = Callable[[Text, Callable[[int, int], None]], float]
-"""(text, progress) -> the sum of -ln p over its scored tokens; `progress` is told (windows done, windows)."""
+NatsFn = Callable[[Sequence[Text], Callable[[int, int], None]], list[float]]
+"""(texts, progress) -> of each the sum of -ln p over its scored tokens; `progress` is told (windows done, windows)."""
 
 
 def scored_by(nll_fn: NllFn, *, window: int, batch: int) -> NatsFn:
-    """A model in this process as what scores a text.
+    """A model in this process as what scores texts.
 
     Args:
-        nll_fn: the model. Every call has S = `window` and at most `batch` rows, but for the last one, which is a
-            shorter window where the stream ends: nothing is padded.
+        nll_fn: the model, which is causal: what fills up a shorter window lies behind its text.
         window: tokens of context at most, S.
-        batch: windows of one forward pass, B.
+        batch: windows of one forward pass at most, B.
     """
 
-    def nats_of(text: Text, progress: Callable[[int, int], None]) -> float:
-        done, nats = 0, 0.0
-        for tokens_BS, labels_BS, scored_BS in _batches(text.stream, text.scored, window, batch):
-            nll_BS = nll_fn(tokens_BS, labels_BS)
-            nats += nll_BS.double().cpu()[scored_BS].sum().item()
-            done += len(tokens_BS)
-            progress(done, text.windows(window))
-        return nats
+    def nats_of(texts: Sequence[Text], progress: Callable[[int, int], None]) -> list[float]:
+        nats_N = torch.zeros(len(texts), dtype=torch.float64)
+        for (windows,), done in rounds(texts, window, batch, RankShare()):
+            nats_N += windows.nats(nll_fn(windows.tokens_BS, windows.labels_BS), len(texts)).cpu()
+            progress(done, windows_in_all(texts, window))
+        return nats_N.tolist()
 
     return nats_of
 
 
 def score(
-    nats_of: NatsFn, texts: Iterable[Text], report: Callable[[str], object] = lambda line: None
+    nats_of: NatsFn, texts: Sequence[Text], report: Callable[[str], object] = lambda line: None
 ) -> tuple[CorpusScore, ...]:
     """Bits per byte of every text, under the definition above; `report` gets lines of progress.
 
@@ -75,12 +72,13 @@ def score(
         UserError: a loss that is not finite.
     """
     scores = []
-    for text in texts:
+    for text, nats in zip(texts, nats_of(texts, _Ticker(report)), strict=True):
         corpus = text.corpus
         title = f"evaluate {corpus.name} ({corpus.language})"
-        nats = nats_of(text, _Ticker(title, report))
         if not math.isfinite(nats):
-            raise UserError(f"the model's losses on held-out text are not finite ({nats}): its weights are damaged")
+            raise UserError(
+                f"the model's losses on held-out text are not finite ({nats} on {corpus.name}): its weights are damaged"
+            )
         scores.append(
             CorpusScore(
                 name=corpus.name,
@@ -97,29 +95,14 @@ def score(
 
 
 class _Ticker:
-    """A progress line every ten seconds: a corpus takes a second on a GPU and minutes on a CPU."""
+    """A progress line every ten seconds: text takes seconds on a GPU and minutes on a CPU."""
 
-    def __init__(self, title: str, report: Callable[[str], object], every_seconds: float = 10.0):
-        self._title, self._report, self._every = title, report, every_seconds
+    def __init__(self, report: Callable[[str], object], every_seconds: float = 10.0):
+        self._report, self._every = report, every_seconds
         self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if done < total and now - self._last >= self._every:
             self._last = now
-            self._report(f"{self._title}  {100 * done // total:3d}%")
-
-
-def _batches(
-    stream: torch.Tensor, scored: torch.Tensor, window: int, batch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokens, labels and which labels are scored [B, S], of the positions of `stream` that have a label."""
-    columns = stream[:-1], stream[1:], scored[1:]
-    full = (len(stream) - 1) // window
-    for first in range(0, full * window, batch * window):
-        last = min(first + batch * window, full * window)
-        tokens_BS, labels_BS, scored_BS = (column[first:last].view(-1, window) for column in columns)
-        yield tokens_BS, labels_BS, scored_BS
-    if full * window < len(stream) - 1:
-        tokens_BS, labels_BS, scored_BS = (column[None, full * window :] for column in columns)
-        yield tokens_BS, labels_BS, scored_BS
+            self._report(f"evaluate  {100 * done // total:3d}% of the text")

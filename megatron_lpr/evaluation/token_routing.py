@@ -179,7 +179,7 @@ def _routed(model: Any, text: Text) -> tuple[np.ndarray, np.ndarray]:
         for router in routers(*model.chunks)
     ]
     try:
-        model.nats(text)
+        model.nats([text])
     finally:
         for handle in handles:
             handle.remove()

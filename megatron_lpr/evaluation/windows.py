@@ -1,11 +1,12 @@
-"""A held-out corpus as tokens, and the share of its windows that each rank computes.
+"""Held-out corpora as tokens, and the share of their windows that each rank computes.
 
-The stream of a corpus (perplexity.py) is cut into windows that do not overlap. Data-parallel ranks divide the windows,
-not the documents: every window is the same work, and no rank waits for one that has the longer texts. All ranks make
-the same number of forward passes of one shape, as experts, pipelines and sequences that are spread over them ask for.
-What fills the last ones up is padding: behind the text, where no token sees it, not scored and not counted by routers.
+The stream of a corpus (perplexity.py) is cut into windows that do not overlap. The windows of all corpora are one
+queue, the longest first: a forward pass takes the next ones, whatever texts they are of, and the short ones at the ends
+of texts come together. Data-parallel ranks divide the windows of a round of passes, which have one shape on all ranks,
+as experts, pipelines and sequences that are spread over ranks ask for; no rank waits for one that has the longer texts.
+What fills windows up is padding: behind the text, where no token sees it, not scored and not counted by routers.
 
-B: windows of one forward pass, S: positions of a window, T: tokens of a stream.
+B: windows of one forward pass, S: positions of a window, T: tokens of a stream, N: texts, W: windows of all of them.
 """
 
 import math
@@ -24,6 +25,9 @@ from megatron_lpr.recipe.text_settings import EvaluationCorpus
 
 # One call of the tokenizer: its encodings take a hundred times the memory of the text.
 _BATCH_DOCUMENTS = 256
+
+# Rows of a pass are for windows that are at least so long as this share of its longest; shorter ones wait for the next.
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ def tokenized(
     """The text of a corpus, cut after `max_bytes` to a whole character.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the tokenizer makes nothing of it.
     """
     documents = _cut(documents, max_bytes)
     scored_bytes = sum(len(document.encode("utf-8")) for document in documents)
@@ -56,12 +60,17 @@ def tokenized(
             f"{'raise that, or name' if cut else 'name'} other files"
         )
     stream, scored = _stream(tokenizer, documents)
+    if not scored.any():
+        raise UserError(
+            f"evaluation corpus {corpus.name}: no text to score, the tokenizer makes no token of its {scored_bytes} "
+            "bytes; name other files, or leave it out"
+        )
     return Text(corpus=corpus, stream=stream, scored=scored, bytes=scored_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Which part of a corpus a rank computes: of the windows by its data-parallel rank, of each by its context rank.
+    """Which part of the text a rank computes: of the windows by its data-parallel rank, of each by its context rank.
 
     pipeline: stages, which are busy at once where there are several micro-batches.
     multiple: what the positions of a window must be a multiple of.
@@ -83,42 +92,77 @@ class Windows:
     labels_BS: Tensor
     scored_BS: Tensor
     is_text_BS: Tensor
+    text_B: Tensor  # the number of the text that a window is of
+
+    @property
+    def tags_BS(self) -> Tensor:
+        """The tags by which routers count each text as a language of its own, and padding as none."""
+        return (self.text_B + 1)[:, None] * self.is_text_BS
+
+    def nats(self, losses_BS: Tensor, texts: int) -> Tensor:
+        """The sum of the losses of the scored tokens of each text [N], in fp64.
+
+        A loss that is not finite stays with its text, and the order of additions is the same each time.
+        """
+        scored_BS, text_B = self.scored_BS.to(losses_BS.device), self.text_B.to(losses_BS.device)
+        nats_B = torch.where(scored_BS, losses_BS.double(), 0.0).sum(1)
+        is_of_NB = text_B == torch.arange(texts, device=text_B.device)[:, None]
+        return torch.where(is_of_NB, nats_B, 0.0).sum(1)
 
 
-def rounds(text: Text, window: int, batch: int, share: RankShare) -> Iterator[tuple[list[Windows], int]]:
+def windows_in_all(texts: Sequence[Text], window: int) -> int:
+    """How many `rounds` have."""
+    return sum(text.windows(window) for text in texts)
+
+
+def rounds(texts: Sequence[Text], window: int, batch: int, share: RankShare) -> Iterator[tuple[list[Windows], int]]:
     """The micro-batches of each round of forward passes, as many of one shape on every rank, and how many of all
-    windows of the corpus are done with them."""
-    number, ranks = text.windows(window), share.data_size
-    micro_batches = 1
-    if share.pipeline > 1:  # a multiple, for interleaved stages; more of them leave the stages less time to wait
-        micro_batches = share.pipeline * min(4, math.ceil(number / (ranks * share.pipeline)))
-    in_all = math.ceil(number / (micro_batches * ranks * batch))
-    rows = math.ceil(number / (micro_batches * ranks * in_all))
-    for index in range(in_all):
-        numbers = range(index * micro_batches, (index + 1) * micro_batches)
-        firsts = [(n * ranks + share.data_rank) * rows for n in numbers]
-        done = min(numbers.stop * ranks * rows, number)
-        yield [_windows(text, window, first, rows, share) for first in firsts], done
+    windows are done with them."""
+    places, ranks, done = _places(texts, window), share.data_size, 0
+    ascending_W = -places[:, 2]
+    while done < len(places):
+        alike = int(np.searchsorted(ascending_W, _ALIKE * ascending_W[done], side="right")) - done
+        micro_batches = 1
+        if share.pipeline > 1:  # a multiple, for interleaved stages; more of them leave the stages less time to wait
+            micro_batches = share.pipeline * min(4, math.ceil(alike / (ranks * share.pipeline)))
+        rows = min(batch, math.ceil(alike / (micro_batches * ranks)))
+        length = math.ceil(places[done, 2] / share.multiple) * share.multiple
+        firsts = [done + (n * ranks + share.data_rank) * rows for n in range(micro_batches)]
+        done = min(done + micro_batches * ranks * rows, len(places))
+        yield [_windows(texts, places[first : first + rows], (rows, length), share) for first in firsts], done
 
 
-def _windows(text: Text, window: int, first: int, rows: int, share: RankShare) -> Windows:
-    begin, positions = first * window, len(text.stream) - 1
-    width = min(window, positions)
-    length = math.ceil(width / share.multiple) * share.multiple
+def _places(texts: Sequence[Text], window: int) -> np.ndarray:
+    """(text, first position, length) of every window [W, 3]: the longest first, those of one length in the order of
+    the texts. Numbers, for there may be millions."""
+    places = []
+    for number, text in enumerate(texts):
+        positions = len(text.stream) - 1
+        first_W = np.arange(0, positions, window)
+        places.append(np.stack([np.full_like(first_W, number), first_W, np.minimum(positions - first_W, window)], 1))
+    places_W3 = np.concatenate(places)
+    return places_W3[np.argsort(-places_W3[:, 2], kind="stable")]
 
-    end = min(begin + rows * width, positions)
 
-    def laid_out(values: Tensor) -> Tensor:
-        padded = torch.zeros(rows * width, dtype=values.dtype)
-        padded[: len(values)] = values
-        whole_BS = torch.nn.functional.pad(padded.view(rows, width), (0, length - width))
-        return torch.from_numpy(rank_positions(whole_BS.numpy(), share.context_rank, share.context_size))
-
+def _windows(texts: Sequence[Text], places: np.ndarray, shape_BS: tuple[int, int], share: RankShare) -> Windows:
+    """Those at `places`, of which a rank may have fewer than B, or none."""
+    tokens_BS, labels_BS = np.zeros((2, *shape_BS), np.int64)
+    scored_BS, is_text_BS = np.zeros((2, *shape_BS), np.bool_)
+    text_B = np.zeros(shape_BS[0], np.int64)
+    for row, (number, first, length) in enumerate(places):
+        text, end = texts[number], first + length
+        tokens_BS[row, :length] = text.stream[first:end]
+        labels_BS[row, :length] = text.stream[first + 1 : end + 1]
+        scored_BS[row, :length] = text.scored[first + 1 : end + 1]
+        is_text_BS[row, :length] = True
+        text_B[row] = number
+    columns = {"tokens_BS": tokens_BS, "labels_BS": labels_BS, "scored_BS": scored_BS, "is_text_BS": is_text_BS}
     return Windows(
-        tokens_BS=laid_out(text.stream[begin:end]),
-        labels_BS=laid_out(text.stream[begin + 1 : end + 1]),
-        scored_BS=laid_out(text.scored[begin + 1 : end + 1]),
-        is_text_BS=laid_out(torch.ones(max(end - begin, 0), dtype=torch.bool)),
+        text_B=torch.from_numpy(text_B),
+        **{
+            name: torch.from_numpy(rank_positions(column_BS, share.context_rank, share.context_size))
+            for name, column_BS in columns.items()
+        },
     )
 
 

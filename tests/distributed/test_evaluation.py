@@ -1,4 +1,4 @@
-"""The same bits per byte and routing at every layout as in one process, on text whose last window is cut short."""
+"""The same bits per byte and routing at every layout as in one process, on texts whose last windows are cut short."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 
 def recipe_of(source, files, parallel):
-    """Its corpora are long enough for several rounds, and so short that most ranks have nothing but padding."""
+    """Its corpora are long enough for several rounds, whose last one leaves ranks with nothing but padding."""
     corpora = tuple(
         EvaluationCorpus(name=name, files=(str(file),), language=name, role="original") for name, file in files.items()
     )
@@ -51,8 +51,10 @@ def results(on_ranks, tmp_path_factory):
     with megatron():
         source = write_source(base, root / "run")
         leave_layout()
-    files = {"qaa": write_toy_text(root / "qaa.jsonl", "qaa", documents=3), "qab": root / "qab.jsonl"}
-    files["qab"].write_text(json.dumps({"text": "one window"}))
+    files = {"qaa": write_toy_text(root / "qaa.jsonl", "qaa", documents=3)}
+    for name, text in {"qab": "one window", "qac": "a", "qad": "more than a window, and so a pass or two"}.items():
+        files[name] = root / f"{name}.jsonl"
+        files[name].write_text(json.dumps({"text": text}))
     return evaluated(source, files, {}), functools.partial(on_ranks, evaluated, 2, source, files)
 
 
@@ -63,6 +65,6 @@ def test_as_one_process(results, name):
     assert found == other
     for got, whole in zip(found.corpora, expected.corpora, strict=True):
         assert got == dataclasses.replace(whole, bits_per_byte=pytest.approx(whole.bits_per_byte, rel=1e-6))
-    assert found.routing.keys() == expected.routing.keys() == {"qaa", "qab"}
+    assert found.routing.keys() == expected.routing.keys() == {"qaa", "qab", "qac", "qad"}
     for corpus, shares in expected.routing.items():
         assert found.routing[corpus] == pytest.approx(shares, rel=1e-6) and len(shares) == 4

@@ -120,7 +120,7 @@ def test_linear_layers_are_in_fp8_and_nothing_else_is(make):
 
 
 def test_held_out_text_is_scored_in_bfloat16_and_leaves_no_trace(make, base):
-    from megatron_lpr.evaluation.forward import corpus_nats
+    from megatron_lpr.evaluation.forward import text_nats
     from megatron_lpr.training.hooks.validation import evaluating
 
     text = tokenized(load_tokenizer(str(base)), CORPUS, ["a text that is longer than sixteen tokens"])
@@ -131,7 +131,7 @@ def test_held_out_text_is_scored_in_bfloat16_and_leaves_no_trace(make, base):
         for _ in range(2):
             if is_validated:
                 with evaluating(trainer.chunks) as chunks:
-                    nats.setdefault(recipe, corpus_nats(chunks, text, **EVALUATION))  # before the first step
+                    nats.setdefault(recipe, text_nats(chunks, [text], **EVALUATION))  # before the first step
                 assert not in_fp8(trainer)
             steps[is_validated].append(numbers(trainer.train_step()))
             assert bool(in_fp8(trainer)) == (recipe != "none")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_lpr.errors import warn
-from megatron_lpr.evaluation.forward import corpus_nats
+from megatron_lpr.evaluation.forward import text_nats
 from megatron_lpr.evaluation.perplexity import score
 from megatron_lpr.evaluation.retention import bits_per_language, kept
 from megatron_lpr.model.frozen_path import frozen_experts_alone
@@ -72,10 +72,10 @@ class Validation(Hook):
             if may_stop and trainer.votes.count_now("stop"):
                 raise _AskedToStop
 
-        watched_nats = functools.partial(corpus_nats, window=settings.window, batch=settings.batch, progress=watched)
+        watched_nats = functools.partial(text_nats, window=settings.window, batch=settings.batch, progress=watched)
         expect_no_step(trainer, what)
         with evaluating(trainer.chunks) as chunks:
-            return score(lambda text, progress: watched_nats(chunks, text), self._texts)
+            return score(lambda texts, progress: watched_nats(chunks, texts), self._texts)
 
 
 class _AskedToStop(Exception):

@@ -33,7 +33,7 @@ def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
         slots.clear()
         settings = EvaluationConfig(window=window, batch=batch)
         model.recipe = dataclasses.replace(model.recipe, evaluation=settings)
-        nats = model.nats(text)
+        (nats,) = model.nats([text])
         counted = [router.stats.sums_LC[0, TOKENS].item() for router in routers(model.module)]
         return nats, counted, model.frozen_shares()[0].tolist()
 
@@ -43,3 +43,27 @@ def test_routing_statistics_are_those_of_the_text_alone(megatron, toy_base):
     assert score(64) == (pytest.approx(nats), counted, pytest.approx(shares))
     for window in (7, 17):
         assert score(window, batch=2)[1] == counted == [18, 18]
+
+
+def test_texts_that_share_passes_cost_and_route_as_they_do_alone(megatron, toy_base):
+    from megatron_lpr.evaluation.megatron_model import MegatronModel
+
+    tree = {"name": "x", "output": "none", "model": {"base": str(toy_base), "num_experts": 3, "topk": 1}}
+    model = MegatronModel(from_tree(Recipe, tree, where="test"), upcycle_base)
+    scramble(model.module)
+    tokenizer = load_tokenizer(str(toy_base))
+    corpus = EvaluationCorpus(name="x", files=("x",), language="qaa", role="expanded")
+    texts = [tokenized(tokenizer, corpus, [words]) for words in ("a", "several windows of 8", "zzzzzzz", "short")]
+
+    def found(texts, batch):
+        model.recipe = dataclasses.replace(model.recipe, evaluation=EvaluationConfig(window=8, batch=batch))
+        model.collect_routing(len(texts))
+        nats = model.nats(texts)
+        return nats, [shares.tolist() for shares in model.frozen_shares()]
+
+    alone = [found([text], 1) for text in texts]
+    assert len({str(shares) for _, shares in alone}) == len(texts)
+    for batch in (1, 3, 100):
+        nats, shares = found(texts, batch)
+        assert nats == [pytest.approx(one, rel=1e-6) for (one,), _ in alone]
+        assert shares == [pytest.approx(one, rel=1e-12) for _, (one,) in alone]

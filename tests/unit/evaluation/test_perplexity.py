@@ -83,14 +83,17 @@ def test_model_sees_contiguous_full_windows():
 
     ticks = []
     text = tokenized(Letters(), CORPUS, ["abc", "d"])
-    scored_by(nll_fn, window=2, batch=2)(text, lambda *tick: ticks.append(tick))
+    scored_by(nll_fn, window=2, batch=2)([text], lambda *tick: ticks.append(tick))
     e, a, b, c, d = 256, *b"abcd"
     assert calls == [([[e, a], [b, c]], [[a, b], [c, e]]), ([[e, d]], [[d, e]])]
     assert ticks == [(2, 3), (3, 3)]
     calls.clear()
     bits_per_byte(nll_fn, Letters(), ["abcd"], window=3, batch=2)
-    # Nothing is padded: a router would take it for text.
     assert calls == [([[e, a, b]], [[a, b, c]]), ([[c, d]], [[d, e]])]
+    calls.clear()
+    bits_per_byte(nll_fn, Letters(), ["abcdab"], window=4, batch=2)
+    # What the shorter window is filled up with is behind it.
+    assert calls == [([[e, a, b, c], [d, a, b, 0]], [[a, b, c, d], [a, b, e, 0]])]
 
 
 def test_documents_open_with_the_tokenizer_s_bos():
@@ -111,7 +114,7 @@ def test_documents_open_with_the_tokenizer_s_bos():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_losses_that_are_not_finite_are_refused(loss):
-    with pytest.raises(UserError, match="losses on held-out text are not finite"):
+    with pytest.raises(UserError, match=rf"losses on held-out text are not finite \({loss} on x\)"):
         bits_per_byte(lambda tokens, labels: torch.full(labels.shape, loss), Letters(), ["a"], window=4, batch=1)
 
 
@@ -157,6 +160,53 @@ def test_scores_of_corpora():
         "evaluate help (hu)  3.000 bits per byte  5 tokens  5 bytes",
         "evaluate two (hu)  3.000 bits per byte  2 tokens  2 bytes",
     ]
+
+
+def test_texts_that_share_passes_cost_what_they_cost_alone():
+    """Short and long ones, one of a single token, and two of one name; a token costs its place in the window."""
+    documents = {"long": ["abcdefg", "hi"], "one": ["a"], "same": ["abc"], "words": ["abcde", "f", "ghijk"]}
+    texts = [
+        tokenized(Letters(), dataclasses.replace(CORPUS, name=name), words)
+        for name, words in [*documents.items(), ("same", ["xyzxyzxyz"])]
+    ]
+    calls = []
+
+    def nll_fn(tokens_BS, labels_BS):
+        calls.append(len(tokens_BS))
+        return 0.1 * labels_BS + (0.3 * tokens_BS).cumsum(1)
+
+    def found(texts, batch):
+        calls.clear()
+        return score(scored_by(nll_fn, window=4, batch=batch), texts), list(calls)
+
+    alone = [found([text], 1)[0][0] for text in texts]
+    assert len({one.bits_per_byte for one in alone}) == len(texts)
+    for batch, passes in ((1, [1] * 12), (5, [5, 4, 3]), (100, [9, 3])):
+        together, sizes = found(texts, batch)
+        assert sizes == passes and [one.name for one in together] == [one.name for one in alone]
+        for one, other in zip(together, alone, strict=True):
+            assert one == dataclasses.replace(other, bits_per_byte=pytest.approx(other.bits_per_byte, rel=1e-6))
+
+
+def test_losses_of_one_text_that_are_not_finite_name_it_after_those_that_are():
+    texts = [tokenized(Letters(), dataclasses.replace(CORPUS, name=w), [w]) for w in ("abc", "dzd", "efg")]
+    lines = []
+    with pytest.raises(UserError, match=r"not finite \(nan on dzd\)"):
+        score(
+            scored_by(lambda tokens, labels: torch.where(labels == ord("z"), math.nan, 1.0), window=8, batch=8),
+            texts,
+            lines.append,
+        )
+    assert [line.split()[1] for line in lines] == ["abc"]
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing():
+    class Deaf(Letters):
+        def encode(self, text):
+            return []
+
+    with pytest.raises(UserError, match="no text to score, the tokenizer makes no token of its 3 bytes"):
+        tokenized(Deaf(), CORPUS, ["a", "bc"])
 
 
 def test_a_corpus_without_characters():
