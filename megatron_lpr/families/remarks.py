@@ -30,6 +30,12 @@ def new_bytes(arch: Architecture, num_experts: int, num_frozen: int, dtype: str)
 def remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str, num_experts: int) -> Iterator[str]:
     """Of a model with `num_experts` experts (0: dense) that is written in `dtype`, with the tokenizer of `hf_dir`."""
     yield from base_remarks(arch, hf_dir, dtype=dtype)
+    moe = family_of(arch).moe.architecture
+    if num_experts and moe == "Qwen2MoeForCausalLM" and arch.num_attention_heads * arch.head_dim != arch.hidden_size:
+        yield (
+            f"heads of {arch.head_dim} are not hidden_size / num_attention_heads: vLLM (0.32) reads no head_dim of a "
+            f"{moe} and would compute something else; serve the export with transformers"
+        )
     for name, size in (("expert width", arch.ffn_hidden_size), ("hidden size", arch.hidden_size)):
         row_bytes = size * torch_dtype(dtype).itemsize
         if num_experts and row_bytes % _ROW_BYTES:

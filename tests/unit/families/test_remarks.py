@@ -71,3 +71,12 @@ def test_a_dtype_that_rounds_is_told_and_one_that_does_not_is_exact(tmp_path, ca
     assert (capsys.readouterr().err == "") == exact
     before, after = (load_file(path / "model.safetensors")[name] for path in (folder, out))
     assert torch.equal(before.double(), after.double()) == exact
+
+
+def test_heads_that_vllm_does_not_read(tmp_path):
+    """Only a Qwen2-MoE's, and only where they are not what vLLM takes them for."""
+    for name, head_dim, warned in (("qwen2", 16, True), ("qwen2", 8, False), ("qwen3", 16, False)):
+        fields = {"architectures": [f"{name.title()}ForCausalLM"], "model_type": name, "head_dim": head_dim}
+        base = write_toy_model(tmp_path / f"{name}_{head_dim}", **fields)
+        assert any("vLLM" in sentence for sentence in told(base, "float32")) == warned
+        assert told(base, "float32", num_experts=0) == []
