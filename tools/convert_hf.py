@@ -51,6 +51,10 @@ def add_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", metavar="N", type=int, default=1, help=f"{name}-parallel size {SAYS}")
 
 
+def add_for_llama_cpp(parser: argparse.ArgumentParser) -> None:
+    _add_folders(parser, EXPORT="Qwen2-MoE export", OUT="folder to write; must not exist, or be empty")
+
+
 def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
     for folder, what in folders.items():
         parser.add_argument(folder.lower(), metavar=folder, help=what)
@@ -108,6 +112,13 @@ def hf_to_hf(options: argparse.Namespace) -> None:
         dry_run=options.dry_run,
     )
     print(f"{'would write' if options.dry_run else 'wrote'} {options.out}")
+
+
+def for_llama_cpp(options: argparse.Namespace) -> None:
+    from megatron_lpr.conversion.export.for_llama_cpp import write_for_llama_cpp
+
+    out = write_for_llama_cpp(options.export, options.out, dry_run=options.dry_run)
+    print(f"{'would write' if options.dry_run else 'wrote'} {out}: give it to convert_hf_to_gguf.py")
 
 
 def hf_to_megatron(options: argparse.Namespace) -> None:
@@ -180,6 +191,12 @@ DOORS = (
         about="HF model -> HF model with experts, without Megatron",
         add_arguments=add_hf_to_hf,
         run=hf_to_hf,
+    ),
+    Command(
+        name="for-llama-cpp",
+        about="Qwen2-MoE export -> folder that llama.cpp's converter reads",
+        add_arguments=add_for_llama_cpp,
+        run=for_llama_cpp,
     ),
 )
 GONE = {

@@ -30,10 +30,12 @@ def new_bytes(arch: Architecture, num_experts: int, num_frozen: int, dtype: str)
 def remarks(arch: Architecture, hf_dir: str | Path, *, dtype: str, num_experts: int) -> Iterator[str]:
     """Of a model with `num_experts` experts (0: dense) that is written in `dtype`, with the tokenizer of `hf_dir`."""
     yield from base_remarks(arch, hf_dir, dtype=dtype)
-    if num_experts and not family_of(arch).moe.any_head_dim and arch.shape("Q") != (arch.hidden_size,):
+    moe = family_of(arch).moe
+    if num_experts and not moe.any_head_dim and arch.shape("Q") != (arch.hidden_size,):
         yield (
             f"{arch.num_attention_heads} heads of {arch.head_dim} do not make up the hidden size, {arch.hidden_size}: "
-            f"transformers 4 cannot load such a {family_of(arch).moe.architecture}; transformers 5 can"
+            f"transformers 4 cannot load such a {moe.architecture}, and vLLM (0.32) would compute something else; "
+            "transformers 5 can"
         )
     for name, size in (("expert width", arch.ffn_hidden_size), ("hidden size", arch.hidden_size)):
         row_bytes = size * torch_dtype(dtype).itemsize

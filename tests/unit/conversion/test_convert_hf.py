@@ -55,6 +55,18 @@ def test_doors_that_are_gone(convert_hf, capsys, word, now):
     assert error.startswith(f"convert_hf.py: error: no command '{word}'; that is now ") and now in error
 
 
+def test_an_export_for_llama_cpp(convert_hf, llama, tmp_path, capsys):
+    """A Qwen2-MoE export becomes a folder; of any other the message says that it needs none."""
+    base, export, out = (str(tmp_path / name) for name in ("base", "export", "out"))
+    write_toy_model(base, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+    assert convert_hf(["hf-to-hf", base, export, "--num-experts", "3"]) == 0
+    assert convert_hf(["for-llama-cpp", export, out, "--dry-run"]) == 0 and not Path(out).exists()
+    assert convert_hf(["for-llama-cpp", export, out]) == 0
+    assert f"wrote {out}: give it to convert_hf_to_gguf.py" in capsys.readouterr().out
+    assert convert_hf(["for-llama-cpp", str(llama), str(tmp_path / "other")]) == 2
+    assert "is no Qwen2MoeForCausalLM" in capsys.readouterr().err
+
+
 def test_options_of_experts_on_a_dense_import(convert_hf, toy_base, tmp_path, capsys):
     base, out = str(toy_base), str(tmp_path / "out")
     for option in ("--num-frozen", "--router-std", "--seed", "--topk"):
