@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` each do their own set-up in $(VENV); a second run starts at once.
 #
-#   PYTHON           interpreter of the virtual environment, 3.11 or newer
+#   PYTHON           interpreter of the virtual environment, 3.11 to 3.13
 #   TORCH            what pip installs first on a machine without an NVIDIA GPU; where your package index offers a
 #                    CPU-only build under another name or version, name it here, or point pip at it (PIP_FIND_LINKS)
 #   MEGATRON         version of megatron-core, as 0.19.2; without it what pip chooses for this Python: 0.16.1 for 3.11.
@@ -97,8 +97,8 @@ fuzz:
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "megatron-lpr needs Python 3.11 or newer; name one with: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	    { echo "megatron-lpr needs Python 3.11, 3.12 or 3.13; name one with: make PYTHON=python3.12" >&2; exit 1; }
 	@set -- $${CXX:-c++}; command -v "$$1" >/dev/null || \
 	    { echo "megatron-lpr needs a C++17 compiler; install one (as g++), or name it in CXX" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """Whether an output folder can be written, asked before the work is done that it is for."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -91,7 +92,8 @@ def resolved(path: str | Path) -> Path:
     """The folder that a path means, through links, there or not. UserError where it can mean none."""
     try:
         folder = Path(path).resolve()
-        folder.exists()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()  # `exists` and `resolve` hide, from some version of Python on, what is wrong with a path
     except (OSError, RuntimeError) as error:  # too long a name; a link to itself
         raise UserError(f"'{path}' is no path of a folder: {getattr(error, 'strerror', None) or error}") from error
     return folder

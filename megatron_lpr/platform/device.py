@@ -14,9 +14,9 @@ from megatron_lpr.platform import shims
 from megatron_lpr.platform.transformer_engine import hide_kernels, kernels_run_here
 
 # What no user of this package can act on: optional packages that are missing, names of torch and of its own that
-# Megatron uses and that are deprecated, a subclass of MoELayer (logged as "Unknown MLP type"), and outputs of sharded
-# modules that are views, which Megatron does not write to.
-MEGATRON_NOISE = (
+# Megatron uses and that are deprecated, parts of it that nothing here uses and that are experimental, how it calls
+# torch's checkpointing, and outputs of sharded modules that are views, which Megatron does not write to.
+WARNED_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
     "full scope is deprecated",
@@ -25,7 +25,18 @@ MEGATRON_NOISE = (
     "`torch.distributed.[a-z_]+` is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
     "FSDP2-wrapped module .* returned a view tensor",
+    "MimoModelConfig is experimental",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "The argument order of [a-z]+ has been changed",
 )
+# The same of what is logged: a subclass of MoELayer, the model that Megatron 0.19 would have renamed, a layout of
+# gradients that it then finds by itself, and CUDA's compiler on a machine without a GPU.
+LOGGED_NOISE = {
+    "megatron.core.transformer.transformer_layer": "Unknown MLP type",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
 
 
 @functools.cache
@@ -53,9 +64,7 @@ def prepare() -> None:
         _refuse_wrong_apex()
     else:
         hide_kernels()
-    for message in MEGATRON_NOISE:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    _leave_out_noise()
     on_cpu = device().type == "cpu"
     if on_cpu:
         shims.stand_in_for_cuda()
@@ -70,6 +79,17 @@ def prepare() -> None:
             "reinstall it with its core library, or uninstall it"
         ) from None
     shims.mend_megatron(on_cpu)
+
+
+def _leave_out_noise() -> None:
+    for message in WARNED_NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    for logger in LOGGED_NOISE:
+        logging.getLogger(logger).addFilter(_is_no_noise)
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOGGED_NOISE[record.name])
 
 
 def _refuse_wrong_apex() -> None:

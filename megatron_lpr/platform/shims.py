@@ -165,6 +165,7 @@ def mend_megatron(on_cpu: bool) -> None:
         # 0.16.1 without Transformer Engine: NameError in every router forward (fixed in 0.19.2)
         moe_utils.te_general_gemm = None
     _load_objects_without_running_them()
+    _describe_tensors_without_strides()
     _clip_gradients_in_place()
     if on_cpu:
         # bound at import from torch.cuda, which has no generator here
@@ -215,3 +216,23 @@ def _load_objects_without_running_them() -> None:
 
     _replace(load_checked_bytes, checks_first=True)
     _replace(DefaultLoadPlanner, load_bytes=load_checked_bytes)
+
+
+def _describe_tensors_without_strides() -> None:
+    """torch 2.15 knows a stored tensor's strides, which Megatron-Core (to 0.19.2) hands to torch.empty: a TypeError."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from torch.distributed.checkpoint import FileSystemReader
+
+    load_tensors_metadata = TorchDistLoadShardedStrategy.load_tensors_metadata
+    if getattr(load_tensors_metadata, "without_strides", False):
+        return  # installed already
+
+    def load_without_strides(self, checkpoint_dir, metadata=None):
+        metadata = metadata or FileSystemReader(checkpoint_dir).read_metadata()
+        for described in metadata.state_dict_metadata.values():
+            if hasattr(described, "properties"):  # a tensor, and no object
+                vars(described.properties).pop("strides", None)
+        return load_tensors_metadata(self, checkpoint_dir, metadata)
+
+    _replace(load_without_strides, without_strides=True)
+    _replace(TorchDistLoadShardedStrategy, load_tensors_metadata=load_without_strides)

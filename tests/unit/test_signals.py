@@ -44,7 +44,8 @@ NO_INTERPRETER = f"""
 def start(code, resumes=False, **environment):
     """A command, once it is ready."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND.format(code=code, resumes=resumes)],
+        # from Python 3.12 on a fork beside numpy's threads is warned of
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMAND.format(code=code, resumes=resumes)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

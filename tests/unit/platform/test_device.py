@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Apex is looked at only where there is a GPU for its kernels
@@ -49,6 +50,17 @@ def test_type_names_are_cudas_only_where_megatron_asks(megatron):
     with cuda_type_names():
         assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
         assert torch.zeros(1).type(torch.double).dtype == torch.double
+
+
+def test_what_torch_knows_of_a_stored_tensor_is_more_than_megatron_takes(megatron):
+    """Its strides, from 2.15 on; no checkpoint could be loaded."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    properties = TensorProperties(dtype=torch.bfloat16)
+    properties.strides = (3, 1)
+    metadata = Metadata({"weight": TensorStorageMetadata(properties, torch.Size([2, 3]), [])})
+    found = TorchDistLoadShardedStrategy().load_tensors_metadata(None, metadata)["weight"]
+    assert found.global_shape == (2, 3) and found.dtype == torch.bfloat16
 
 
 class NewElements(TorchDispatchMode):
