@@ -81,7 +81,9 @@ def test_heads_that_transformers_4_and_vllm_do_not_read(tmp_path, name, head_dim
     """Only a Qwen2-MoE's, and only where they are not what the two take them for."""
     architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "seed_oss": "SeedOssForCausalLM"}[name]
     fields = {"attention_bias": True} if name == "seed_oss" else {}
-    base = write_toy_model(tmp_path / "base", architectures=[architecture], model_type=name, head_dim=head_dim, **fields)
+    base = write_toy_model(
+        tmp_path / "base", architectures=[architecture], model_type=name, head_dim=head_dim, **fields
+    )
     sentences = told(base, "float32")
     assert any(f"heads of {head_dim} do not make up the hidden size" in sentence for sentence in sentences) == warned
     assert told(base, "float32", num_experts=0) == []
