@@ -4,6 +4,7 @@ import importlib.util
 import netrc
 import os
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
@@ -13,7 +14,15 @@ from megatron_lpr.platform.transformer_engine import lacking_for_transformer_eng
 from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
 from megatron_lpr.recipe.sections import check_section
-from megatron_lpr.recipe.settings import DataConfig, LoggingConfig, ModelConfig, Recipe, TrainConfig
+from megatron_lpr.recipe.settings import (
+    BalanceConfig,
+    DataConfig,
+    LoggingConfig,
+    LPRConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+)
 
 
 def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
@@ -136,6 +145,16 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
             f"lpr.coeff: {recipe.lpr.coeff} without original-language data; the review needs a share of it, as "
             "data.mixture: {expanded: 0.5, original: 0.5}, and a corpus with role original in the manifest"
         )
+
+
+def losses_left_out(recipe: Recipe) -> Iterator[str]:
+    """Settings of losses that the recipe does not take; a file that both stages include may well have them."""
+    for field, value, default, coeff in (
+        ("balance.group", recipe.balance.group, BalanceConfig.group, recipe.balance.coeff),
+        ("lpr.loss", recipe.lpr.loss, LPRConfig.loss, recipe.lpr.coeff),
+    ):
+        if value != default and not coeff:
+            yield f"{field}: {value} has no effect while {field.partition('.')[0]}.coeff is 0"
 
 
 def check_logging(logging: LoggingConfig, *, steps: int, world_size: int) -> None:

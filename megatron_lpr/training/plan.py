@@ -36,7 +36,7 @@ from megatron_lpr.files.output_place import check_place
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.platform import Ranks
-from megatron_lpr.recipe.checks import check_machine, check_recipe
+from megatron_lpr.recipe.checks import check_machine, check_recipe, losses_left_out
 from megatron_lpr.recipe.fp8 import lacking_to_shard
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
@@ -231,6 +231,7 @@ def _check_under(recipe: Recipe, checkpoint: Path) -> None:
 
 def _warnings(plan: Plan) -> Iterator[str]:
     yield from plan.notes
+    yield from losses_left_out(plan.recipe)
     yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
     yield from without_effect(plan.train, plan.data, plan.sampler)
