@@ -38,6 +38,7 @@ def text_nats(
         progress: told (windows done, windows) after each round, on every rank; what it raises on all of them ends it.
     """
     nats_N, share = torch.zeros(len(texts), dtype=torch.float64, device=device()), share_of_this_rank()
+    in_all = windows_in_all(texts, window)
     for micro_batches, done in rounds(texts, window, batch, share):
         tokens_BS = micro_batches[0].tokens_BS
         reported = get_forward_backward_func()(
@@ -52,7 +53,7 @@ def text_nats(
         # only the last pipeline stage has losses; its tensor-parallel ranks all have the same
         if reported and parallel_state.get_tensor_model_parallel_rank() == 0:
             nats_N += torch.stack(reported).sum(0)
-        progress(done, windows_in_all(texts, window))
+        progress(done, in_all)
     dist.all_reduce(nats_N)
     return nats_N.tolist()
 

@@ -54,10 +54,10 @@ def scored_by(nll_fn: NllFn, *, window: int, batch: int) -> NatsFn:
     """
 
     def nats_of(texts: Sequence[Text], progress: Callable[[int, int], None]) -> list[float]:
-        nats_N = torch.zeros(len(texts), dtype=torch.float64)
+        nats_N, in_all = torch.zeros(len(texts), dtype=torch.float64), windows_in_all(texts, window)
         for (windows,), done in rounds(texts, window, batch, RankShare()):
             nats_N += windows.nats(nll_fn(windows.tokens_BS, windows.labels_BS), len(texts)).cpu()
-            progress(done, windows_in_all(texts, window))
+            progress(done, in_all)
         return nats_N.tolist()
 
     return nats_of

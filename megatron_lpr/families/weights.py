@@ -13,8 +13,7 @@ from megatron_lpr.files.safetensors_io import SafetensorsReader
 
 def open_weights(folder: str | Path, arch: Architecture) -> SafetensorsReader:
     """The tensors of a model folder whose config.json says `arch`."""
-    parts = _parts(arch)
-    return _PartsReader(folder, parts) if parts else SafetensorsReader(folder)
+    return _PartsReader(folder, _parts(arch)) if family_of(arch).dense.joined else SafetensorsReader(folder)
 
 
 class _Part(NamedTuple):

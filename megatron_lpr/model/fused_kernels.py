@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_lpr.families import Architecture
 from megatron_lpr.recipe.settings import Recipe
 
 _PERMUTATION = (
@@ -29,14 +30,15 @@ class FusedKernels:
     rope: bool = False
 
 
-def fused_kernels(recipe: Recipe, te: bool) -> FusedKernels:
+def fused_kernels(recipe: Recipe, arch: Architecture, te: bool) -> FusedKernels:
     """Those that a recipe's model has here; all are Transformer Engine's."""
     if recipe.model.fused_kernels == "off" or not te or not torch.cuda.is_available():
         return FusedKernels()
     return FusedKernels(
         router=_installed("fused_topk_with_score_function"),
         permutation=_installed(*_PERMUTATION) and _never_permutes_nothing(recipe),
-        rope=_installed("fused_apply_rotary_pos_emb"),
+        # Megatron 0.16 tells the kernel that keeps documents apart nothing of interleaved channels
+        rope=_installed("fused_apply_rotary_pos_emb") and not arch.rope_interleaved,
     )
 
 

@@ -47,14 +47,13 @@ def transformer_config(recipe: Recipe, arch: Architecture, te: bool) -> Transfor
 
     With Transformer Engine (`te`) the new experts of a rank run as grouped products: its own, or torch's.
     """
-    dtype, fused = torch_dtype(recipe.model.dtype), fused_kernels(recipe, te)
+    dtype, fused = torch_dtype(recipe.model.dtype), fused_kernels(recipe, arch, te)
     common = dict(
         **_architecture(arch),
         **_parallel(recipe),
         **_recompute(recipe),
         **_fp8(recipe),
-        # Megatron 0.16 tells the kernel that keeps documents apart nothing of interleaved channels
-        apply_rope_fusion=fused.rope and not arch.rope_interleaved,
+        apply_rope_fusion=fused.rope,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -1,5 +1,7 @@
 """Which fused kernels a model has, and that Apex's add the gradients that PyTorch computes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from apex_stand_in import apex
@@ -41,31 +43,33 @@ def looped(megatron, monkeypatch):
     ],
 )
 def test_no_kernel_is_given_no_rows(installed, toy_base, tmp_path, sections, permutation):
-    found = installed(recipe_of(toy_base, "stage1", tmp_path, sections), te=True)
+    found = installed(recipe_of(toy_base, "stage1", tmp_path, sections), read_architecture(toy_base), te=True)
     assert found.router and found.rope and found.permutation == permutation
 
 
 def test_without_them(installed, toy_base, tmp_path, monkeypatch):
     from megatron.core.extensions import transformer_engine
 
-    recipe = recipe_of(toy_base, "stage1", tmp_path, {})
-    assert not any(vars(installed(recipe, te=False)).values())
+    recipe, arch = recipe_of(toy_base, "stage1", tmp_path, {}), read_architecture(toy_base)
+    assert not any(vars(installed(recipe, arch, te=False)).values())
     off = recipe_of(toy_base, "stage1", tmp_path, {"model": {"fused_kernels": "off"}})
-    assert not any(vars(installed(off, te=True)).values())
+    assert not any(vars(installed(off, arch, te=True)).values())
     monkeypatch.setattr(transformer_engine, "fused_unpermute", None)
-    assert vars(installed(recipe, te=True)) == {"router": True, "permutation": False, "rope": True}
+    assert vars(installed(recipe, arch, te=True)) == {"router": True, "permutation": False, "rope": True}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not any(vars(installed(recipe, te=True)).values())
+    assert not any(vars(installed(recipe, arch, te=True)).values())
 
 
-def test_no_kernel_of_rope_for_channels_side_by_side(megatron, tmp_path, monkeypatch):
+def test_no_kernel_of_rope_for_channels_side_by_side(installed, tmp_path, monkeypatch):
     """Megatron 0.16 does not tell the one that keeps documents apart; it would turn other channels without a word."""
     from megatron_lpr.model import transformer_config as module
-    from megatron_lpr.model.fused_kernels import FusedKernels
+
+    def rope_alone(recipe, arch, te):
+        return replace(installed(recipe, arch, te=True), router=False, permutation=False)
 
     helium = {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 16}
+    monkeypatch.setattr(module, "fused_kernels", rope_alone)
     base = write_toy_model(tmp_path / "base", **helium)
-    monkeypatch.setattr(module, "fused_kernels", lambda recipe, te: FusedKernels(rope=True))
     recipe = recipe_of(base, "stage1", tmp_path, {})
     config = module.transformer_config(recipe, read_architecture(base), te=False)
     assert config.rotary_interleaved and not config.apply_rope_fusion
