@@ -24,8 +24,11 @@ class Program:
     more: str = ""
     gone: dict[str, str] = field(default_factory=dict)
 
-    def main(self, words: Sequence[str]) -> int:
-        """Run one command; returns the exit status (2: what the user can put right, in one sentence)."""
+    def main(self, words: Sequence[str], *, ends: bool = False) -> int:
+        """Run one command; returns the exit status (2: what the user can put right, in one sentence).
+
+        ends: the process ends with it, so that a run which a signal has stopped may end it here.
+        """
         if not words or words[0] in ("-h", "--help"):
             print(self._help(), file=sys.stdout if words else sys.stderr)
             return 0 if words else 2
@@ -40,7 +43,9 @@ class Program:
             return 2
         command, name = commands[words[0]], f"{self.name} {words[0]}"
         command_line = shlex.join([self.name, *words])
-        return status_of(name, lambda: _status(name, command, words[1:], command_line), resumes=command.resumes)
+        return status_of(
+            name, lambda: _status(name, command, words[1:], command_line), resumes=command.resumes, ends=ends
+        )
 
     def _help(self) -> str:
         lines = [f"  {command.name:15}{command.about}" for command in self.commands]
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands=all_commands(),
         more="A distributed run is the same command under torchrun, or under srun in a Slurm script.",
     )
-    return program.main(list(sys.argv[1:] if arguments is None else arguments))
+    return program.main(list(sys.argv[1:] if arguments is None else arguments), ends=arguments is None)
 
 
 def _status(name: str, command: Command, words: Sequence[str], command_line: str) -> int:

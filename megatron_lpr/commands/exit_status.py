@@ -16,7 +16,7 @@ from megatron_lpr.signals import among_ranks, end_process, listening
 NOBODY_READS = 128 + signal.SIGPIPE
 
 
-def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -> int:
+def status_of(name: str, command: Callable[[], int], *, resumes: bool = False, ends: bool = False) -> int:
     """The exit status of `command`, also where a signal stops it or nobody reads what it prints any more.
 
     A rank that ends among others ends at once where its status is not 0: the end of Python would wait for collectives
@@ -25,6 +25,8 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -
     Args:
         resumes: started again it goes on, so that to be stopped is no failure (75); what it prints is told in its files
             too, so that neither is to lose some of it.
+        ends: the process ends with it. That takes Python a second, in which one more signal would be the exit status of
+            a run that the first has stopped (75), so that it ends at once.
     """
     with listening(name, resumes=resumes) as listener, lossy_streams() as (stdout, _):
         try:
@@ -32,13 +34,13 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -
             stdout.flush()
             return status if resumes else status or _lost(name, stdout)
         except Stopped:
-            if among_ranks():
+            if among_ranks() or (ends and listener.asked):
                 end_process(STOPPED)
             return STOPPED
         except (KeyboardInterrupt, Exception) as error:
             # libraries that are being imported may turn the one into the other
             if listener.ended_at_once or isinstance(error, KeyboardInterrupt):
-                return _at_once(*listener.ending())
+                return _at_once(*listener.ending(), leaving=ends and resumes)
             if isinstance(error, BrokenPipeError):
                 return _nobody_reads(name)
             if _in_process_group() and among_ranks():
@@ -47,8 +49,8 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False) -
             raise
 
 
-def _at_once(status: int, sentence: str) -> int:
-    if _in_process_group() or among_ranks():
+def _at_once(status: int, sentence: str, leaving: bool) -> int:
+    if leaving or _in_process_group() or among_ranks():
         end_process(status, sentence)
     print(sentence, file=sys.stderr, flush=True)
     return status

@@ -22,7 +22,8 @@ from megatron_lpr.signals import listener
 def command():
     {code}
 
-sys.exit(status_of("x", command, resumes={resumes}))
+status = status_of("x", command, resumes={resumes}, ends=True)
+sys.exit(status)
 """
 READY = "print('ready', flush=True)"
 SLEEP = f"{READY}; time.sleep(60)"
@@ -88,6 +89,17 @@ def test_a_run_is_asked_once_and_twice_in_a_blink_is_once():
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (75, "")
+
+
+@pytest.mark.parametrize("code", [A_STEP + "\n    raise Stopped", SLEEP], ids=["a step", "the start-up"])
+def test_a_signal_that_comes_while_python_ends_changes_nothing(code):
+    """A second Ctrl-C when all is saved: a script starts it again for 75, not for that."""
+    slow_end = "sys.exit = lambda status, end=sys.exit: (time.sleep(3), end(status))"
+    process = start(f"{slow_end}\n    {code.lstrip()}", resumes=True)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert ended(process)[0] == 75
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
