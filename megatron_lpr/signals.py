@@ -43,9 +43,11 @@ class Listener:
         self.since = time.monotonic()
         self.asked: signal.Signals | None = None  # the first that came
         self.on_asked: Callable[[str], None] = lambda what: None  # called in a thread of its own, with what asked
-        self.on_ending: Callable[[int, str], None] = lambda status, why: None  # the same, before the process ends
+        # the same, before the process ends; `why` is empty where it has nothing to tell any more
+        self.on_ending: Callable[[int, str], None] = lambda status, why: None
         self._name, self._resumes = name, resumes
         self._say: Callable[[], None] | None = None
+        self._has_stopped = False
         self._pid, self._parent = os.getpid(), os.getppid()
 
     @contextlib.contextmanager
@@ -70,6 +72,10 @@ class Listener:
     def stop_at_a_step(self, say: Callable[[], None]) -> None:
         """From now on a first signal only calls `say`, in the main thread."""
         self._say = say
+
+    def has_stopped(self) -> None:
+        """All is saved and said: a second signal ends what is left, and is no failure either."""
+        self._has_stopped = True
 
     @property
     def ended_at_once(self) -> bool:
@@ -123,6 +129,8 @@ class Listener:
                     if first is None:
                         first, deadline = now, now + _GRACE_SECONDS if among_ranks() else None
                         self.on_asked(name)
+                    elif now - first > echo and self._has_stopped:
+                        self._end(STOPPED, "")
                     elif now - first > echo:
                         self._end(128 + signum, f"{self._name}: ended at once by a second signal, {name}")
 

@@ -26,7 +26,7 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False, e
         resumes: started again it goes on, so that to be stopped is no failure (75); what it prints is told in its files
             too, so that neither is to lose some of it.
         ends: the process ends with it. That takes Python a second, in which one more signal would be the exit status of
-            a run that the first has stopped (75), so that it ends at once.
+            a run that has stopped (75), so that it ends at once.
     """
     with listening(name, resumes=resumes) as listener, lossy_streams() as (stdout, _):
         try:
@@ -34,7 +34,7 @@ def status_of(name: str, command: Callable[[], int], *, resumes: bool = False, e
             stdout.flush()
             return status if resumes else status or _lost(name, stdout)
         except Stopped:
-            if among_ranks() or (ends and listener.asked):
+            if among_ranks() or ends:
                 end_process(STOPPED)
             return STOPPED
         except (KeyboardInterrupt, Exception) as error:

@@ -79,7 +79,7 @@ class Lifeline:
         """Inside it the others are told of signals, and of what ends this rank."""
         signals = listener()
         signals.on_asked = lambda what: self.say("signal", what=what)
-        signals.on_ending = lambda status, why: self.say("end", status=status, why=f"rank {self.rank}: {why}")
+        signals.on_ending = self._ended_by_signal
         try:
             yield
         except BaseException as error:
@@ -87,6 +87,12 @@ class Lifeline:
             raise
         finally:
             self.close()
+
+    def _ended_by_signal(self, status: int, why: str) -> None:
+        if why:
+            self.say("end", status=status, why=f"rank {self.rank}: {why}")
+        else:
+            self.close()  # the others have stopped as well, each in its own time
 
     def close(self) -> None:
         """This rank needs no watching any more, and watches nobody."""

@@ -91,6 +91,15 @@ def test_a_run_is_asked_once_and_twice_in_a_blink_is_once():
     assert ended(process) == (75, "")
 
 
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_second_signal_when_all_is_saved_ends_at_once_and_is_no_failure(signum):
+    process = start(f"listener().has_stopped()\n    {NO_INTERPRETER.lstrip()}", resumes=True)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.6)
+    process.send_signal(signum)
+    assert ended(process) == (75, "")
+
+
 @pytest.mark.parametrize("code", [A_STEP + "\n    raise Stopped", SLEEP], ids=["a step", "the start-up"])
 def test_a_signal_that_comes_while_python_ends_changes_nothing(code):
     """A second Ctrl-C when all is saved: a script starts it again for 75, not for that."""

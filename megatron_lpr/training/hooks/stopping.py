@@ -59,6 +59,7 @@ class Stopping(Hook):
             )
             self._mark(trainer).write_text(f"{sentence}\n", encoding="utf-8")
             print(sentence, flush=True)
+        self._signals.has_stopped()
 
     @staticmethod
     def _mark(trainer: RunningTrainer) -> Path:

@@ -15,7 +15,7 @@ from megatron_lpr.testing.run_distributed import free_port
 RANK = """
 import ctypes, os, sys, time
 from megatron_lpr.commands.exit_status import status_of
-from megatron_lpr.errors import AlreadyTold, UserError
+from megatron_lpr.errors import AlreadyTold, Stopped, UserError
 from megatron_lpr.platform import Ranks, meeting
 from megatron_lpr.platform.lifeline import connected, lifeline
 from megatron_lpr.platform.meeting import meeting_store
@@ -57,6 +57,7 @@ class Case:
 
 
 STEPS = "listener().stop_at_a_step(lambda: None); hang()"
+HAS_STOPPED = "listener().has_stopped(); "
 LATER = "print('ready', flush=True); time.sleep(1); "
 BEFORE_STEP = (
     "x: stopped by SIGTERM before its first step, so that there is nothing to save; the same command starts it"
@@ -78,6 +79,18 @@ CASES = {  # tests/e2e/test_stopping.py has more, of whole runs
         signals=(signal.SIGUSR1, signal.SIGTERM),
         status=(143, 143),
         says=("rank 1: x: ended at once by a second signal, SIGTERM", "x: ended at once by a second signal, SIGTERM"),
+    ),
+    "second on rank 1, when all is saved": Case(
+        code=(f"{HAS_STOPPED}{LATER}time.sleep(2); raise Stopped", f"{HAS_STOPPED}{STEPS}"),
+        to=1,
+        signals=(signal.SIGUSR1, signal.SIGTERM),
+        status=(75, 75),
+    ),
+    "second on rank 0, when all is saved": Case(
+        code=(f"{HAS_STOPPED}{STEPS}", f"{HAS_STOPPED}{LATER}time.sleep(2); raise Stopped"),
+        to=0,
+        signals=(signal.SIGUSR1, signal.SIGTERM),
+        status=(75, 75),
     ),
     "a user's mistake": Case(
         code=("hang()", f"{LATER}raise UserError('wrong')"), status=(2, 2), says=("rank 1: error: wrong", "wrong")
