@@ -81,13 +81,13 @@ CASES = {  # tests/e2e/test_stopping.py has more, of whole runs
         says=("rank 1: x: ended at once by a second signal, SIGTERM", "x: ended at once by a second signal, SIGTERM"),
     ),
     "second on rank 1, when all is saved": Case(
-        code=(f"{HAS_STOPPED}{LATER}time.sleep(2); raise Stopped", f"{HAS_STOPPED}{STEPS}"),
+        code=(f"{HAS_STOPPED}{LATER}time.sleep(10); raise Stopped", f"{HAS_STOPPED}{STEPS}"),
         to=1,
         signals=(signal.SIGUSR1, signal.SIGTERM),
         status=(75, 75),
     ),
     "second on rank 0, when all is saved": Case(
-        code=(f"{HAS_STOPPED}{STEPS}", f"{HAS_STOPPED}{LATER}time.sleep(2); raise Stopped"),
+        code=(f"{HAS_STOPPED}{STEPS}", f"{HAS_STOPPED}{LATER}time.sleep(10); raise Stopped"),
         to=0,
         signals=(signal.SIGUSR1, signal.SIGTERM),
         status=(75, 75),
