@@ -5,6 +5,7 @@ from pathlib import Path
 from megatron_lpr.families.ernie import ERNIE, HELIUM
 from megatron_lpr.families.hf_config import read_model
 from megatron_lpr.families.llama import LLAMA, MISTRAL
+from megatron_lpr.families.olmo2 import OLMO2
 from megatron_lpr.families.phi3 import PHI3
 from megatron_lpr.families.qwen import QWEN2, QWEN3
 from megatron_lpr.families.seed_oss import SEED_OSS
@@ -13,7 +14,7 @@ from megatron_lpr.families.table import Architecture, Family
 __all__ = ["FAMILIES", "Architecture", "Family", "family_of", "read_architecture"]
 
 # A MoE class that several families are exported to is read as the first of them.
-FAMILIES = {family.name: family for family in (MISTRAL, LLAMA, QWEN2, QWEN3, PHI3, SEED_OSS, ERNIE, HELIUM)}
+FAMILIES = {family.name: family for family in (MISTRAL, LLAMA, QWEN2, QWEN3, PHI3, SEED_OSS, ERNIE, HELIUM, OLMO2)}
 
 
 def family_of(arch: Architecture) -> Family:

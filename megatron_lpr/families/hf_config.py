@@ -246,6 +246,8 @@ def _architecture(values: _Values, family: Family, hf_class: HFClass, **others: 
         topk=values.size("topk") if hf_class is family.moe else 0,
         mlp_only_layers=values.layers("mlp_only_layers", num_layers),
         rope_interleaved=family.rope_interleaved,
+        qk_norm_across_heads=family.has("self_attention.q_layernorm.weight", of="Q"),
+        norm_after=family.has("mlp_bda.layernorm.weight"),
         shared_expert_size=_shared_expert_size(values, family, hf_class),
         **others,
     )

@@ -8,7 +8,8 @@ from megatron_lpr.families.table import HFClass
 # Reason -> names of transformers classes, without `ForCausalLM`.
 _REASONS = {
     "whose norms add 1 to their weights and whose embeddings are scaled": ("Gemma", "Gemma2", "Gemma3", "VaultGemma"),
-    "which norms what leaves attention and FFN, not what enters them": ("Olmo2", "Olmo3", "Exaone4"),
+    "only some of whose layers have a sliding window": ("Cwm", "Ministral", "Olmo3"),
+    "which norms each head's q and k before RoPE, and what leaves attention and FFN": ("Exaone4",),
     "whose norms have no weights": ("Olmo",),
     "whose norms subtract the mean": ("StableLm",),
     "which has layers without RoPE": ("SmolLM3", "Llama4"),
@@ -17,7 +18,6 @@ _REASONS = {
     "whose RoPE turns half of each head": ("Glm", "Glm4"),
     "whose FFN has no gate": ("Apertus", "Arcee", "Bloom", "Falcon", "GPTNeoX", "Nemotron", "OPT", "Phi", "Starcoder2"),
     "which norms q and k after RoPE, not before": ("HunYuanDenseV1",),
-    "only some of whose layers have a sliding window": ("Cwm", "Ministral"),
     "whose queries are scaled by their position": ("Ministral3",),
 }
 

@@ -44,6 +44,8 @@ class Architecture:
     mlp_only_layers: layers (from 0) that have no experts, in the model that was read or in the upcycled one.
     shared_expert_size: width of the zero shared expert that the MoE class insists on.
     rope_interleaved: RoPE turns channels side by side, not those of a head's two halves.
+    qk_norm_across_heads: q and k are normed over all heads at once, not each head by itself.
+    norm_after: what leaves attention and FFN is normed, not what enters them.
     """
 
     family: str
@@ -68,6 +70,8 @@ class Architecture:
     mlp_only_layers: tuple[int, ...] = ()
     shared_expert_size: int = 0
     rope_interleaved: bool = False
+    qk_norm_across_heads: bool = False
+    norm_after: bool = False
 
     def shape(self, dims: str) -> Shape:
         """The shape that a string of dimension letters (`"VH"`, see mappings.py) stands for."""
@@ -161,8 +165,9 @@ class Family:
         """Of an export."""
         return self.moe if num_experts else self.dense_again or self.dense
 
-    def has(self, megatron: str) -> bool:
-        return any(mapping.megatron == megatron for mapping in self.layer)
+    def has(self, megatron: str, of: str | None = None) -> bool:
+        """Whether layers have this parameter; of: made of one tensor of these dimensions."""
+        return any(m.megatron == megatron and of in (None, *m.hf.values()) for m in self.layer)
 
     def mapping(self, name: ParameterName) -> Mapping | None:
         """Of a Megatron parameter other than a router; None for one that the family does not have."""

@@ -6,8 +6,6 @@ Shapes: S positions, B sequences, N heads and G key/value groups of this tensor-
 context parallelism S are the positions of this rank (see `context_parallel`), K those of a prefix of the sequence.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -128,12 +126,3 @@ def _within_documents(documents_BK: Tensor, num_queries: int) -> Tensor:
     earlier = documents_BK.shape[1] - num_queries
     same_BSK = documents_BK[:, earlier:, None] == documents_BK[:, None, :]
     return same_BSK.tril(earlier).unsqueeze(1)
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm; Megatron's WrappedTorchNorm refuses sequence parallelism, this one marks its weight for it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        weight: Any = self.weight  # Megatron looks for the mark
-        weight.sequence_parallel = config.sequence_parallel

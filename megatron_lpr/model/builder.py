@@ -59,7 +59,7 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         vp_stage = stage if virtual > 1 else None
         chunk = TrueVocabGPTModel(
             config,
-            block_spec(config, te, vp_stage),
+            block_spec(config, arch, te, vp_stage),
             vocab_size=padded_vocab_size(arch.vocab_size, recipe.parallel.tensor),
             true_vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_position_embeddings,

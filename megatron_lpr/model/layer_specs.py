@@ -6,32 +6,38 @@ ModuleSpec is written, which both accept.
 
 import copy
 import functools
+from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_lpr.model.attention import SDPACoreAttention, SequenceParallelRMSNorm
+from megatron_lpr.families import Architecture
+from megatron_lpr.model.attention import SDPACoreAttention
 from megatron_lpr.model.expert_linear import ExpertColumnParallelLinear
 from megatron_lpr.model.frozen_expert import DuplicatedLinear, te_duplicated_linear
 from megatron_lpr.model.grouped_experts import GroupedExperts, replaces_transformer_engine
 from megatron_lpr.model.grouped_linear import frozen_aware
 from megatron_lpr.model.lpr_moe_layer import LPRMoELayer
 from megatron_lpr.model.lpr_router import LPRRouter
+from megatron_lpr.model.norms import AcrossHeadsAttention, NormThenAdd, SequenceParallelRMSNorm
 from megatron_lpr.model.transformer_config import LPRTransformerConfig, layer_has_experts
 
 
-def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, arch: Architecture, te: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """The layers of this rank's model chunk: dense ones, and ones with experts where the model has them."""
     first = get_transformer_layer_offset(config, vp_stage)
     here = layer_has_experts(config)[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    kinds = {has_experts: _layer(config, te, has_experts) for has_experts in set(here)}
+    kinds = {has_experts: _layer(config, arch, te, has_experts) for has_experts in set(here)}
     if te:
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
@@ -39,8 +45,12 @@ def block_spec(config: TransformerConfig, te: bool, vp_stage: int | None = None)
     return TransformerBlockSubmodules([kinds[has_experts] for has_experts in here], layer_norm=norm)
 
 
-def _layer(config: TransformerConfig, te: bool, has_experts: bool) -> ModuleSpec:
+def _layer(config: TransformerConfig, arch: Architecture, te: bool, has_experts: bool) -> ModuleSpec:
     layer = _te_layer(config, has_experts) if te else _local_layer(config)
+    if arch.qk_norm_across_heads:
+        layer.submodules.self_attention.module = AcrossHeadsAttention
+    if arch.norm_after:
+        _norm_after(layer, config, te, has_experts)
     if has_experts:
         assert isinstance(config, LPRTransformerConfig)
         layer.submodules.mlp = _lpr_moe(config, te)
@@ -71,6 +81,21 @@ def _te_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
     layer = copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts))
     layer.submodules.self_attention.submodules.core_attention = TEDocumentAttention
     return layer
+
+
+def _norm_after(layer: ModuleSpec, config: TransformerConfig, te: bool, has_experts: bool) -> None:
+    """Norm what leaves attention and FFN, not what enters them."""
+    norm: Any = SequenceParallelRMSNorm
+    if te:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+        norm = TENorm
+        layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        if not has_experts:
+            submodules_of(layer.submodules.mlp).linear_fc1 = TEColumnParallelLinear
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+    then_add = ModuleSpec(module=NormThenAdd, params={"config": config, "norm": norm})
+    layer.submodules.self_attn_bda = layer.submodules.mlp_bda = then_add
 
 
 def _lpr_moe(config: LPRTransformerConfig, te: bool) -> ModuleSpec:

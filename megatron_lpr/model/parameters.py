@@ -62,7 +62,8 @@ def parameter_sizes(
         if arch.qkv_bias:
             yield layer + "self_attention.linear_qkv.bias", queries + 2 * keys
         if arch.qk_norm:
-            yield layer + "self_attention.q_and_k_layernorm.weight", 2 * arch.head_dim
+            channels = queries + keys if arch.qk_norm_across_heads else 2 * arch.head_dim
+            yield layer + "self_attention.q_and_k_layernorm.weight", channels
         yield layer + "layernorms.weight", 2 * hidden
         if not num_experts or number in arch.mlp_only_layers:
             yield layer + "mlp.weight", ffn

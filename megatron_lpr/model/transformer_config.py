@@ -102,7 +102,7 @@ def _architecture(arch: Architecture) -> dict:
         kv_channels=arch.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=arch.rms_norm_eps,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.qk_norm and not arch.qk_norm_across_heads,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,

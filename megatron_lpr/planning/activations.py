@@ -112,13 +112,22 @@ class Activations:
             rotations //= self.train.micro_batch_size
         found = self.norm(below_learns) + core + rotations
         if arch.qk_norm:
-            found += self.norm(True, wide * arch.num_attention_heads // tensor, arch.head_dim)
-            found += self.norm(True, wide * arch.num_query_groups // tensor, arch.head_dim)
+            found += self._normed_heads(arch.num_attention_heads // tensor)
+            found += self._normed_heads(arch.num_query_groups // tensor)
             if self.device == "cuda":
                 found += wide // tensor * (queries + keys) * size  # keys are a view of all three
         if learns:
             found += self.hidden + wide // tensor * queries * size
         return found
+
+    def _normed_heads(self, heads: int) -> int:
+        """Of queries or keys; those of all ranks at once are computed step by step, in fp32 (model/norms.py)."""
+        wide, channels = self.wide_tokens, heads * self.arch.head_dim
+        if not self.arch.qk_norm_across_heads:
+            return self.norm(True, wide * heads, self.arch.head_dim)
+        if self.recipe.parallel.tensor == 1:
+            return self.norm(True, wide, channels)
+        return wide * (channels * (1 + self.learns("layernorm")) + 1) * _FP32
 
     def _seen_by_queries(self, *, is_repeated: bool) -> int:
         """Keys that are kept, in halves of a context-parallel rank's own.
@@ -142,7 +151,7 @@ class Activations:
     def ffn(self, *, has_experts: bool, below_learns: bool) -> int:
         if self.recipe.model.num_experts and has_experts:
             experts = self.router() + self.frozen_experts(below_learns) + self.new_experts(below_learns)
-            return self.norm(below_learns) + experts
+            return self.norm(below_learns or self.arch.norm_after) + experts
         if not below_learns and not self.learns("mlp.linear"):
             return 0
         width = self.wide_tokens * self.arch.ffn_hidden_size // self.recipe.parallel.tensor

@@ -20,7 +20,7 @@ from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
 WHOLE = "qwen2"
-FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3")
+FAMILIES = ("llama_tied_llama3_head_dim", "mistral_window", "qwen2", "qwen3", "olmo2")
 LAYOUTS = {
     2: {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "ep2": {"expert": 2}},
     4: {
@@ -40,7 +40,8 @@ CASES = [
     for family in FAMILIES
     for layout, sources in SOURCES_AT.items()
     for source in sources
-    if family != "mistral_window" or layout == "tp2_pp2_ep2"  # its tensors are Llama's
+    # the tensors of the one are Llama's, of the other Llama's but for the norms
+    if family not in ("mistral_window", "olmo2") or layout == "tp2_pp2_ep2"
 ] + [("qwen3", "pp2_vpp2_etp2", "mixed")]
 
 

@@ -1,4 +1,5 @@
-"""What only some families have, with tensor parallelism: biases and norms of q and k, a window, RoPE side by side."""
+"""What only some families have, with tensor parallelism: biases and norms of q and k, a window, RoPE side by side,
+norms of all heads together and of what leaves attention and FFN."""
 
 import pytest
 from layouts import Case, Comparison, Part, run_parts
@@ -9,6 +10,7 @@ FAMILIES = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
     "helium": {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 16},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
 }
 RANKS = 2

@@ -21,7 +21,7 @@ from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 
-ONE_OF_EACH = ("llama", "mistral_window", "qwen2", "qwen3", "helium")
+ONE_OF_EACH = ("llama", "mistral_window", "qwen2", "qwen3", "helium", "olmo2")
 
 
 def megatron_model(base, **model):

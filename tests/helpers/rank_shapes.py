@@ -14,24 +14,26 @@ def shapes_of_rank(arch, *, tp=1, ep=1, etp=1, num_frozen, num_experts, layers, 
     for layer in range(layers):
         prefix = f"decoder.layers.{layer}."
         norm = "self_attention.linear_qkv.layer_norm_weight" if te_names else "input_layernorm.weight"
-        shapes[prefix + norm] = (hidden,)
+        shapes[prefix + ("self_attn_bda.layernorm.weight" if arch.norm_after else norm)] = (hidden,)
         shapes[prefix + "self_attention.linear_qkv.weight"] = (qkv // tp, hidden)
         if arch.qkv_bias:
             shapes[prefix + "self_attention.linear_qkv.bias"] = (qkv // tp,)
         if arch.qk_norm:
-            shapes[prefix + "self_attention.q_layernorm.weight"] = (arch.head_dim,)
-            shapes[prefix + "self_attention.k_layernorm.weight"] = (arch.head_dim,)
+            for letter, heads in (("q", arch.num_attention_heads), ("k", arch.num_query_groups)):
+                channels = heads * arch.head_dim // tp if arch.qk_norm_across_heads else arch.head_dim
+                shapes[prefix + f"self_attention.{letter}_layernorm.weight"] = (channels,)
         shapes[prefix + "self_attention.linear_proj.weight"] = (
             hidden,
             arch.num_attention_heads * arch.head_dim // tp,
         )
         if not num_experts:
             norm = "mlp.linear_fc1.layer_norm_weight" if te_names else "pre_mlp_layernorm.weight"
-            shapes[prefix + norm] = (hidden,)
+            shapes[prefix + ("mlp_bda.layernorm.weight" if arch.norm_after else norm)] = (hidden,)
             shapes[prefix + "mlp.linear_fc1.weight"] = (2 * ffn // tp, hidden)
             shapes[prefix + "mlp.linear_fc2.weight"] = (hidden, ffn // tp)
             continue
-        shapes[prefix + "pre_mlp_layernorm.weight"] = (hidden,)
+        norm = "mlp_bda.layernorm.weight" if arch.norm_after else "pre_mlp_layernorm.weight"
+        shapes[prefix + norm] = (hidden,)
         shapes[prefix + "mlp.router.weight"] = (num_experts, hidden)
         for expert in range(num_frozen):
             shapes[prefix + f"mlp.frozen_experts.{expert}.linear_fc1.weight"] = (2 * ffn, hidden)

@@ -51,6 +51,7 @@ TINY = {
     "phi3": ("Phi3", {"head_dim": 16, "sliding_window": 9, "pad_token_id": None}),
     "ernie4_5": ("Ernie4_5", {"head_dim": 16}),
     "helium": ("Helium", {"head_dim": 8, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "seed_oss": ("SeedOss", {"head_dim": 16}),
 }
 

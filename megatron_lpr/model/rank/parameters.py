@@ -66,7 +66,8 @@ def _chunk(recipe: Recipe, arch: Architecture, layers: range, *, embeds: bool, p
                 columns=columns,
                 learns=policy is not None and is_trainable(name, policy),
                 copies=copies,
-                whole=any(part in name for part in ("layernorm", ".router.", ".frozen_experts.")),
+                whole=any(part in name for part in ("layernorm", ".router.", ".frozen_experts."))
+                and not (arch.qk_norm_across_heads and name.endswith(("q_layernorm.weight", "k_layernorm.weight"))),
             )
     if predicts:
         yield Parameter(name="decoder.final_layernorm.weight", rows=hidden, learns=everything, whole=True)
@@ -76,17 +77,29 @@ def _chunk(recipe: Recipe, arch: Architecture, layers: range, *, embeds: bool, p
 
 def _layer(recipe: Recipe, arch: Architecture, *, has_experts: bool) -> Iterator[tuple[str, int, int, Group]]:
     """Name inside the layer, rows, columns, and the group of its copies."""
-    model, sizes, hidden = recipe.model, recipe.parallel, arch.hidden_size
+    sizes, hidden = recipe.parallel, arch.hidden_size
     queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    yield "input_layernorm.weight", hidden, 1, "data"
+    if not arch.norm_after:
+        yield "input_layernorm.weight", hidden, 1, "data"
     yield "self_attention.linear_proj.weight", hidden, queries // sizes.tensor, "data"
     yield "self_attention.linear_qkv.weight", (queries + 2 * keys) // sizes.tensor, hidden, "data"
     if arch.qkv_bias:
         yield "self_attention.linear_qkv.bias", (queries + 2 * keys) // sizes.tensor, 1, "data"
     if arch.qk_norm:
-        yield "self_attention.q_layernorm.weight", arch.head_dim, 1, "data"
-        yield "self_attention.k_layernorm.weight", arch.head_dim, 1, "data"
-    yield "pre_mlp_layernorm.weight", hidden, 1, "data"
+        own = (queries // sizes.tensor, keys // sizes.tensor) if arch.qk_norm_across_heads else 2 * (arch.head_dim,)
+        yield "self_attention.q_layernorm.weight", own[0], 1, "data"
+        yield "self_attention.k_layernorm.weight", own[1], 1, "data"
+    if arch.norm_after:
+        yield "self_attn_bda.layernorm.weight", hidden, 1, "data"
+    else:
+        yield "pre_mlp_layernorm.weight", hidden, 1, "data"
+    yield from _ffn(recipe, arch, has_experts=has_experts)
+    if arch.norm_after:
+        yield "mlp_bda.layernorm.weight", hidden, 1, "data"
+
+
+def _ffn(recipe: Recipe, arch: Architecture, *, has_experts: bool) -> Iterator[tuple[str, int, int, Group]]:
+    model, sizes, hidden = recipe.model, recipe.parallel, arch.hidden_size
     if not model.num_experts or not has_experts:
         width = arch.ffn_hidden_size // sizes.tensor
         yield "mlp.linear_fc1.weight", 2 * width, hidden, "data"

@@ -7,11 +7,14 @@ FSDP2 does (the idea is ZeRO's third stage, Rajbhandari et al., arXiv 1910.02054
 from megatron_lpr.model.rank.parameters import Parameter
 from megatron_lpr.model.rank.place import Place
 
+# Small, and no part of a module that is gathered.
+_NEVER = ("input_layernorm", "pre_mlp", "_bda.", "final_layernorm", ".router.")
+
 
 def is_spread(parameter: Parameter, place: Place) -> bool:
     if not place.spread or parameter.learns or place.size(parameter.copies) == 1:
         return False
-    return not any(part in parameter.name for part in ("input_layernorm", "pre_mlp", "final_layernorm", ".router."))
+    return not any(part in parameter.name for part in _NEVER)
 
 
 def held_elements(parameter: Parameter, place: Place) -> int:

@@ -132,7 +132,7 @@ class ExtraState:
 
 @pytest.mark.parametrize("written_with, read_with", [(True, False), (False, True), (True, True)])
 def test_extra_state_is_never_asked_for(make_trainer, tmp_path, monkeypatch, written_with, read_with):
-    from megatron_lpr.model.attention import SequenceParallelRMSNorm
+    from megatron_lpr.model.norms import SequenceParallelRMSNorm
 
     def equip(has_extra_state: bool) -> None:
         for name in ("get_extra_state", "set_extra_state"):

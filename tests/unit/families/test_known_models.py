@@ -27,6 +27,7 @@ SEED = {
 ERNIE = {
     **LLAMA, "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "use_bias": False, "head_dim": 128,
 }  # fmt: skip
+OLMO = {**LLAMA, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False}
 PHI_4 = (5120, 17920, 40, 40, 10)
 PHI_4_MINI = (3072, 8192, 32, 24, 8)
 # sizes, other fields, family, parameters as published
@@ -48,6 +49,9 @@ READ = {
     "ERNIE-4.5-0.3B": (
         (1024, 3072, 18, 16, 2), {**ERNIE, "vocab_size": 103424, "tie_word_embeddings": True}, "ernie4_5", 360_748_032,
     ),
+    "OLMo-2-7B": (
+        (4096, 11008, 32, 32, 32), {**OLMO, "vocab_size": 100352, "rope_theta": 5e5}, "olmo2", 7_298_617_344,
+    ),
     "Seed-OSS-36B": ((5120, 27648, 64, 80, 8), {**SEED, "vocab_size": 155136}, "seed_oss", 36_151_104_512),
 }  # fmt: skip
 REFUSED = {
@@ -63,7 +67,7 @@ REFUSED = {
     "a Seed-OSS without": (PHI_4, {**SEED, "attention_bias": False}, "attention_bias = False"),
     "InternLM3 as transformers saves it": (PHI_4, {**LLAMA, "model_type": "internlm3"}, "model_type = 'internlm3'"),
     "Gemma-2-9B": (PHI_4, {"architectures": ["Gemma2ForCausalLM"]}, "whose norms add 1 to their weights"),
-    "OLMo-2-7B": (PHI_4, {"architectures": ["Olmo2ForCausalLM"]}, "norms what leaves attention and FFN"),
+    "OLMo-3-7B": (PHI_4, {"architectures": ["Olmo3ForCausalLM"]}, "only some of whose layers have a sliding window"),
     "SmolLM3-3B": (PHI_4, {"architectures": ["SmolLM3ForCausalLM"]}, "layers without RoPE, so that it cannot be"),
     "Granite-3.3-8B": (PHI_4, {"architectures": ["GraniteForCausalLM"]}, "multiplies embeddings"),
     "GPT-2": (

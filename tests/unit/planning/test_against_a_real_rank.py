@@ -14,13 +14,14 @@ from megatron_lpr.testing.toy_models import write_toy_model
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Folders of toys: untied, tied with biases, normed queries and keys."""
+    """Folders of toys: untied, tied with biases, normed queries and keys, norms of all heads and after."""
     root = tmp_path_factory.mktemp("bases")
     qwen2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
     qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+    olmo2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
     return {
         name: write_toy_model(root / name, num_hidden_layers=3, dtype="bfloat16", **config)
-        for name, config in {"llama": {}, "qwen2": qwen2, "qwen3": qwen3}.items()
+        for name, config in {"llama": {}, "qwen2": qwen2, "qwen3": qwen3, "olmo2": olmo2}.items()
     }
 
 
@@ -31,7 +32,7 @@ def trained(base, tmp_path, trainable, **sections):
 
 @pytest.mark.parametrize(
     "name, trainable",
-    [("llama", "new_experts_and_routers"), ("qwen3", "routers"), ("qwen2", "all"), ("qwen3", "all")],
+    [("llama", "new_experts_and_routers"), ("qwen3", "routers"), ("qwen2", "all"), ("qwen3", "all"), ("olmo2", "all")],
 )
 def test_parameters_gradients_and_optimizer(name, trainable, bases, tmp_path, megatron):
     trainer = trained(bases[name], tmp_path, trainable)
@@ -69,17 +70,19 @@ def optimizer_bytes(optimizer, weights):
 
 
 @pytest.mark.parametrize(
-    "trainable, recompute",
+    "name, trainable, recompute",
     [
-        ("new_experts_and_routers", "none"),
-        ("new_experts_and_routers", "selective"),
-        ("new_experts_and_routers", "full"),
-        ("routers", "none"),
-        ("all", "none"),
+        ("llama", "new_experts_and_routers", "none"),
+        ("llama", "new_experts_and_routers", "selective"),
+        ("llama", "new_experts_and_routers", "full"),
+        ("llama", "routers", "none"),
+        ("llama", "all", "none"),
+        ("olmo2", "routers", "none"),
+        ("olmo2", "all", "none"),
     ],
 )
-def test_saved_tensors(recompute, trainable, bases, tmp_path, megatron):
-    trainer = trained(bases["llama"], tmp_path, trainable, train={"recompute": recompute}, model={"num_experts": 2})
+def test_saved_tensors(name, recompute, trainable, bases, tmp_path, megatron):
+    trainer = trained(bases[name], tmp_path, trainable, train={"recompute": recompute}, model={"num_experts": 2})
     recipe, arch = trainer.recipe, trainer.plan.arch
     saved = saved_bytes(trainer)
     activations = Activations(recipe, arch, recipe.train, "cpu")
