@@ -41,12 +41,21 @@ CARRIED_OVER: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def check_carried_over(base_config: dict[str, Any], arch: Architecture, hf_dir: str | Path) -> None:
     """UserError where a field that an export takes over has a value with which transformers would not read it."""
-    for name, (is_right, must) in CARRIED_OVER.items():
-        if name in base_config and not is_right(base_config[name]):
-            raise wrong_value(hf_dir, name, base_config[name], must)
-    if (base_config.get("pad_token_id") or 0) >= arch.vocab_size:
+    carried = _carried_over(base_config, arch)
+    for name, value in carried.items():
+        is_right, must = CARRIED_OVER[name]
+        if not is_right(value):
+            raise wrong_value(hf_dir, name, value, must)
+    if (carried.get("pad_token_id") or 0) >= arch.vocab_size:
         must = f"below the vocabulary size, {arch.vocab_size}, or null"
-        raise wrong_value(hf_dir, "pad_token_id", base_config["pad_token_id"], must)
+        raise wrong_value(hf_dir, "pad_token_id", carried["pad_token_id"], must)
+
+
+def _carried_over(base_config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+    """What is left out is what the base's class takes for it: the export's class may take something else."""
+    family = family_of(arch)
+    known = {**(family.moe if arch.num_experts else family.dense).defaults, **base_config}
+    return {name: known[name] for name in CARRIED_OVER if name in known}
 
 
 def export_config(
@@ -73,7 +82,7 @@ def export_config(
         "architectures": [hf_class.architecture],
         "model_type": hf_class.model_type,
         **fields,
-        **{key: base_config[key] for key in CARRIED_OVER if key in base_config},
+        **_carried_over(base_config, arch),
         **{key: value for key, value in hf_class.required.items() if value is not None},
         **({"output_router_logits": False} if num_experts else {}),
     }

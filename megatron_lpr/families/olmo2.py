@@ -21,7 +21,7 @@ OLMO2 = Family(
         architecture="Olmo2ForCausalLM",
         model_type="olmo2",
         required=ATTENTION,
-        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279, "pad_token_id": 1},
     ),
     moe=MoEClass(
         architecture="FlexOlmoForCausalLM",

@@ -10,7 +10,12 @@ PHI3 = Family(
         model_type="phi3",
         fields={"sliding_window": ("sliding_window",)},
         required={**REQUIRED, "attention_bias": False},
-        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        defaults={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 32000,
+            "pad_token_id": 32000,
+        },
         joined={
             "self_attn.qkv_proj.weight": (
                 "self_attn.q_proj.weight",

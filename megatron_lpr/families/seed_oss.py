@@ -12,7 +12,16 @@ SEED_OSS = Family(
         # fields that must have this value, because no mapping below carries another
         required={**REQUIRED, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
         # what transformers assumes for a field that config.json leaves out
-        defaults={"max_position_embeddings": 524288, "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "head_dim": 128},
+        defaults={
+            "max_position_embeddings": 524288,
+            "rms_norm_eps": 1e-6,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+            "attention_dropout": 0.1,
+        },
     ),
     moe=QWEN2.moe,  # the class with experts that computes the same attention
     layer=(*LAYER, QKV_BIAS),  # attention and norms of a layer; embedding, head and FFN are those of all families

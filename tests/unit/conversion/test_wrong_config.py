@@ -110,6 +110,8 @@ def read_by(architecture, name):
         return name == "moe_intermediate_size"
     if name == "shared_expert_intermediate_size":
         return architecture == "Qwen2MoeForCausalLM"
+    if architecture == "FlexOlmoForCausalLM":
+        return name == "norm_topk_prob"
     return architecture != "MixtralForCausalLM"
 
 

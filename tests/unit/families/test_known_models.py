@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import FAMILIES, family_of, read_architecture
+from megatron_lpr.families.export_config import CARRIED_OVER, export_config
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
@@ -131,3 +132,21 @@ def test_every_class_that_transformers_has(tmp_path):
         with pytest.raises(UserError) as refused:
             read_architecture(tmp_path)
         assert architecture in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_what_a_config_leaves_out_is_the_same_in_the_export(tmp_path, family):
+    """Special tokens and dropout have other defaults in many a class with experts."""
+    sizes = dict(zip(FIELDS, (32, 24, 2, 4, 2), strict=True))
+    dense = {"architectures": [family.dense.architecture], "model_type": family.dense.model_type, "vocab_size": 10**6}
+    needed = {key: value for key, value in family.dense.required.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps({**needed, **dense, **sizes}))
+    export = export_config(
+        read_architecture(tmp_path), {**needed, **dense, **sizes}, num_experts=4, topk=2, dtype="bfloat16"
+    )
+    taken, exported = (
+        CONFIG_MAPPING[fields["model_type"]](**{key: fields[key] for key in fields if key != "model_type"})
+        for fields in ({**dense, **sizes}, export)
+    )
+    for name in CARRIED_OVER:
+        assert getattr(exported, name, None) == getattr(taken, name, None) or not hasattr(exported, name), name
