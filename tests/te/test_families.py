@@ -1,8 +1,10 @@
 """Where a family's norms are of other things, Transformer Engine's layers are other ones too."""
 
 import pytest
-from layouts import Case, Comparison, Part, run_parts
+from fp8_casts import bytes_of_casts
+from layouts import Case, Comparison, Part, run_parts, trainer_of
 
+from megatron_lpr.planning.planned import planned
 from megatron_lpr.testing.toy_models import write_toy_model
 
 LAYOUTS = {1: "one", 2: "tp2"}
@@ -23,6 +25,17 @@ def comparison(on_ranks, tmp_path_factory):
         cases = [name for name, (needed, _) in CASES.items() if needed == ranks]
         run_parts(on_ranks, ranks, [Part(comparison=found, cases=cases)])
     return found
+
+
+def test_a_linear_layer_without_a_norm_before_it_casts_its_lowest_weight_once(megatron, tmp_path):
+    """In FP8: nothing below asks for a gradient. With the norm Transformer Engine casts both ways all the same."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    base = write_toy_model(tmp_path / "base", architectures=["Olmo2ForCausalLM"], model_type="olmo2", **sizes)
+    changes = {"model": {"spec": "te", "dtype": "bfloat16"}, "fp8": {"recipe": "tensorwise", "frozen_weights": "bf16"}}
+    trainer = trainer_of(base, "stage1", tmp_path / "run", changes)
+    trainer.train_step()
+    memory, _ = planned(trainer.recipe, trainer.plan.arch, 1, 0)
+    assert memory.casts == bytes_of_casts(trainer)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import te_on_cpu
 import torch
+from fp8_casts import bytes_of_casts, is_quantised
 from harness import make_plan
 from layouts import recipe_of, trainer_of, unfair_batch
 from safetensors.torch import load_file
@@ -42,19 +43,6 @@ def frozen(trainer) -> list[torch.Tensor]:
     parts = ("self_attention", "experts")
     weights = [weight for name, weight in trainer.chunks[0].named_parameters() if any(part in name for part in parts)]
     return [weight for weight in weights if weight.ndim == 2 and not weight.requires_grad]
-
-
-def is_quantised(weight: torch.Tensor) -> bool:
-    return hasattr(weight, "get_data_tensors")
-
-
-def bytes_of_casts(trainer) -> int:
-    """Of all FP8 copies of weights that the modules keep, scales included."""
-    copies = [p for p in trainer.chunks[0].parameters() if is_quantised(p)]
-    for module in trainer.chunks[0].modules():
-        copies += getattr(module, "_fp8_workspaces", {}).values()
-    parts = [part for copy in copies for part in copy.get_metadata().values() if isinstance(part, torch.Tensor)]
-    return sum(part.nbytes for part in parts)
 
 
 @pytest.fixture(scope="session")

@@ -42,18 +42,24 @@ def cast_bytes(recipe: Recipe, chunks: Sequence[Sequence[Parameter]], layers: La
     """What a rank keeps of all its weights, scales included."""
     in_fp8 = layers_in_fp8(recipe, arch)
     return sum(
-        _kept(recipe, parameter, layers, alone=has_no_other(recipe, parameter, in_fp8))
+        _kept(
+            recipe,
+            parameter,
+            layers,
+            alone=has_no_other(recipe, parameter, in_fp8),
+            has_norm=not arch.norm_after and _may_have_norm(parameter),
+        )
         for chunk in chunks
         for parameter in chunk
         if is_cast(parameter, in_fp8)
     )
 
 
-def _kept(recipe: Recipe, parameter: Parameter, layers: Layers, *, alone: bool) -> int:
-    """alone: the copy is in the place of the weight."""
+def _kept(recipe: Recipe, parameter: Parameter, layers: Layers, *, alone: bool, has_norm: bool) -> int:
+    """alone: the copy is in the place of the weight. has_norm: its linear layer is one with the norm before it."""
     if is_spread(parameter, layers.place):
         return held_elements(parameter, layers.place) + _SCALE if alone else 0
-    transposed = _has_input_gradient(parameter, layers) or (_has_norm(parameter) and not alone)
+    transposed = _has_input_gradient(parameter, layers) or (has_norm and not alone)
     return of_weight(recipe.fp8.recipe, parameter, transposed=transposed)
 
 
@@ -63,7 +69,7 @@ def _has_input_gradient(parameter: Parameter, layers: Layers) -> bool:
     return above_router or layers.below_learns[int(parameter.name.split(".")[2])]
 
 
-def _has_norm(parameter: Parameter) -> bool:
+def _may_have_norm(parameter: Parameter) -> bool:
     return ".linear_qkv." in parameter.name or parameter.name.endswith(".mlp.linear_fc1.weight")
 
 
