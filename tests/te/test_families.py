@@ -7,23 +7,17 @@ from layouts import Case, Comparison, Part, run_parts, trainer_of
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.testing.toy_models import write_toy_model
 
-LAYOUTS = {1: "one", 2: "tp2"}
-STAGES = ("moe_full", "dense")
-CASES = {
-    f"{name}-{stage}": (ranks, Case(stage=stage, changes={"model": {"spec": "te"}, "parallel": {"tensor": ranks}}))
-    for ranks, name in LAYOUTS.items()
-    for stage in STAGES
-}
+RANKS = 2
+CHANGES = {"model": {"spec": "te"}, "parallel": {"tensor": RANKS}}
+CASES = {stage: Case(stage=stage, changes=CHANGES) for stage in ("moe_full", "dense")}
 
 
 @pytest.fixture(scope="module")
 def comparison(on_ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
     base = write_toy_model(root / "base", architectures=["Olmo2ForCausalLM"], model_type="olmo2")
-    found = Comparison(base, root / "runs", {name: case for name, (_, case) in CASES.items()})
-    for ranks in LAYOUTS:
-        cases = [name for name, (needed, _) in CASES.items() if needed == ranks]
-        run_parts(on_ranks, ranks, [Part(comparison=found, cases=cases)])
+    found = Comparison(base, root / "runs", CASES)
+    run_parts(on_ranks, RANKS, [Part(comparison=found, cases=list(CASES))])
     return found
 
 
