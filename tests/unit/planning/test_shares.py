@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from megatron_lpr.families import read_architecture
-from megatron_lpr.model.parameters import parameter_sizes
+from megatron_lpr.model.parameters import padded_vocab_size, parameter_sizes
+from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.model.rank.parameters import parameters
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.buffers import buckets
+from megatron_lpr.planning.operations import operations
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.training.cost import model_size
@@ -82,3 +84,17 @@ def test_sharded_frozen_weights_are_there_once(root):
     assert frozen("sharded", 64).frozen == pytest.approx(frozen("replicated", 64).frozen / 64, rel=0.01)
     assert frozen("sharded", 64).gathered and not frozen("replicated", 64).gathered
     assert frozen("auto", 64) == frozen("sharded", 64), "more than 16 GiB"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_is_computed_twice_of_a_dense_model(recompute, root):
+    changes = ["model.num_experts=0", "train.trainable=all", "balance.coeff=0", f"train.recompute={recompute}"]
+    recipe = planned_recipe("llama-3.2-1b", *changes)
+    arch, train = read_architecture(recipe.model.base), recipe.train
+    work = operations(recipe, arch, Layers(recipe, arch, Place(recipe.parallel, 1, 0), train), recompute)
+    of_a_number = 2 * train.global_batch_size * recipe.data.seq_length * arch.hidden_size
+    logits = of_a_number * padded_vocab_size(arch.vocab_size, 1)  # of a micro-batch they are more than one chunk
+    ffn = of_a_number * 3 * arch.ffn_hidden_size
+    attention = of_a_number * 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.head_dim
+    of_layers = {"none": 0, "selective": ffn, "full": ffn + attention + work.scores // (3 * arch.num_layers)}
+    assert work.again == logits + arch.num_layers * of_layers[recompute]
