@@ -41,9 +41,10 @@ def operations(recipe: Recipe, arch: Architecture, layers: Layers, recompute: Re
         before = _first_layers(recipe, arch, chunk.start, recompute, predicts=False)
         products += up_to.total - before.total
         again += up_to.again - before.again
-    width = arch.num_attention_heads * arch.head_dim
-    reach = min(recipe.data.seq_length, arch.sliding_window or recipe.data.seq_length)
-    of_scores = 2 * tokens * reach * width  # q k^T and the product with v, each over half of the positions
+    length = recipe.data.seq_length
+    reach = min(length, arch.sliding_window or length)
+    in_sight = reach * (2 * length - reach) / (2 * length)  # positions, in the mean: half of all without a window
+    of_scores = round(4 * tokens * in_sight * arch.num_attention_heads * arch.head_dim)  # q k^T, the product with v
     for kind, number in layers.kinds.items():
         scores += number * of_scores * (3 if kind.below_learns else 1)
         if recompute == "full":

@@ -10,7 +10,7 @@ from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.model.rank.parameters import parameters
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.buffers import buckets
-from megatron_lpr.planning.operations import operations
+from megatron_lpr.planning.operations import model_operations, operations
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.training.cost import model_size
@@ -98,3 +98,14 @@ def test_what_is_computed_twice_of_a_dense_model(recompute, root):
     attention = of_a_number * 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.head_dim
     of_layers = {"none": 0, "selective": ffn, "full": ffn + attention + work.scores // (3 * arch.num_layers)}
     assert work.again == logits + arch.num_layers * of_layers[recompute]
+
+
+@pytest.mark.parametrize("window", [None, 1000, 128])
+def test_scores_are_of_the_positions_that_a_query_sees(window, root):
+    recipe = planned_recipe("llama-3.2-1b", "train.trainable=routers", "data.seq_length=4096")
+    arch = dataclasses.replace(read_architecture(recipe.model.base), sliding_window=window)
+    seen = sum(min(position + 1, window or 4096) for position in range(4096))
+    query = arch.num_attention_heads * arch.head_dim
+    forward = 2 * 2 * recipe.train.global_batch_size * seen * query
+    layers = 1 + 3 * (arch.num_layers - 1)  # below the first nothing learns
+    assert model_operations(recipe, arch).scores == pytest.approx(layers * forward, rel=1e-2)
