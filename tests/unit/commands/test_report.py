@@ -70,8 +70,6 @@ def test_mixtures_are_told_as_they_are_read():
         "from sample 400: expanded 50%, original 50%",
         "from sample 1,000: expanded 75%, original 25%",
     ]
-    data["schedule"] = []
-    assert list(run_report.mixture(run)) == ["expanded 75%, original 25%"]
 
 
 def test_it_needs_nothing_beside_it_and_its_pictures_are_xml(tmp_path):
