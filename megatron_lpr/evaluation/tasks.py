@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_lpr.data.text.special_tokens import special_tokens
+from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.evaluation.result_file import read_result
 from megatron_lpr.evaluation.retention import markdown
@@ -79,13 +81,18 @@ def run_tasks(folder: str | Path, tasks: Sequence[Task], recipe: Recipe, name: s
     """Have the harness score the model in a folder; it fetches its data sets from the hub, or from their cache.
 
     Raises:
-        UserError: a data set or the model that it cannot load.
+        UserError: a data set, the model or its tokenizer, which cannot be loaded.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
+    bos_id = load_tokenizer(str(folder), special=special_tokens(recipe.preprocess)).bos_id
     model = HFLM(
-        pretrained=str(folder), device=str(device()), dtype=recipe.model.dtype, batch_size=recipe.evaluation.batch
+        pretrained=str(folder),
+        device=str(device()),
+        dtype=recipe.model.dtype,
+        batch_size=recipe.evaluation.batch,
+        add_bos_token=bos_id is not None,  # its own default is another one in each version
     )
     scores = []
     for task in tasks:

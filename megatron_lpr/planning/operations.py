@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.parameters import padded_vocab_size
@@ -10,14 +9,14 @@ from megatron_lpr.model.rank.casts import layers_in_fp8
 from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
-from megatron_lpr.training.cost import StepFlops, step_flops
+from megatron_lpr.training.cost import Recompute, StepFlops, logits_in_chunks, step_flops
 
 
 @dataclass(frozen=True)
 class Operations:
     """Of the whole batch, on all ranks of a stage together.
 
-    products: of weights' matrices. scores: of attention, causal. again: what is computed a second time.
+    products: of weights' matrices. scores: of attention, causal. again: what recomputation adds.
     in_fp8: how many of all of them multiply numbers of 8 bits.
     """
 
@@ -31,30 +30,25 @@ class Operations:
         return self.products + self.scores + self.again
 
 
-def operations(
-    recipe: Recipe, arch: Architecture, layers: Layers, recompute: Literal["none", "selective", "full"]
-) -> Operations:
+def operations(recipe: Recipe, arch: Architecture, layers: Layers, recompute: Recompute) -> Operations:
     """Of the chunks of a stage."""
     assert recipe.train is not None and recipe.data is not None
     tokens = recipe.train.global_batch_size * recipe.data.seq_length
-    products = forward = scores = again = 0
+    products = scores = again = 0
     for number, chunk in enumerate(layers.chunks):
         predicts = layers.place.is_last and number == len(layers.chunks) - 1
-        up_to = _first_layers(recipe, arch, chunk.stop, predicts=predicts)
-        before = _first_layers(recipe, arch, chunk.start, predicts=False)
+        up_to = _first_layers(recipe, arch, chunk.stop, recompute, predicts=predicts)
+        before = _first_layers(recipe, arch, chunk.start, recompute, predicts=False)
         products += up_to.total - before.total
-        forward += _first_layers(recipe, arch, chunk.stop, predicts=False).forward - before.forward
-    width = arch.num_attention_heads * arch.head_dim
-    reach = min(recipe.data.seq_length, arch.sliding_window or recipe.data.seq_length)
-    of_scores = 2 * tokens * reach * width  # q k^T and the product with v, each over half of the positions
+        again += up_to.again - before.again
+    length = recipe.data.seq_length
+    reach = min(length, arch.sliding_window or length)
+    in_sight = reach * (2 * length - reach) / (2 * length)  # positions, in the mean: half of all without a window
+    of_scores = round(4 * tokens * in_sight * arch.num_attention_heads * arch.head_dim)  # q k^T, the product with v
     for kind, number in layers.kinds.items():
         scores += number * of_scores * (3 if kind.below_learns else 1)
-        if recompute == "selective" and kind.has_experts:
-            again += number * 2 * tokens * (recipe.model.topk * 3 * arch.ffn_hidden_size * arch.hidden_size)
         if recompute == "full":
             again += number * of_scores
-    if recompute == "full":
-        again += forward
     in_fp8 = sum(
         _in_fp8(recipe, arch, layers, layer, recompute)
         for chunk in layers.chunks
@@ -64,21 +58,18 @@ def operations(
     return Operations(products=products, scores=scores, again=again, in_fp8=in_fp8)
 
 
-def _in_fp8(recipe: Recipe, arch: Architecture, layers: Layers, layer: int, recompute: str) -> int:
+def _in_fp8(recipe: Recipe, arch: Architecture, layers: Layers, layer: int, recompute: Recompute) -> int:
     """All products of a layer's weights but the router's."""
     assert recipe.train is not None and recipe.data is not None
-    up_to, before = (_first_layers(recipe, arch, number, predicts=False) for number in (layer + 1, layer))
-    total, forward = up_to.total - before.total, up_to.forward - before.forward
+    up_to, before = (_first_layers(recipe, arch, number, recompute, predicts=False) for number in (layer + 1, layer))
+    executed = up_to.executed - before.executed
     if not layers.has_experts[layer]:
-        return total + forward * (recompute == "full")
+        return executed
     tokens = recipe.train.global_batch_size * recipe.data.seq_length
-    of_router = 2 * tokens * recipe.model.num_experts * arch.hidden_size
-    everything = recipe.train.trainable == "all"
-    backward = 1 + (everything or any(layer > moe for moe in arch.moe_layers()))
-    total -= of_router * (1 + backward)
-    if recompute == "selective":
-        total += 2 * tokens * recipe.model.topk * 3 * arch.ffn_hidden_size * arch.hidden_size
-    return total + (forward - of_router) * (recompute == "full")
+    recomputes = recompute != "none"
+    below = recomputes or recipe.train.trainable == "all" or any(layer > moe for moe in arch.moe_layers())
+    # forward, where it is computed again once more, and the gradients of the weight and of what it is given
+    return executed - 2 * tokens * recipe.model.num_experts * arch.hidden_size * (2 + recomputes + below)
 
 
 def model_operations(recipe: Recipe, arch: Architecture) -> Operations:
@@ -86,10 +77,13 @@ def model_operations(recipe: Recipe, arch: Architecture) -> Operations:
     assert recipe.train is not None
     alone, train = ParallelConfig(), dataclasses.replace(recipe.train, recompute="none")
     recipe = dataclasses.replace(recipe, parallel=alone, train=train)
-    return operations(recipe, arch, Layers(recipe, arch, Place(alone, 1, 0), train), "none")
+    all_of_it = operations(recipe, arch, Layers(recipe, arch, Place(alone, 1, 0), train), "none")
+    return dataclasses.replace(all_of_it, again=0)  # of logits in chunks
 
 
-def _first_layers(recipe: Recipe, arch: Architecture, number: int, *, predicts: bool) -> StepFlops:
+def _first_layers(
+    recipe: Recipe, arch: Architecture, number: int, recompute: Recompute, *, predicts: bool
+) -> StepFlops:
     """Of the model's first layers alone, whose routing slots go evenly to all experts."""
     assert recipe.train is not None and recipe.data is not None
     model, tokens = recipe.model, recipe.train.global_batch_size * recipe.data.seq_length
@@ -102,4 +96,6 @@ def _first_layers(recipe: Recipe, arch: Architecture, number: int, *, predicts: 
         tokens=tokens,
         frozen_slots=[frozen] * number,
         vocab_size=padded_vocab_size(arch.vocab_size, recipe.parallel.tensor) if predicts else 0,
+        recompute=recompute,
+        logits_in_chunks=logits_in_chunks(recipe, arch),
     )

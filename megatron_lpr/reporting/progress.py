@@ -21,16 +21,24 @@ _TERMINAL_SECONDS, _LOG_SECONDS = 1.0, 10.0
 
 
 class Progress:
-    """Prints a line per step; the ETA comes from the mean duration of the last `window` steps."""
+    """Prints a line per step; the ETA comes from the mean duration of the last `window` steps, and from what has passed
+    between steps since the first line, as with validations and checkpoints: of all of them, for few steps have any."""
 
     def __init__(self, stream: TextIO | None = None, *, window: int = 20):
         self._stream = stream or sys.stdout
         self._seconds: deque[float] = deque(maxlen=window)
+        self._told_at: float | None = None  # the line before
+        self._between, self._steps = 0.0, 0
 
     def report(self, metrics: StepMetrics) -> None:
         """Print the line of a step that has just ended."""
+        now = time.monotonic()
+        if self._told_at is not None:
+            self._between += max(0.0, now - self._told_at - metrics["seconds"])
+            self._steps += 1
+        self._told_at = now
         self._seconds.append(metrics["seconds"])
-        mean = sum(self._seconds) / len(self._seconds)
+        mean = sum(self._seconds) / len(self._seconds) + self._between / max(self._steps, 1)
         print(stamped(progress_line(metrics, seconds_per_step=mean)), file=self._stream, flush=True)
 
 

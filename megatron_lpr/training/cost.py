@@ -7,11 +7,15 @@ something below learns, and as many again for the gradient of W where W learns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_lpr.checkpoint.holding import CONTENTS, Content, holds
 from megatron_lpr.families import Architecture
+from megatron_lpr.model.loss_chunks import CHUNK_BYTES, rows_at_once
 from megatron_lpr.model.parameters import is_trainable, itemsize, padded_vocab_size, parameter_sizes
 from megatron_lpr.recipe.settings import ModelConfig, Recipe
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +54,21 @@ def model_size(recipe: Recipe, arch: Architecture) -> ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """Operations of one step."""
+    """Operations of one step: what the model needs, and on top of it what saving memory takes."""
 
     forward: int
     input_gradients: int
     weight_gradients: int
+    again: int  # products that are computed twice, and gradients that recomputation alone asks for
 
     @property
     def total(self) -> int:
+        """That are needed."""
         return self.forward + self.input_gradients + self.weight_gradients
+
+    @property
+    def executed(self) -> int:
+        return self.total + self.again
 
 
 def step_flops(
@@ -69,6 +79,8 @@ def step_flops(
     tokens: int,
     frozen_slots: Sequence[int],
     vocab_size: int,
+    recompute: Recompute = "none",
+    logits_in_chunks: bool = False,
 ) -> StepFlops:
     """Operations of one step over `tokens` positions (padding included: it is computed too).
 
@@ -76,35 +88,49 @@ def step_flops(
         trainable: freezing policy.
         frozen_slots: per layer, the routing slots (of tokens * topk) that went to frozen experts.
         vocab_size: rows of the output layer, padding included.
+        recompute: of the layers; `selective` computes experts again, of a dense model the FFNs.
+        logits_in_chunks: as `logits_in_chunks` says; where the output layer learns they are computed again.
     """
     hidden = arch.hidden_size
     queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
-    everything = trainable == "all"
-    forward = inputs = weights = 0
+    everything, ffn_again, attention_again = trainable == "all", recompute != "none", recompute == "full"
+    forward = inputs = weights = again = 0
 
-    def product(rows: int, elements: int, *, below_learns: bool, learns: bool) -> None:
-        nonlocal forward, inputs, weights
+    def product(rows: int, elements: int, *, below_learns: bool, learns: bool, twice: bool) -> None:
+        nonlocal forward, inputs, weights, again
         operations = 2 * rows * elements
         forward += operations
         inputs += operations if below_learns else 0
         weights += operations if learns else 0
+        # recomputation asks for a gradient at the embedding, whatever learns (model/builder.py)
+        again += operations * (twice + (recompute != "none" and not below_learns))
 
     for layer in range(arch.num_layers):
         # does anything below this layer's FFN, or in the layers before, learn? The embedding does with everything.
         below = everything or any(layer > moe for moe in arch.moe_layers())
-        product(tokens, (queries + 2 * keys) * hidden, below_learns=below, learns=everything)
-        product(tokens, queries * hidden, below_learns=below, learns=everything)
+        in_attention = {"below_learns": below, "learns": everything, "twice": attention_again}
+        product(tokens, (queries + 2 * keys) * hidden, **in_attention)
+        product(tokens, queries * hidden, **in_attention)
         ffn = arch.ffn_hidden_size * hidden
         if not model.num_experts or layer in arch.mlp_only_layers:
-            product(tokens, 3 * ffn, below_learns=below, learns=everything)
+            twice = attention_again if model.num_experts else ffn_again
+            product(tokens, 3 * ffn, below_learns=below, learns=everything, twice=twice)
             continue
-        product(tokens, model.num_experts * hidden, below_learns=below, learns=True)
+        product(tokens, model.num_experts * hidden, below_learns=below, learns=True, twice=ffn_again)
         # frozen experts are weighted by the router at their output: without learners below only their outputs count
-        product(frozen_slots[layer], 3 * ffn, below_learns=below, learns=everything)
+        product(frozen_slots[layer], 3 * ffn, below_learns=below, learns=everything, twice=ffn_again)
         new_slots = tokens * model.topk - frozen_slots[layer]
         new_learns = is_trainable(".mlp.experts.", trainable)
-        product(new_slots, 2 * ffn, below_learns=below, learns=new_learns)
+        product(new_slots, 2 * ffn, below_learns=below, learns=new_learns, twice=ffn_again)
         # new experts are weighted by the router before fc2, so that its input gradient is always needed
-        product(new_slots, ffn, below_learns=True, learns=new_learns)
-    product(tokens, vocab_size * hidden, below_learns=True, learns=everything)
-    return StepFlops(forward=forward, input_gradients=inputs, weight_gradients=weights)
+        product(new_slots, ffn, below_learns=True, learns=new_learns, twice=ffn_again)
+    product(tokens, vocab_size * hidden, below_learns=True, learns=everything, twice=everything and logits_in_chunks)
+    return StepFlops(forward=forward, input_gradients=inputs, weight_gradients=weights, again=again)
+
+
+def logits_in_chunks(recipe: Recipe, arch: Architecture) -> bool:
+    """Whether the output layer takes the tokens of a micro-batch in parts (model/output_layer.py)."""
+    assert recipe.train is not None and recipe.data is not None
+    tokens = recipe.train.micro_batch_size * recipe.data.seq_length // recipe.parallel.context
+    columns = padded_vocab_size(arch.vocab_size, recipe.parallel.tensor) // recipe.parallel.tensor
+    return rows_at_once(tokens, columns, CHUNK_BYTES) < tokens

@@ -135,9 +135,13 @@ def _manifest_as_of(path: str, changed: int) -> Manifest:
 def mixture(run: ReportedRun) -> Iterator[str]:
     """What is read in which share, from the first sample on; one text for each change."""
     data = run.section("data")
-    entries = [{"from_sample": 0, "mixture": data.get("mixture")}, *data.get("schedule", ())]
+    entries = list(data.get("schedule", ()))
+    if not entries or entries[0]["from_sample"]:
+        entries.insert(0, {"from_sample": 0})
     for entry in entries:
-        shares = ", ".join(f"{role} {_percent(share)}" for role, share in (entry.get("mixture") or {}).items())
+        wanted = entry.get("mixture") or data.get("mixture") or {}
+        total = sum(wanted.values()) or 1
+        shares = ", ".join(f"{role} {_percent(share / total)}" for role, share in wanted.items())
         weights = ", ".join(f"{name} {weight:g}" for name, weight in (entry.get("weights") or {}).items())
         what = "; ".join([*([shares] if shares else []), *([f"weights {weights}"] if weights else [])])
         if what:

@@ -34,7 +34,8 @@ def status_rows(status: RunStatus) -> dict[str, str]:
 def _losses(status: RunStatus) -> str | None:
     shown = [f"{key.removesuffix('_loss')} {status.losses[key]:.3f}" for key in LOSSES if key in status.losses]
     if shown and status.trend is not None:
-        shown[0] += f" ({status.trend:+.3f} over {status.trend_steps} steps)"
+        half = status.trend_steps // 2
+        shown[0] += f" (mean of {half} step{'s' if half > 1 else ''}: {status.trend:+.3f} against the {half} before)"
     return ", ".join(shown) or None
 
 

@@ -8,7 +8,7 @@ import torch
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.platform import device
-from megatron_lpr.training.cost import step_flops
+from megatron_lpr.training.cost import logits_in_chunks, step_flops
 from megatron_lpr.training.plan import Plan
 
 # Dense bf16 TFLOP/s of the tensor cores, from NVIDIA's data sheets (which print twice as much, "with sparsity"):
@@ -33,8 +33,8 @@ class Throughput(TypedDict, total=False):
 def throughput(plan: Plan, sums_NLC: torch.Tensor, seconds: float) -> Throughput:
     """Operations of the step by its duration, and as a share of the peak where that is known.
 
-    Those of weights' matrix products alone (cost.py). What is computed twice (train.recompute: full) counts as
-    executed, but not in the share: MFU is of what the model needs.
+    Those of weights' matrix products alone (cost.py). What is computed twice (train.recompute) counts as executed, but
+    not in the share: MFU is of what the model needs.
 
     Args:
         sums_NLC: the routers' statistics of the step; no layers where it has none.
@@ -47,10 +47,18 @@ def throughput(plan: Plan, sums_NLC: torch.Tensor, seconds: float) -> Throughput
         frozen = float(sums_LC[:, SLOTS : SLOTS + model.num_frozen_experts].sum())
         frozen_slots[layer] = round(frozen * positions / max(float(sums_LC[:, TOKENS].sum()), 1.0))
     vocab_size = padded_vocab_size(arch.vocab_size, plan.recipe.parallel.tensor)
-    flops = step_flops(arch, model, train.trainable, tokens=positions, frozen_slots=frozen_slots, vocab_size=vocab_size)
-    executed = flops.total + (flops.forward if train.recompute == "full" else 0)
+    flops = step_flops(
+        arch,
+        model,
+        train.trainable,
+        tokens=positions,
+        frozen_slots=frozen_slots,
+        vocab_size=vocab_size,
+        recompute=train.recompute,
+        logits_in_chunks=logits_in_chunks(plan.recipe, arch),
+    )
     device_seconds = seconds * plan.world_size
-    found = Throughput(tflops_per_device=executed / device_seconds / 1e12)
+    found = Throughput(tflops_per_device=flops.executed / device_seconds / 1e12)
     peak = peak_tflops(torch.cuda.get_device_name() if device().type == "cuda" else "", model.dtype)
     if peak:
         found["mfu"] = flops.total / device_seconds / 1e12 / peak

@@ -129,7 +129,9 @@ def _tree(sampler: ReplaySampler, samples: int, counts: BatchCounts) -> Iterator
     manifest = sampler.manifest
     per_language, total = counts.tokens_per_language, max(counts.tokens, 1)
     read = sampler.samples_before(samples)
-    yield "data", "tokens", "share", "samples", "epochs", "tokens in an epoch"
+    # of a document an epoch of such samples has the first positions alone
+    there = "tokens of the documents" if sampler.windows == "document" else "tokens in an epoch"
+    yield "data", "tokens", "share", "samples", "epochs", there
     for role in ROLES:
         languages = [language for language, its in manifest.language_roles.items() if its == role]
         tokens = sum(per_language[language] for language in languages)

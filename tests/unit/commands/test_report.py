@@ -56,6 +56,22 @@ def test_a_run(tmp_path, capsys):
     assert [path.name for path in run.iterdir() if "report" in path.name] == ["report.html"]
 
 
+def test_mixtures_are_told_as_they_are_read():
+    """Shares sum to one, whatever the recipe's do, and an entry of the schedule is what it says and data.mixture."""
+    schedule = [
+        {"from_sample": 0, "weights": {"news": 0.0}},
+        {"from_sample": 400, "mixture": {"expanded": 1.0, "original": 1.0}},
+        {"from_sample": 1000, "weights": {}},
+    ]
+    data = {"mixture": {"expanded": 3.0, "original": 1.0}, "schedule": schedule}
+    run = SimpleNamespace(section={"data": data}.get)
+    assert list(run_report.mixture(run)) == [
+        "from sample 0: expanded 75%, original 25%; weights news 0",
+        "from sample 400: expanded 50%, original 50%",
+        "from sample 1,000: expanded 75%, original 25%",
+    ]
+
+
 def test_it_needs_nothing_beside_it_and_its_pictures_are_xml(tmp_path):
     report(log_run(tmp_path / "run", "stage 2"), "--out", tmp_path / "new" / "page.html")
     page = (tmp_path / "new" / "page.html").read_text()

@@ -36,6 +36,15 @@ def test_for_people(runs, capsys):
     assert one.endswith("  slowest      rank 3 (n2), 1.31 s, median 1 s")
 
 
+def test_the_trend_is_told_of_the_steps_that_it_compares(runs, capsys):
+    """A loss that falls by 0.1 a step is 0.3 lower than three steps before, not than six."""
+    for step in range(5, 10):
+        record = {"step": step, "time": utc_now(), "steps": 9, "stage": "one", "ntp_loss": 1.9 - 0.1 * step}
+        JsonLines(runs / "one" / "metrics.jsonl").append(record)
+    assert cli.main(["status", str(runs / "one")]) == 0
+    assert "  losses       ntp 1.000 (mean of 3 steps: -0.300 against the 3 before)\n" in capsys.readouterr().out
+
+
 def test_for_programs(runs, capsys):
     assert cli.main(["status", "--json", str(runs / "one"), str(runs / "two")]) == 0
     states = [(status["name"], status["state"]) for status in json.loads(capsys.readouterr().out)]

@@ -10,7 +10,7 @@ import pytest
 from megatron_lpr import cli
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.task_names import FLORES_CODES, tasks_of
-from megatron_lpr.testing.toy_models import write_recipe
+from megatron_lpr.testing.toy_models import write_recipe, write_toy_tokenizer
 
 # of lm-evaluation-harness 0.4.13
 KNOWN = {
@@ -87,9 +87,13 @@ def evaluate(tmp_path, capsys):
     corpora = [{"name": lang, "files": ["none"], "language": lang, "role": role} for lang, role in ROLES.items()]
     recipe = write_recipe(tmp_path / "recipe.yaml", {"evaluation": {"corpora": corpora}})
 
-    def run(folder, tasks, *more):
+    def run(folder, tasks, *more, tokenizer_config=None):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "config.json").write_text("{}")
+        write_toy_tokenizer(tmp_path / folder)
+        if tokenizer_config:
+            config = {"eos_token": "<eos>", **tokenizer_config}
+            (tmp_path / folder / "tokenizer_config.json").write_text(json.dumps(config))
         words = [tmp_path / folder, "--recipe", recipe, "--tasks", tasks, "--name", folder]
         words += ["--out", tmp_path / f"{folder}.json", *more]
         return (cli.main(["evaluate", *map(str, words)]), *capsys.readouterr())
@@ -122,6 +126,17 @@ def test_scores_and_their_table(harness, evaluate, tmp_path, capsys):
     (tmp_path / "stage2.json").write_text(json.dumps(tree))
     assert cli.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "stage2.json")]) == 2
     assert "are not of the same tasks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bos, opens", [("auto", True), ("true", True), ("false", False)])
+def test_prompts_open_as_documents_do(harness, evaluate, monkeypatch, bos, opens):
+    options = {}
+    monkeypatch.setattr(
+        sys.modules["lm_eval.models.huggingface"], "HFLM", lambda pretrained, **its: options.update(its) or pretrained
+    )
+    tokenizer_config = {"bos_token": "<eos>", "add_bos_token": True}
+    assert evaluate("base", "arc", "--set", f"preprocess.bos={bos}", tokenizer_config=tokenizer_config)[0] == 0
+    assert options["add_bos_token"] == opens
 
 
 def test_what_cannot_be_done(harness, evaluate, tmp_path, monkeypatch):

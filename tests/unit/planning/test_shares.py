@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from megatron_lpr.families import read_architecture
-from megatron_lpr.model.parameters import parameter_sizes
+from megatron_lpr.model.parameters import padded_vocab_size, parameter_sizes
+from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.model.rank.parameters import parameters
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.buffers import buckets
+from megatron_lpr.planning.operations import model_operations, operations
 from megatron_lpr.planning.planned import planned
 from megatron_lpr.recipe.reading import load_recipe
 from megatron_lpr.training.cost import model_size
@@ -82,3 +84,28 @@ def test_sharded_frozen_weights_are_there_once(root):
     assert frozen("sharded", 64).frozen == pytest.approx(frozen("replicated", 64).frozen / 64, rel=0.01)
     assert frozen("sharded", 64).gathered and not frozen("replicated", 64).gathered
     assert frozen("auto", 64) == frozen("sharded", 64), "more than 16 GiB"
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_what_is_computed_twice_of_a_dense_model(recompute, root):
+    changes = ["model.num_experts=0", "train.trainable=all", "balance.coeff=0", f"train.recompute={recompute}"]
+    recipe = planned_recipe("llama-3.2-1b", *changes)
+    arch, train = read_architecture(recipe.model.base), recipe.train
+    work = operations(recipe, arch, Layers(recipe, arch, Place(recipe.parallel, 1, 0), train), recompute)
+    of_a_number = 2 * train.global_batch_size * recipe.data.seq_length * arch.hidden_size
+    logits = of_a_number * padded_vocab_size(arch.vocab_size, 1)  # of a micro-batch they are more than one chunk
+    ffn = of_a_number * 3 * arch.ffn_hidden_size
+    attention = of_a_number * 2 * (arch.num_attention_heads + arch.num_query_groups) * arch.head_dim
+    of_layers = {"none": 0, "selective": ffn, "full": ffn + attention + work.scores // (3 * arch.num_layers)}
+    assert work.again == logits + arch.num_layers * of_layers[recompute]
+
+
+@pytest.mark.parametrize("window", [None, 1000, 128])
+def test_scores_are_of_the_positions_that_a_query_sees(window, root):
+    recipe = planned_recipe("llama-3.2-1b", "train.trainable=routers", "data.seq_length=4096")
+    arch = dataclasses.replace(read_architecture(recipe.model.base), sliding_window=window)
+    seen = sum(min(position + 1, window or 4096) for position in range(4096))
+    query = arch.num_attention_heads * arch.head_dim
+    forward = 2 * 2 * recipe.train.global_batch_size * seen * query
+    layers = 1 + 3 * (arch.num_layers - 1)  # below the first nothing learns
+    assert model_operations(recipe, arch).scores == pytest.approx(layers * forward, rel=1e-2)

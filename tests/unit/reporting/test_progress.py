@@ -103,6 +103,17 @@ def test_counts_are_short(count, text):
     assert f"  hu {text}  " in progress_line(METRICS | {"tokens_per_language": {"hu": count}}, seconds_per_step=1)
 
 
+def test_eta_reckons_with_what_happens_between_steps(monkeypatch):
+    """Every second step is followed by a validation of 30 seconds: 40 steps take 40 x 2 + 20 x 30 seconds."""
+    stream, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress(stream, window=1)
+    for step in range(1, 42):
+        clock[0] += 2.0 + (30.0 if step % 2 == 0 else 0.0)
+        progress.report(METRICS | {"step": step, "steps": 81, "seconds": 2.0})
+    assert stream.getvalue().endswith("  ETA 11:20\n")
+
+
 def test_eta_is_a_moving_average_and_lines_are_plain():
     stream = io.StringIO()
     progress = Progress(stream, window=2)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.model.parameters import padded_vocab_size
-from megatron_lpr.training.cost import model_size, step_flops
+from megatron_lpr.training.cost import logits_in_chunks, model_size, step_flops
 
 TOKENS = {"qaa": 32, "qab": 32}
 STATISTICS_COLUMNS = 3 + 4  # of RouterStats for four experts
@@ -31,14 +31,20 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("in_chunks", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_step_computes_what_the_formula_says(method, megatron, toy_base, tmp_path):
+def test_a_step_computes_what_the_formula_says(method, recompute, in_chunks, megatron, toy_base, tmp_path, monkeypatch):
     from megatron.core import parallel_state
 
     from megatron_lpr.training.train import Trainer
 
+    if in_chunks:
+        for module in ("megatron_lpr.model.output_layer", "megatron_lpr.training.cost"):
+            monkeypatch.setattr(f"{module}.CHUNK_BYTES", 1 << 14)
     batch = make_batch([[(EXPANDED, TOKENS["qaa"])], [(ORIGINAL, TOKENS["qab"])]])
-    recipe = make_recipe(toy_base, batch, tmp_path, METHODS[method])
+    train = METHODS[method]["train"] | {"recompute": recompute}
+    recipe = make_recipe(toy_base, batch, tmp_path, METHODS[method] | {"train": train})
     try:
         trainer = Trainer(make_plan(recipe, batch))
         with FlopCounterMode(display=False, custom_mapping=NO_SCORES) as counter:
@@ -57,9 +63,16 @@ def test_a_step_computes_what_the_formula_says(method, megatron, toy_base, tmp_p
         tokens=sum(TOKENS.values()),
         frozen_slots=frozen_slots,
         vocab_size=padded_vocab_size(arch.vocab_size, 1),
+        recompute=recompute,
+        logits_in_chunks=logits_in_chunks(recipe, arch),
     )
+    assert logits_in_chunks(recipe, arch) == in_chunks
     statistics = 2 * 3 * sum(TOKENS.values()) * STATISTICS_COLUMNS * arch.num_layers if recipe.model.num_experts else 0
-    assert counter.get_total_flops() - statistics == expected.total
+    counted = counter.get_total_flops() - statistics
+    assert counted == expected.executed
+    assert metrics["tflops_per_device"] * 1e12 * metrics["seconds"] == pytest.approx(counted)
+    if recompute == "none" and not in_chunks:
+        assert counted == expected.total
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -60,6 +60,16 @@ def test_the_plan_counts_what_the_sampler_gives(inspect, recipes, steps):
         assert re.search(rf"^   └─ {language} +{drawn:,} +{epochs} +{sampler.num_tokens(i):,}$", printed, re.M)
 
 
+@pytest.mark.parametrize("windows, tokens", [("packed", "in an epoch"), ("document", "of the documents")])
+def test_an_epoch_of_documents_leaves_out_their_ends(inspect, recipes, windows, tokens):
+    settings = [f"data.windows={windows}", "data.seq_length=8"]
+    sampler = sampler_of(load_recipe(str(recipes["stage1"]), settings))
+    printed = inspect("stage1", *(word for setting in settings for word in ("--set", setting)))
+    assert f"epochs  {'tokens ' + tokens:>18}\n" in printed and f" {sampler.num_tokens(0):,}\n" in printed
+    of_an_epoch = int(sampler.fill(0, sampler.num_windows(0)).loss_mask_BS.sum())
+    assert (of_an_epoch == sampler.num_tokens(0) - 1) == (windows == "packed")
+
+
 def test_a_step_shows_the_text_it_reads(inspect, recipes):
     printed = inspect("stage2", "--step", "3")
     recipe = load_recipe(str(recipes["stage2"]))
