@@ -21,6 +21,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, single_process, together
+from megatron_lpr.platform.callers_torch import callers_torch_set_aside
 from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.platform.watchdog import watched
@@ -33,6 +34,7 @@ from megatron_lpr.training.hooks.hook import Hook
 from megatron_lpr.training.plan import Plan
 
 
+@callers_torch_set_aside()
 def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
     """Check a training recipe against the model, the corpora and the checkpoints, byte by byte; nothing is written.
 
@@ -42,7 +44,7 @@ def plan(recipe: Recipe, *, world_size: int | None = None) -> Plan:
     Args:
         world_size: ranks of the run; without it those that this process is one of.
     """
-    ranks = world_size or Ranks.from_environment().world_size
+    ranks = Ranks.from_environment().world_size if world_size is None else world_size
     return plan_on_good_checkpoint(recipe, ranks)
 
 
@@ -51,8 +53,16 @@ def session(run: Plan) -> Iterator[None]:
     """Inside it this process is a rank of the run, whose output folder is its own: the place for a `Trainer`.
 
     In the main thread signals ask the run to stop, and mean what they meant before when it has ended.
+
+    Raises:
+        UserError: the plan is of other ranks than these, or older than what is in the output folder; another run holds
+            the folder; this process is a rank of a run already.
     """
-    recipe, limits = run.recipe, run.recipe.cluster
+    recipe, limits, there = run.recipe, run.recipe.cluster, Ranks.from_environment().world_size
+    if run.world_size != there:
+        raise UserError(
+            f"the plan is of a run on {run.world_size} ranks, and {there} are here: plan without world_size="
+        )
     with contextlib.ExitStack() as inside:
         inside.enter_context(stoppable("training"))
         inside.enter_context(run_folder(recipe.output, run.resume, run.damaged))
@@ -79,6 +89,7 @@ def train(run: Plan, hooks: Iterable[Hook] = ()) -> None:
         Trainer(run, hooks).run()
 
 
+@callers_torch_set_aside()
 def upcycle(
     recipe: Recipe,
     *,
@@ -117,6 +128,7 @@ def upcycle(
     )
 
 
+@callers_torch_set_aside()
 def evaluate(
     model: str | Path, *, recipe: Recipe | None = None, name: str | None = None, progress: bool = False
 ) -> EvaluationResult:
@@ -135,6 +147,7 @@ def compare(results: Sequence[EvaluationResult | str | Path]) -> str:
     return retention_table([r if isinstance(r, EvaluationResult) else EvaluationResult.load(r) for r in results])
 
 
+@callers_torch_set_aside()
 def export(
     checkpoint: str | Path,
     out_dir: str | Path,
@@ -169,6 +182,7 @@ def export(
     )
 
 
+@callers_torch_set_aside()
 def verify(
     export_dir: str | Path,
     *,

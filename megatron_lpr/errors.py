@@ -23,8 +23,8 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 class Stopped(SystemExit):
     """A run that was asked to stop has saved and said so; a script that lets it through ends with exit status 75."""
 
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
+    def __init__(self, status: int = STOPPED) -> None:
+        super().__init__(status)  # an argument, so that it can be pickled on its way out of a process
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

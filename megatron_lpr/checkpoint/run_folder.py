@@ -50,7 +50,9 @@ def _take(held: contextlib.ExitStack, output: str, resume: Path | None, damaged:
     held.enter_context(run_lock(output))
     found = find_checkpoint(output, damaged)
     if (found and found.folder) != resume:
-        raise UserError(f"output: another run has just written to {output}; start this one again")
+        raise UserError(
+            f"output: {output} was written to after this run was planned; start it again (in Python: plan it again)"
+        )
     root = Path(output) / "checkpoints"
     if leavings := clear_leavings(root):
         print(f"deleted {', '.join(leavings)} in {root}, which a killed run has left", flush=True)

@@ -120,7 +120,7 @@ class FileTensor:
             column = math.prod(self.shape[2:]) * self.dtype.itemsize
             inner = (columns[1] - columns[0], *self.shape[2:])
             pieces, piece, first = stop - start, inner[0] * column, start * width + columns[0] * column
-        found = torch.empty((stop - start, *inner), dtype=self.dtype)
+        found = torch.empty((stop - start, *inner), dtype=self.dtype, device="cpu")  # whatever the caller's default
         if found.numel() == 0:
             return found
         buffer = tensor_bytes(found)

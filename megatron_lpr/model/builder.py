@@ -30,10 +30,12 @@ def init_model_parallel(sizes: ParallelConfig, timeout_minutes: float = 30.0) ->
         timeout_minutes: of the collectives in these groups.
 
     Raises:
-        UserError: there is no default group.
+        UserError: there is no default group, or another model is there already.
     """
     if not torch.distributed.is_initialized():
         raise UserError("this process is no rank of a run: make a Trainer in `with session(plan)`, or call train(plan)")
+    if parallel_state.model_parallel_is_initialized():
+        raise UserError("this session has a Trainer already, and a process can have one: make a session for each")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -71,6 +73,8 @@ def build_model(recipe: Recipe, arch: Architecture) -> list[torch.nn.Module]:
         )
         frequencies = inverse_frequencies(arch.head_dim, arch.rope_theta, arch.rope_scaling)
         chunk.rotary_pos_emb.inv_freq = frequencies.to(torch.cuda.current_device())
+        # Megatron remembers what it has computed by the module, which holds a process group and with it gloo's threads
+        on_leave(type(chunk.rotary_pos_emb).forward.cache_clear)
         for router in routers(chunk):
             router.counts, router.stats.not_yet = counts, not_yet_summed
         if config.recompute_granularity and chunk.pre_process:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 import warnings
 
 import torch
@@ -53,13 +54,28 @@ def backend() -> str:
     return "nccl" if device().type == "cuda" else "gloo"
 
 
-@functools.cache
+_this_thread = threading.local()
+
+
 def prepare() -> None:
-    """Make Megatron-Core importable and runnable here. Call it before anything of Megatron is imported.
+    """Make Megatron-Core importable, and runnable in this thread. Call it before anything of Megatron is imported.
 
     Raises:
         UserError: an importable `apex` is not NVIDIA's or has no kernels, or Transformer Engine is half installed.
     """
+    _prepare_process()
+    if getattr(_this_thread, "is_prepared", False):
+        return
+    # each thread has a CUDA device and function modes of its own
+    if device().type == "cpu":
+        shims.let_cuda_mean_cpu()
+    else:
+        torch.cuda.set_device(device())
+    _this_thread.is_prepared = True
+
+
+@functools.cache
+def _prepare_process() -> None:
     if kernels_run_here():
         _refuse_wrong_apex()
     else:
@@ -68,8 +84,6 @@ def prepare() -> None:
     on_cpu = device().type == "cpu"
     if on_cpu:
         shims.stand_in_for_cuda()
-    else:
-        torch.cuda.set_device(device())
     try:
         importlib.import_module("megatron.core.models.gpt")
     except RuntimeError as error:

@@ -4,14 +4,17 @@ import contextlib
 import datetime
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.platform.callers_torch import callers_torch_set_aside
 from megatron_lpr.platform.device import backend, device, prepare
 from megatron_lpr.platform.meeting import meeting_store
 
@@ -68,11 +71,15 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
         UserError: it is a rank of a run already.
     """
     if dist.is_initialized():
-        raise UserError("this process is a rank of a run already; one thing at a time: leave the `with` block first")
+        raise UserError(
+            "this process is a rank of a run already, and does one thing at a time: leave the `with session` block "
+            "first, or end a process group of your own with torch.distributed.destroy_process_group()"
+        )
     ranks = join(timeout_minutes)
     try:
         prepare()
-        yield ranks
+        with callers_torch_set_aside(), torch.random.fork_rng(_generators()):
+            yield ranks
     except BaseException:
         if ranks.world_size == 1:
             leave()
@@ -80,9 +87,18 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     leave()
 
 
+def _generators() -> list[torch.device]:
+    """Beside the CPU's; Megatron seeds all of them, and the caller's numbers would begin anew after each call."""
+    return [device()] if device().type == "cuda" else []
+
+
+_excepthook = sys.excepthook
+
+
 def join(timeout_minutes: float = 30.0) -> Ranks:
     """Join the run's process group (a single process makes one of its own)."""
-    ranks = Ranks.from_environment()
+    global _excepthook
+    ranks, _excepthook = Ranks.from_environment(), sys.excepthook
     dist.init_process_group(
         backend(),
         # alone: no port to find or to fight over
@@ -136,3 +152,4 @@ def leave() -> None:
     if dist.is_initialized():
         leave_layout()
         dist.destroy_process_group()
+        sys.excepthook = _excepthook  # torch's writes [rank0] before each line of a traceback, once for each group made

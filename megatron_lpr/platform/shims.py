@@ -85,12 +85,16 @@ def stand_in_for_cuda() -> None:
     _let_gloo_take_tensor_splits()
     _let_gloo_take_unequal_parts()
     _leave_gloo_out_where_a_rank_is_alone()
-    _CudaMeansCpu().__enter__()
 
     # Megatron compiles small helpers with torch.compile, which on a CPU costs seconds each and gains nothing
     from megatron.core import jit
 
     jit.disable_jit_fuser()
+
+
+def let_cuda_mean_cpu() -> None:
+    """In this thread, from now on."""
+    _CudaMeansCpu().__enter__()
 
 
 def _replace(owner: Any, **stand_ins: Any) -> None:

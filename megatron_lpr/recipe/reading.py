@@ -38,6 +38,8 @@ def load_recipe(
     Raises:
         UserError: no such file, no mapping, and as `from_tree`.
     """
+    if isinstance(overrides, str):  # a sequence, of letters
+        raise UserError(f"override '{overrides}': overrides are a list, as ['{overrides}']")
     tree = _merge(copy.deepcopy(dict(under)), {} if path is None else _read(Path(path), including=()))
     for override in overrides:
         _override(tree, override)

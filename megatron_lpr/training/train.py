@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_lpr.checkpoint.load import load_checkpoint
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.checkpoint.save import CheckpointWriter
-from megatron_lpr.errors import Stopped
+from megatron_lpr.errors import Stopped, UserError
 from megatron_lpr.model.builder import global_counts, init_model_parallel, routers
 from megatron_lpr.model.frozen_fp8 import cast_frozen_once
 from megatron_lpr.model.load.weights import fill_under, fill_weights
@@ -141,8 +141,10 @@ class Trainer:
         """One optimizer step and its metrics, which are the same on every rank.
 
         Raises:
-            UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed.
+            UserError: a loss or gradient is not finite, and the step may not be skipped; no weight has changed. The
+                session has ended.
         """
+        self._check_session()
         start, sizes = time.perf_counter(), self.plan.train
         lr, router_lr = self.lr, self.scheduler.router_lr
         seen = self.plan.sampler.count(self.consumed_samples, sizes.global_batch_size)
@@ -172,6 +174,10 @@ class Trainer:
         metrics = step_metrics(self, seen, stats.read(), lr=lr, grad_norm=grad_norm, start=start, skipped=skipped)
         return metrics if router_lr is None else metrics | {"router_lr": router_lr}
 
+    def _check_session(self) -> None:
+        if not vars(self.chunks[0]):  # emptied when this process left the run
+            raise UserError("the session of this Trainer has ended: work with it inside its `with session(plan)` block")
+
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
@@ -183,7 +189,11 @@ class Trainer:
         Args:
             wait: until it is whole and on the disk; without it training goes on when it is on the hosts, and the next
                 save, or `finish_save`, waits for it.
+
+        Raises:
+            UserError: a rank could not write it, or the session has ended.
         """
+        self._check_session()
         if self.writer.step not in (None, self.step) and not self.writer.has_ended and dist.get_rank() == 0:
             print(f"waits for the checkpoint of step {self.writer.step}, which is still being written", flush=True)
         begun, folder = self.writer.step, self.finish_save()

@@ -1,16 +1,20 @@
 """The package from Python: its names, its page, its types, and calls that follow one another in one process."""
 
+import concurrent.futures
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 import megatron_lpr
-from megatron_lpr.errors import UserError
+from megatron_lpr.errors import Stopped, UserError
 from megatron_lpr.testing.toy_models import write_toy_project
 
 ROOT = Path(__file__).parents[2]
@@ -115,10 +119,89 @@ def test_a_trainer_outside_a_session_is_told(project, tmp_path):
         Trainer(run)
 
 
+@pytest.fixture(scope="module")
+def stage1(project):
+    """Plans a run of two steps."""
+
+    def planned(output, **how):
+        overrides = [f"output={output}", "model.load=null", "train.steps=2"]
+        return megatron_lpr.plan(megatron_lpr.load_recipe(project / "stage1.yaml", overrides), **how)
+
+    return planned
+
+
+def train_and_evaluate(project, plan):
+    """The losses of a run, the bits per byte of what it has learned, and those of its base."""
+    seen = []
+
+    class Losses(megatron_lpr.Hook):
+        def after_step(self, trainer, metrics):
+            seen.append(metrics["ntp_loss"])
+
+    megatron_lpr.train(plan, hooks=[Losses()])
+    scores = megatron_lpr.evaluate(plan.recipe.output), megatron_lpr.evaluate(project / "base", recipe=plan.recipe)
+    return seen, [[corpus.bits_per_byte for corpus in score.corpora] for score in scores]
+
+
+@pytest.mark.slow
+def test_what_the_caller_has_set_in_torch_changes_nothing_and_stays(project, stage1, tmp_path):
+    """The default device of many notebooks is a GPU; meta, which has no data, stands for it here."""
+    expected = train_and_evaluate(project, stage1(tmp_path / "plain"))
+    hook, state = sys.excepthook, torch.manual_seed(7).get_state()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        found = train_and_evaluate(project, stage1(tmp_path / "run"))
+        folder = megatron_lpr.export(tmp_path / "run", tmp_path / "export")
+        assert megatron_lpr.verify(folder, checkpoint=tmp_path / "run").ok
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+        assert torch.get_default_device().type == "meta"
+    assert found == expected
+    assert sys.excepthook is hook and torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_calls_in_another_thread(project, stage1, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        losses, _ = thread.submit(train_and_evaluate, project, stage1(tmp_path / "run")).result()
+    assert len(losses) == 2
+
+
+@pytest.mark.slow
+def test_calls_leave_nothing_open(stage1, tmp_path):
+    megatron_lpr.train(stage1(tmp_path / "run"))
+    process, there = psutil.Process(), []
+    for _ in range(3):
+        megatron_lpr.evaluate(tmp_path / "run")
+        there.append((process.num_fds(), process.num_threads()))
+    assert there[1] == there[2]
+
+
+def test_a_session_is_of_one_trainer_and_its_plan(stage1, tmp_path):
+    run = stage1(tmp_path / "run")
+    with megatron_lpr.session(run):
+        trainer = megatron_lpr.Trainer(run)
+        with pytest.raises(UserError, match="has a Trainer already"):
+            megatron_lpr.Trainer(run)
+        assert trainer.train_step()["step"] == 1
+    for call in (trainer.train_step, trainer.save):
+        with pytest.raises(UserError, match="the session of this Trainer has ended"):
+            call()
+    with pytest.raises(UserError, match="on 2 ranks, and 1 are here"):
+        megatron_lpr.train(stage1(tmp_path / "run", world_size=2))
+    with pytest.raises(UserError, match="the number of ranks: 0"):
+        stage1(tmp_path / "run", world_size=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_end_of_a_stopped_run_can_leave_a_process():
+    assert pickle.loads(pickle.dumps(Stopped())).code == 75
+
+
 def test_what_is_wrong_is_a_user_error(project, tmp_path, megatron):
     from megatron_lpr import evaluate, export, load_recipe, plan, session, upcycle, verify
 
     recipe = load_recipe(project / "stage1.yaml", ["model.load=null", f"output={tmp_path}/run"])
+    with pytest.raises(UserError, match=re.escape("a list, as ['train.steps=4']")):
+        load_recipe(project / "stage1.yaml", "train.steps=4")
     with pytest.raises(UserError, match="train: missing"):
         plan(load_recipe(project / "upcycle.yaml"))
     with pytest.raises(UserError, match="model.num_experts: 0"):
