@@ -11,6 +11,7 @@ from megatron_lpr import __version__
 from megatron_lpr.commands.command import Command, all_commands
 from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.errors import AlreadyTold, UserError, nearest
+from megatron_lpr.files.json_lines import without_controls
 from megatron_lpr.recipe.reading import describe
 
 
@@ -139,7 +140,7 @@ def _all_ranks(report: Callable[[UserError], None]) -> Iterator[None]:
 
 
 def _report(name: str, error: UserError) -> None:
-    print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{name}: error: {without_controls(str(error))}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_lpr.checkpoint.run_state import gone
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import FileTensor, Shape
 
@@ -99,6 +100,8 @@ def read_metadata(folder: str | Path) -> Metadata:
             "do not use it, and ask whoever it came from"
         ) from error
     except Exception as error:  # unpickling a damaged file raises whatever it likes
+        if not Path(folder).is_dir():
+            raise gone(folder) from error
         raise UserError(
             f"checkpoint {folder}: its .metadata cannot be read ({type(error).__name__}: {error}); "
             "it is damaged, or no torch_dist checkpoint"
@@ -184,8 +187,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         """A chunk where it lies in its file; in memory if it was saved transposed. UserError when it is damaged."""
         if index in self._opened:
             return self._opened[index]
-        info = self.metadata.storage_data[index]
-        path = self.folder / info.relative_path
+        path = self.folder / (info := self.metadata.storage_data[index]).relative_path
         try:
             if path.stat().st_size < info.offset + info.length:
                 raise UserError(f"checkpoint {self.folder}: {info.relative_path} is truncated; copy it again")
@@ -196,8 +198,10 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
                 if start is None or not found.is_contiguous() or found.storage_offset():
                     return torch.load(self._reader._slice_file(file, info), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = getattr(error, "strerror", None) or "its content is damaged"
-            raise UserError(f"checkpoint {self.folder}: {info.relative_path} cannot be read: {reason}") from error
+            if not self.folder.is_dir():
+                raise gone(self.folder) from error
+            reason = f"cannot be read: {getattr(error, 'strerror', None) or 'its content is damaged'}"
+            raise UserError(f"checkpoint {self.folder}: {info.relative_path} {reason}") from error
         self._opened[index] = FileTensor(path, info.offset + start, found.dtype, tuple(found.shape))
         return self._opened[index]
 

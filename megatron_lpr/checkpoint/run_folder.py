@@ -132,5 +132,6 @@ def clear_leavings(root: Path) -> list[str]:
     """Delete what killed saves have left; returns the names."""
     leavings = sorted(path for pattern in _LEAVINGS for path in root.glob(pattern))
     for path in leavings:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # a link to a checkpoint on another disk goes, and what it leads to stays
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return [path.name for path in leavings]

@@ -147,7 +147,10 @@ def what_is_missing(folder: Path) -> str | None:
         if listed is None:
             return f"a damaged {MANIFEST}" if (folder / MANIFEST).is_file() else f"no {MANIFEST}"
         files = listed
-    there = set(os.listdir(folder))
+    try:
+        there = set(os.listdir(folder))
+    except FileNotFoundError:  # its run has just deleted it
+        return "no run.json"
     return next((f"no {name}" for name in files if name not in there), None)
 
 
@@ -192,7 +195,17 @@ def _tree(folder: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], tree)
 
 
+def gone(folder: str | Path) -> UserError:
+    """What is said of a checkpoint that was there a moment ago."""
+    return UserError(
+        f"checkpoint {folder}: was deleted or moved while it was read, as a run does with old ones (checkpoint.keep); "
+        "start again with the newest one of the run, or a copy"
+    )
+
+
 def _damaged(folder: Path, how: str = "") -> UserError:
+    if not folder.is_dir():
+        return gone(folder)
     what = f"damaged{how}" if (folder / "run.json").is_file() else "missing"
     return UserError(f"checkpoint {folder}: run.json is {what}; give another checkpoint of the run")
 

@@ -158,8 +158,7 @@ def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, An
 def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[str, Any], what: str) -> None:
     if there is None:
         return
-    old, new = there["architecture"], here["architecture"]
-    differing = [f"{field} {new[field]} for {old[field]}" for field in new if old.get(field, new[field]) != new[field]]
+    differing = _differing(there["architecture"], here["architecture"])
     if not differing and there["weights"] and here["weights"] and there["weights"] != here["weights"]:
         differing = ["other weights"]
     if differing:
@@ -167,6 +166,23 @@ def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[s
             f"model.base: {recipe.model.base} is another model than the base of {what} ({', '.join(differing)}); name "
             "that one, wherever it lies now, or start a new run in another output folder"
         )
+
+
+def check_architecture(base: str | Path, arch: Architecture, checkpoint: Path) -> None:
+    """Raises UserError where the config of a base says another model than that of the run of a checkpoint did.
+
+    The weights alone do not tell: with another theta of RoPE they are another function.
+    """
+    there = read_run_state(checkpoint).base
+    if there and (differing := _differing(there["architecture"], to_tree(arch))):
+        raise UserError(
+            f"model.base: the config.json of {base} is not the one that the run of {checkpoint} had "
+            f"({', '.join(differing)}); restore it, or name the folder that has it (model.base, --base)"
+        )
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [f"{field} {new[field]} for {old[field]}" for field in new if old.get(field, new[field]) != new[field]]
 
 
 def _check_load(recipe: Recipe, state: RunState) -> None:

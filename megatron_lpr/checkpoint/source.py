@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state
+from megatron_lpr.checkpoint.run_state import RunState, gone, locate, read_run_state
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import Recipe
 
@@ -13,9 +13,13 @@ from megatron_lpr.recipe.settings import Recipe
 def source_identity(folder: Path) -> dict[str, Any]:
     """What a run remembers of the checkpoint that it started from."""
     state = read_run_state(folder)
+    try:
+        written = (folder / "run.json").read_bytes()
+    except FileNotFoundError:
+        raise gone(folder) from None
     return {
         "folder": str(folder),
-        "run": hashlib.sha256((folder / "run.json").read_bytes()).hexdigest(),
+        "run": hashlib.sha256(written).hexdigest(),
         "tokens": sum((state.tokens_per_language or {}).values()) or None,
     }
 

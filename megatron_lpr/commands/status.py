@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.json_lines import without_controls
 from megatron_lpr.training.run_status import RunStatus, run_status
 from megatron_lpr.training.status_rows import status_rows
 
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(status) for status in found], indent=1, ensure_ascii=False))
     elif found:
-        print("\n\n".join("\n".join(_lines(status)) for status in found))
+        print(without_controls("\n\n".join("\n".join(_lines(status)) for status in found)))
     if errors:
         raise UserError("; ".join(map(str, errors)))
 

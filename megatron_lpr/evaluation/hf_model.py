@@ -54,6 +54,7 @@ def _load(path: str, dtype: str) -> Any:  # a PreTrainedModel, which ships no ty
             path,
             dtype=getattr(torch, dtype),
             local_files_only=True,
+            trust_remote_code=False,  # or transformers asks at the terminal whether to run the folder's code
             ignore_mismatched_sizes=True,  # reported below, in one sentence
             output_loading_info=True,
         )

@@ -51,8 +51,8 @@ class EvaluationResult:
         path, tree = Path(path), asdict(self)
         routing = tree.pop("routing")
         path.parent.mkdir(parents=True, exist_ok=True)
+        _routing_file(path).unlink(missing_ok=True)  # of an earlier result: never beside this one, nor for a moment
         path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _routing_file(path).unlink(missing_ok=True)  # of an earlier result
         if routing:
             _routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file: a reader sees the old content or the new one, and the new one is on the disk on return."""
-    partial = path.with_name(f".{path.name}.partial")
+    # of this process alone: two that write one file at once replace it in turn
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +81,11 @@ def from_json(line: bytes | str) -> dict[str, Any] | None:
 def printable(text: str) -> str:
     """Halves of characters, which JSON may spell and nothing can print, become question marks."""
     return text.encode("utf-8", "replace").decode()
+
+
+def without_controls(text: str) -> str:
+    """What a terminal only shows: names that come with a run from elsewhere may hold what it would obey."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def complete_lines(path: Path) -> Iterator[bytes]:

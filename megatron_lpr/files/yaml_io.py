@@ -15,6 +15,7 @@ else:
     _Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _LARGEST = 1 << 64
+_MOST_REPEATED = 1_000_000  # entries, by aliases
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -40,7 +41,8 @@ def parse_yaml(text: str, where: str) -> Any:
     """The one document of `text`, of plain types; `where` begins messages.
 
     Raises:
-        UserError: not YAML, a key twice in one mapping (YAML itself would keep the last), a number above 64 bits.
+        UserError: not YAML, a key twice in one mapping (YAML itself would keep the last), a number above 64 bits, or
+            aliases that make billions of a few lines.
     """
     try:
         loader = _Loader(text)
@@ -48,6 +50,8 @@ def parse_yaml(text: str, where: str) -> Any:
             root = loader.get_single_node()
             if root is None:
                 return None
+            if "*" in text:
+                _check_aliases(root, where)
             _check_keys(loader, root, where)
             return loader.construct_object(root, deep=True)  # refuses what lies inside itself
         finally:
@@ -78,6 +82,22 @@ def read_yaml(path: str | Path, where: str) -> Any:
 def dump_yaml(content: Any) -> str:
     """Plain types as YAML, keys in their order."""
     return yaml.dump(content, None, _Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _check_aliases(root: yaml.Node, where: str) -> None:
+    """Raises UserError where aliases repeat so much that whoever walks through it never comes to an end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if isinstance(node, tuple):
+            return size(node[0]) + size(node[1])
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # of one that lies inside itself, which is refused later
+            sizes[id(node)] += 0 if isinstance(node, yaml.ScalarNode) else sum(map(size, node.value))
+        return sizes[id(node)]
+
+    if size(root) - len(sizes) > _MOST_REPEATED:
+        raise UserError(f"{where}: its aliases (*name) repeat more than {_MOST_REPEATED:,} entries; write fewer")
 
 
 def _check_keys(loader: _Loader, root: yaml.Node, where: str) -> None:

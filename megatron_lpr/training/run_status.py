@@ -144,7 +144,7 @@ def _checkpoint(run: str, now: datetime) -> dict[str, Any]:
             age = max((now - written).total_seconds(), 0.0)
             found |= {"checkpoint": str(there.folder), "checkpoint_step": step_of(there.folder)}
             found |= {"checkpoint_age_seconds": age, "checkpoint_fault": there.note}
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:  # the run may delete one that was just there
         found["checkpoint_fault"] = str(error)
     return found
 

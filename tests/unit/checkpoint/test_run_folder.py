@@ -118,3 +118,14 @@ def test_leavings_of_killed_saves_are_cleared_and_nothing_else(root):
     assert names(root) == ["latest", "notes.txt", "step_00000001"]
     shutil.rmtree(root)
     assert clear_leavings(root) == []
+
+
+def test_of_a_checkpoint_on_another_disk_the_link_goes_and_the_files_stay(root, tmp_path):
+    """Somebody has moved it there; rotation drops it, and the next start of the run clears what is left."""
+    there = write_fake_checkpoint(tmp_path / "bulk", 1)
+    newest = write_fake_checkpoint(root, 2)
+    (root / there.name).symlink_to(there)
+    [dropped] = drop_old(newest, keep=1)
+    shutil.rmtree(dropped, ignore_errors=True)  # as the thread does that deletes
+    assert clear_leavings(root) == [".dropping_step_00000001"]
+    assert names(root) == ["step_00000002"] and (there / "run.json").is_file()

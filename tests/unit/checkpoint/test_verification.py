@@ -1,13 +1,16 @@
 """Every kind of damage to every file of a checkpoint is found, and named."""
 
 import json
+import os
+import shutil
 
 import pytest
 from fake_checkpoints import RECIPE
 
+from megatron_lpr.checkpoint import run_state, verification
 from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, read_run_state, write_run_state
-from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
+from megatron_lpr.checkpoint.verification import faults_of_all, has_checksums, refuse_damaged, verify_files
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.checksum import ChecksummedFile
 
@@ -111,3 +114,50 @@ def test_what_is_damaged_is_passed_over_for_the_newest_good_one_before_it(tmp_pa
 
 def test_run_json_comes_back(folder):
     assert read_run_state(folder).recipe == {**RECIPE, "lr": 1e-4}
+
+
+@pytest.fixture(params=["listed", "compared"])
+def deleted(request, monkeypatch):
+    """deleted(folder): the run of a checkpoint deletes it at a moment at which somebody reads it."""
+
+    def when(folder):
+        module, name = {"listed": (run_state, "read_manifest"), "compared": (verification, "fault_of_file")}[
+            request.param
+        ]
+        real = getattr(module, name)
+
+        def slow(path, *arguments, **more):
+            found = real(path, *arguments, **more) if request.param == "listed" else None
+            if folder in (path, path.parent):
+                shutil.rmtree(folder, ignore_errors=True)
+            return found or real(path, *arguments, **more)
+
+        monkeypatch.setattr(module, name, slow)
+
+    return when
+
+
+def test_one_that_its_run_deletes_while_it_is_read_is_one_sentence(folder, deleted):
+    deleted(folder)
+    with pytest.raises(UserError, match="^checkpoint .*step_00000007: was deleted or moved while it was read"):
+        refuse_damaged(folder, contents=True)
+
+
+def test_one_that_its_run_deletes_meanwhile_is_no_damage_of_the_run(folder, deleted):
+    write_checkpoint(folder.parent, 8)
+    deleted(folder)
+    told = []
+    assert faults_of_all(folder.parents[1], told.append) == 0
+    assert told[0].startswith("step_00000007: not there any more") and told[1].startswith("step_00000008: 6 files")
+
+
+def test_a_run_that_deletes_what_latest_named_has_a_newer_one(folder, monkeypatch):
+    newer, listdir = write_checkpoint(folder.parent, 8), os.listdir
+    (folder.parent / "latest").write_text(folder.name)
+
+    def rotated(path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", rotated)
+    assert find_checkpoint(str(folder.parents[1])).folder == newer

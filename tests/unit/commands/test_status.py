@@ -58,3 +58,14 @@ def test_one_that_cannot_be_read_is_told_after_the_others(runs, capsys):
     assert printed.err == (
         f"megatron-lpr status: error: run {runs}/none: no such folder; give the output folder of a run\n"
     )
+
+
+def test_what_a_terminal_would_obey_is_shown_and_no_more(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"step": 1, "steps": 2, "time": "2026-11-27T10:00:00.000Z", "stage": "a\x1b]0;b\x07\x1b[2J"}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert cli.main(["status", str(run)]) == 0
+    assert cli.main(["status", str(tmp_path / "\x1b[2Jnone")]) == 2
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed and "[2Jnone" in printed

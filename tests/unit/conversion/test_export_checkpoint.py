@@ -1,6 +1,7 @@
 """From a checkpoint to a folder: what is in it, what is refused, and that nothing half-written is left."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 from toy_run import toy_parameters, write_run
 
+from megatron_lpr.checkpoint.own_recipe import own_recipe
+from megatron_lpr.checkpoint.same_run import base_identity
 from megatron_lpr.conversion.export import export
 from megatron_lpr.conversion.export.export import export_checkpoint, export_model
 from megatron_lpr.conversion.export.sources import CheckpointSource
 from megatron_lpr.conversion.record import made_of, read_record
 from megatron_lpr.errors import UserError
+from megatron_lpr.evaluation.token_routing import plan_routing
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter
@@ -261,3 +265,17 @@ def test_config_and_card_name_the_run(run, toy_base, tmp_path):
     out = export_checkpoint(run, tmp_path / "out", base_dir=toy_base, command="megatron-lpr export x")
     assert json.loads((out / "config.json").read_text())["num_local_experts"] == 3
     assert "    megatron-lpr export x" in (out / "README.md").read_text()
+
+
+def test_a_base_with_the_same_weights_and_another_config_is_refused(toy_base, tmp_path):
+    base = shutil.copytree(toy_base, tmp_path / "base")
+    file = write_run(base, tmp_path / "run") / "run.json"
+    named = {"base": base_identity(str(base), read_architecture(base))}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
+    with pytest.raises(UserError, match=r"model.base: the config.json of .*base is not the one .*20000.0 for 10000.0"):
+        export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=base)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="the config.json of"):
+        plan_routing(file.parent, own_recipe(file.parent, ["evaluation.window=32"])).check()  # as evaluate does

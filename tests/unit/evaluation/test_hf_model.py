@@ -1,5 +1,8 @@
 """A Hugging Face folder as a model to evaluate."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,3 +70,16 @@ def test_damaged_weights_are_refused(folder, tmp_path, damage):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=name):
         hf_nll_fn(str(tmp_path))
+
+
+def test_code_of_the_folder_is_neither_run_nor_asked_for(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "foreign")
+    config = tmp_path / "foreign/config.json"
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | own))
+    (tmp_path / "foreign/own.py").write_text("raise SystemExit('run')")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        hf_nll_fn(str(tmp_path / "foreign"))
+    assert not asked

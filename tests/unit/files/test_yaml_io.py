@@ -92,3 +92,13 @@ def test_a_folder_or_latin_1_for_a_recipe(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"name: caf\xe9\n")
     with pytest.raises(UserError, match="recipe .*r.yaml: not UTF-8 text"):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("entry", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_that_make_billions_of_a_few_lines_are_refused_at_once(entry):
+    lines = ["a0: &a0 {k: v}"]
+    for level in range(1, 10):
+        lines.append(f"a{level}: &a{level} " + entry.format(", ".join([f"*a{level - 1}"] * 10)))
+    with pytest.raises(UserError, match=r"^recipe: its aliases \(\*name\) repeat more than 1,000,000 entries"):
+        parse_yaml("\n".join(lines), "recipe")
+    assert parse_yaml("\n".join(lines[:3]), "recipe")["a1"]
