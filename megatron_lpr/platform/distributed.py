@@ -36,7 +36,7 @@ class Ranks:
         environment = os.environ
         if "RANK" in environment:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        elif "SLURM_PROCID" in environment and _number("SLURM_STEP_NUM_TASKS", "1") > 1:
             # the batch shell has SLURM_PROCID too, so that only a step of several tasks counts
             names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         else:
@@ -47,8 +47,22 @@ class Ranks:
                 f"a distributed run needs the environment variables {', '.join(missing)}: "
                 "start it with torchrun, or export them in the Slurm script"
             )
-        rank, local_rank, world_size = (int(environment[name]) for name in names)
+        rank, local_rank, world_size = map(_number, names)
+        if rank >= world_size:
+            raise UserError(f"{names[0]}: is {rank}, but {names[2]} is {world_size}; ranks are counted from 0")
+        if not 0 < _number("MASTER_PORT") < 1 << 16:
+            raise UserError(f"MASTER_PORT: '{environment['MASTER_PORT']}' is no port; choose one from 1 to 65535")
         return cls(rank=rank, local_rank=local_rank, world_size=world_size)
+
+
+def _number(name: str, default: str = "") -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(
+            f"the environment variable {name}: '{value}' is no number; start a distributed run with torchrun or srun, "
+            "or unset it"
+        )
+    return int(value)
 
 
 def single_process(what: str) -> None:
