@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.result_file import read_result
+from megatron_lpr.files import durable
 from megatron_lpr.files.output_place import check_file
 
 
@@ -51,7 +52,7 @@ class EvaluationResult:
         path, tree = Path(path), asdict(self)
         routing = tree.pop("routing")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        durable.write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
         _routing_file(path).unlink(missing_ok=True)  # of an earlier result
         if routing:
             _routing_file(path).write_text(json.dumps(routing), encoding="utf-8")

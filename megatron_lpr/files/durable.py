@@ -6,13 +6,24 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file: a reader sees the old content or the new one, and the new one is on the disk on return."""
+    """Replace a file: a reader sees the old content or the new one, and the new one is on the disk on return.
+
+    A link stays one, and what is no file, as /dev/null, is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:  # on a full disk it would take room
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
