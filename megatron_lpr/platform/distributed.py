@@ -95,17 +95,30 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
 
 
 def join(timeout_minutes: float = 30.0) -> Ranks:
-    """Join the run's process group (a single process makes one of its own)."""
+    """Join the run's process group (a single process makes one of its own).
+
+    Raises:
+        UserError: this machine does not let it.
+    """
     ranks = Ranks.from_environment()
-    dist.init_process_group(
-        backend(),
-        # alone: no port to find or to fight over
-        store=dist.HashStore() if ranks.world_size == 1 else meeting_store(),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=device() if device().type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend(),
+            # alone: no port to find or to fight over
+            store=dist.HashStore() if ranks.world_size == 1 else meeting_store(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device() if device().type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        if "enforce fail" not in str(error):  # that is gloo's word for what it cannot have of this machine
+            raise
+        missed = str(error).splitlines()[0].rpartition("] ")[2]
+        raise UserError(
+            f"gloo cannot be started here ({missed}): it needs a network, if only lo (ip link set lo up), "
+            "GLOO_SOCKET_IFNAME unset or right, and `ulimit -n` of 256 or more"
+        ) from error
     return ranks
 
 

@@ -92,3 +92,14 @@ def test_a_signal_meets_any_environment(ranks, monkeypatch, value, among):
     ranks()
     monkeypatch.setenv("WORLD_SIZE", value)
     assert among_ranks() is among
+
+
+def test_a_network_that_gloo_cannot_have(ranks, monkeypatch):
+    """As where lo is down; without a GPU alone."""
+    from megatron_lpr.platform import distributed
+
+    ranks()
+    monkeypatch.setattr(distributed, "backend", lambda: "gloo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
+    with pytest.raises(UserError, match=r"gloo cannot be started here \(.*nothing0\.?\)"):
+        distributed.join()
