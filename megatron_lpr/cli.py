@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +84,7 @@ def _status(name: str, command: Command, words: Sequence[str], command_line: str
         _report(name, error)
 
     try:
-        _check_python()
+        _check_surroundings()
         options = _parse(name, command, words)
         options.command_line = command_line
         with _all_ranks(report) if command.distributed else contextlib.nullcontext():
@@ -96,8 +97,12 @@ def _status(name: str, command: Command, words: Sequence[str], command_line: str
     return 0
 
 
-def _check_python() -> None:
+def _check_surroundings() -> None:
     """UserError where Python was started so that names of files mean others, or libraries fail later."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this is started in has been removed: cd to another, or again to it") from None
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":
         raise UserError(

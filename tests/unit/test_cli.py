@@ -220,3 +220,11 @@ def test_an_option_behind_two_dashes(capsys):
 def test_a_name_that_is_not_utf8(capsys):
     assert cli.main(["verify-data", "h\udce1z"]) == 2
     assert "': is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_removed_under_the_shell(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["verify-data", "data"]) == 2
+    assert "the folder that this is started in has been removed" in capsys.readouterr().err
