@@ -55,7 +55,7 @@ class EvaluationResult:
         durable.write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
         _routing_file(path).unlink(missing_ok=True)  # of an earlier result
         if routing:
-            _routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
+            durable.write_text(_routing_file(path), json.dumps(routing))
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":

@@ -21,8 +21,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:  # on a full disk it would take room
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # on a full disk it would take room
+        error.filename = error.filename or str(path)  # which `write` does not tell
         raise
     sync(path.parent)
 
