@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,18 @@ from megatron_lpr.commands.exit_status import status_of
 from megatron_lpr.errors import AlreadyTold, UserError, nearest
 from megatron_lpr.files.json_lines import without_controls
 from megatron_lpr.recipe.reading import describe
+
+_RIGHT, _ROOM = "; give the right to read it, or to write there", "; make room and run it again"
+_MENDS = {
+    errno.EACCES: _RIGHT,
+    errno.EPERM: _RIGHT,
+    errno.EROFS: "; choose another place for what is written",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.ENAMETOOLONG: "; choose a shorter name",
+    errno.EMFILE: "; allow more open files (ulimit -n)",
+}
+"""Errors of the system that say enough, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +85,7 @@ def _status(name: str, command: Command, words: Sequence[str], command_line: str
         _report(name, error)
 
     try:
+        _check_surroundings()
         options = _parse(name, command, words)
         options.command_line = command_line
         with _all_ranks(report) if command.distributed else contextlib.nullcontext():
@@ -83,14 +98,32 @@ def _status(name: str, command: Command, words: Sequence[str], command_line: str
     return 0
 
 
+def _check_surroundings() -> None:
+    """UserError where Python was started so that names of files mean others, or libraries fail later."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this is started in has been removed: cd to another, or again to it") from None
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        raise UserError(
+            f"names of files are {encoding} to Python here, as the locale says, but UTF-8 in recipes: "
+            "set PYTHONUTF8=1, or a locale of UTF-8 (LC_ALL=C.UTF-8)"
+        )
+    if sys.flags.optimize > 1:
+        raise UserError("PYTHONOPTIMIZE=2 (python -OO) drops the docstrings that transformers reads: unset it")
+
+
 def _run(command: Command, options: argparse.Namespace) -> None:
-    """A right that is missing is something for users wherever it is met, of all that a command reads and writes."""
+    """What the machine refuses is something for users wherever it is met, of all that a command reads and writes."""
     try:
         command.run(options)
-    except PermissionError as error:
-        if error.filename is None:
+    except OSError as error:
+        mend = _MENDS.get(error.errno or 0)
+        if mend is None or (isinstance(error, PermissionError) and error.filename is None):
             raise
-        raise UserError(f"{error.filename}: {error.strerror}; give the right to read it, or to write there") from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror}{mend}") from error
 
 
 def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:
@@ -104,6 +137,8 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
     options, unknown = parser.parse_known_args(words)
     if unknown:
         first, *_ = unknown
+        if first.startswith("-") and "--" in words[: words.index(first)]:
+            raise UserError(f"'{first}' stands behind --, where all words are names: put it before")
         if first.startswith("-"):
             shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
             valid = [option for action in shown for option in action.option_strings if option.startswith("--")]
@@ -113,6 +148,9 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
         mend = "put a --set that has spaces in quotes" if cut else command.spelling
         raise UserError(f"'{first}' is too much" + (f": {mend}" if mend else ""))
     _refuse_empty(parser, options)
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):  # what Python makes of other bytes
+            raise UserError(f"'{word}': is not UTF-8, as text and names of files must be; rename the file")
     return options
 
 

@@ -210,7 +210,8 @@ def _flush(sentence: str) -> None:
 
 def among_ranks() -> bool:
     """Whether a launcher has started several of this process, as far as its variables tell."""
-    return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    told = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(number.isdecimal() and int(number) > 1 for number in told)
 
 
 @contextlib.contextmanager

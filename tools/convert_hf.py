@@ -208,7 +208,7 @@ GONE = {
 
 def main(words: Sequence[str] | None = None) -> int:
     """Goes through one door; returns the exit status."""
-    program = Program(name="convert_hf.py", about=__doc__.strip(), commands=DOORS, gone=GONE)
+    program = Program(name="convert_hf.py", about=(__doc__ or "").strip(), commands=DOORS, gone=GONE)
     return program.main(list(sys.argv[1:] if words is None else words))
 
 

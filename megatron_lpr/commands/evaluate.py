@@ -65,9 +65,10 @@ def run(options: argparse.Namespace) -> None:
         told = f"would evaluate {evaluation.folder} on {names} into {options.out}"
     else:
         result = evaluation.run(options.name, print_progress)
+        told = f"-> {options.out}"
         if Ranks.from_environment().rank == 0:
+            print(result, flush=True)  # before it is written: a full disk loses no hours of scoring
             result.save(options.out)
-        told = f"{result} -> {options.out}"
     if Ranks.from_environment().rank == 0:
         print(told, flush=True)
 

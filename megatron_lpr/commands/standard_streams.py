@@ -16,10 +16,13 @@ STREAMS = ("stdout", "stderr")
 class LossyStream:
     """A text stream of which lines that cannot be written are lost; `error` is the last of their errors.
 
-    Not so a pipe that nobody reads any more: that is how a reader says that he has seen enough.
+    Not so a pipe that nobody reads any more: that is how a reader says that he has seen enough. Characters that its
+    encoding lacks, as ő where the locale has no UTF-8, are written as \\u0151.
     """
 
     def __init__(self, stream: TextIO):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         self._stream = stream
         self.error: OSError | None = None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.result_file import read_result
+from megatron_lpr.files import durable
 from megatron_lpr.files.output_place import check_file
 
 
@@ -52,9 +53,9 @@ class EvaluationResult:
         routing = tree.pop("routing")
         path.parent.mkdir(parents=True, exist_ok=True)
         _routing_file(path).unlink(missing_ok=True)  # of an earlier result: never beside this one, nor for a moment
-        path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        durable.write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
         if routing:
-            _routing_file(path).write_text(json.dumps(routing), encoding="utf-8")
+            durable.write_text(_routing_file(path), json.dumps(routing))
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationResult":

@@ -12,6 +12,7 @@ from megatron_lpr.errors import UserError, warn
 from megatron_lpr.evaluation.result_file import read_result
 from megatron_lpr.evaluation.retention import markdown
 from megatron_lpr.evaluation.task_names import BENCHMARKS, Task, tasks_of
+from megatron_lpr.files import durable
 from megatron_lpr.files.output_place import check_file
 from megatron_lpr.platform import device
 from megatron_lpr.recipe.settings import Recipe
@@ -41,7 +42,7 @@ class TaskResult:
         """Write the result as JSON. UserError as `check_file`."""
         check_file(path)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        durable.write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskResult":

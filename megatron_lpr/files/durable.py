@@ -6,14 +6,26 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file: a reader sees the old content or the new one, and the new one is on the disk on return."""
+    """Replace a file: a reader sees the old content or the new one, and the new one is on the disk on return.
+
+    A link stays one, and what is no file, as /dev/null, is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     # of this process alone: two that write one file at once replace it in turn
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # on a full disk it would take room
+        error.filename = error.filename or str(path)  # which `write` does not tell
+        raise
     sync(path.parent)
 
 

@@ -39,7 +39,7 @@ class Ranks:
         environment = os.environ
         if "RANK" in environment:
             names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        elif "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        elif "SLURM_PROCID" in environment and _number("SLURM_STEP_NUM_TASKS", "1") > 1:
             # the batch shell has SLURM_PROCID too, so that only a step of several tasks counts
             names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
         else:
@@ -50,8 +50,22 @@ class Ranks:
                 f"a distributed run needs the environment variables {', '.join(missing)}: "
                 "start it with torchrun, or export them in the Slurm script"
             )
-        rank, local_rank, world_size = (int(environment[name]) for name in names)
+        rank, local_rank, world_size = map(_number, names)
+        if rank >= world_size:
+            raise UserError(f"{names[0]}: is {rank}, but {names[2]} is {world_size}; ranks are counted from 0")
+        if not 0 < _number("MASTER_PORT") < 1 << 16:
+            raise UserError(f"MASTER_PORT: '{environment['MASTER_PORT']}' is no port; choose one from 1 to 65535")
         return cls(rank=rank, local_rank=local_rank, world_size=world_size)
+
+
+def _number(name: str, default: str = "") -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal():
+        raise UserError(
+            f"the environment variable {name}: '{value}' is no number; start a distributed run with torchrun or srun, "
+            "or unset it"
+        )
+    return int(value)
 
 
 def single_process(what: str) -> None:
@@ -96,18 +110,31 @@ _excepthook = sys.excepthook
 
 
 def join(timeout_minutes: float = 30.0) -> Ranks:
-    """Join the run's process group (a single process makes one of its own)."""
+    """Join the run's process group (a single process makes one of its own).
+
+    Raises:
+        UserError: this machine does not let it.
+    """
     global _excepthook
     ranks, _excepthook = Ranks.from_environment(), sys.excepthook
-    dist.init_process_group(
-        backend(),
-        # alone: no port to find or to fight over
-        store=dist.HashStore() if ranks.world_size == 1 else meeting_store(),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        device_id=device() if device().type == "cuda" else None,
-    )
+    try:
+        dist.init_process_group(
+            backend(),
+            # alone: no port to find or to fight over
+            store=dist.HashStore() if ranks.world_size == 1 else meeting_store(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device() if device().type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        if "enforce fail" not in str(error):  # that is gloo's word for what it cannot have of this machine
+            raise
+        missed = str(error).splitlines()[0].rpartition("] ")[2]
+        raise UserError(
+            f"gloo cannot be started here ({missed}): it needs a network, if only lo (ip link set lo up), "
+            "GLOO_SOCKET_IFNAME unset or right, and `ulimit -n` of 256 or more"
+        ) from error
     return ranks
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 
@@ -173,3 +174,57 @@ def test_a_right_that_is_missing_is_a_sentence(instead, tmp_path, capsys):
     assert cli.main(["status", str(tmp_path)]) == 2
     told = f"{tmp_path}/latest: Permission denied; give the right to read it, or to write there"
     assert capsys.readouterr().err == f"megatron-lpr status: error: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room and run it again"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "xx"), "xx: File name too long; choose a shorter name"),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a"),
+            "a: Too many open files; allow more open files (ulimit -n)",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(instead, capsys, error, told):
+    instead(fails(error))
+    assert cli.main(["verify-data", "data"]) == 2
+    assert capsys.readouterr().err == f"megatron-lpr verify-data: error: {told}\n"
+
+
+def test_other_errors_of_the_system_keep_their_traceback(instead):
+    instead(fails(OSError(errno.EBADF, "Bad file descriptor")))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["verify-data", "data"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "names of files are ascii to Python here"),
+        ({"PYTHONOPTIMIZE": "2"}, "PYTHONOPTIMIZE=2 (python -OO) drops the docstrings"),
+    ],
+)
+def test_a_python_that_would_read_names_or_libraries_wrong(environment, told):
+    command = [sys.executable, "-m", "megatron_lpr.cli", "verify-data", "data"]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and f"error: {told}" in result.stderr
+
+
+def test_an_option_behind_two_dashes(capsys):
+    assert cli.main(["verify", "--", "-export", "--checkpoint", "run"]) == 2
+    assert "'--checkpoint' stands behind --, where all words are names" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf8(capsys):
+    assert cli.main(["verify-data", "h\udce1z"]) == 2
+    assert "': is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_removed_under_the_shell(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["verify-data", "data"]) == 2
+    assert "the folder that this is started in has been removed" in capsys.readouterr().err

@@ -71,3 +71,13 @@ def test_the_streams_are_put_back():
         assert (sys.stdout, sys.stderr) == (stdout, stderr)
         assert isinstance(sys.stdout, LossyStream) and sys.stdout.encoding == before[0].encoding
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_characters_that_the_locale_has_not(tmp_path):
+    """A Slurm log under LANG=hu_HU or an ASCII stdout ends no run that names a Greek folder."""
+    code = (
+        "from megatron_lpr.commands.exit_status import status_of\nstatus_of('x', lambda: print('\u0151\u03b1') or 0)\n"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "iso8859-2"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"\xf5\\u03b1\n", b"")

@@ -132,7 +132,7 @@ def hf_like(tmp_path_factory):
     [
         ([], "no text: name a file with --text FILE, or give words with --prompt"),
         (["--prompt", " "], "--prompt: is empty"),
-        (["--prompt", "a\udcff"], r"--prompt 'a\udcff': is not UTF-8"),
+        (["--prompt", "a\udcff"], r"'a\udcff': is not UTF-8"),
         (["--text", "nowhere.txt"], "no file nowhere.txt"),
         (["--text", "EMPTY"], "empty text; correct it, or leave it out"),
         (["--text", "LINES"], "no text in it"),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from megatron_lpr.commands.options import typed_recipe
 from megatron_lpr.data.corpus.indexed import IndexedWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import load_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -91,6 +94,28 @@ def test_a_command_that_fails_ends_it(quickstart, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "main", lambda words: 2)
     with pytest.raises(SystemExit, match="megatron-lpr preprocess failed"):
         quickstart(tmp_path, smoke=True).run()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("No module named 'gguf'"), "No module named 'gguf'; pip install '.[quickstart]'"),
+        (UserError("pip could not download it"), "pip could not download it"),
+        (PermissionError(13, "Permission denied", "runs"), "Permission denied: 'runs'"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_sentence(quickstart, tmp_path, monkeypatch, error, told):
+    def run(self):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "run", run)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(SystemExit, match="^quickstart: ") as ended:
+        quickstart.__init__.__globals__["main"]()
+    assert told in str(ended.value)
 
 
 def test_arms_read_the_same_samples(tmp_path):

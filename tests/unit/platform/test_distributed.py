@@ -4,6 +4,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import Ranks
+from megatron_lpr.signals import among_ranks
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
@@ -66,3 +67,39 @@ def test_a_process_can_join_again_after_an_error(ranks):
             assert joined.world_size == dist.get_world_size() == 1
             raise ZeroDivisionError
         assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("RANK", "", "RANK: '' is no number"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE: 'two' is no number"),
+        ("RANK", "2", "RANK: is 2, but WORLD_SIZE is 2"),
+        ("MASTER_PORT", "abc", "MASTER_PORT: 'abc' is no number"),
+        ("MASTER_PORT", "99999", "MASTER_PORT: '99999' is no port"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(ranks, name, value, told):
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"} | MASTER
+    with pytest.raises(UserError, match=told):
+        ranks(**environment | {name: value})
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS: 'x' is no number"):
+        ranks(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="x")
+
+
+@pytest.mark.parametrize(("value", "among"), [("", False), ("x", False), ("1", False), ("2", True)])
+def test_a_signal_meets_any_environment(ranks, monkeypatch, value, among):
+    ranks()
+    monkeypatch.setenv("WORLD_SIZE", value)
+    assert among_ranks() is among
+
+
+def test_a_network_that_gloo_cannot_have(ranks, monkeypatch):
+    """As where lo is down; without a GPU alone."""
+    from megatron_lpr.platform import distributed
+
+    ranks()
+    monkeypatch.setattr(distributed, "backend", lambda: "gloo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
+    with pytest.raises(UserError, match=r"gloo cannot be started here \(.*nothing0\.?\)"):
+        distributed.join()
