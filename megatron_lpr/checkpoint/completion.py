@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_lpr.checkpoint.dist_checkpoint import METADATA_FILE, read_description
 from megatron_lpr.checkpoint.manifest import write_manifest
+from megatron_lpr.checkpoint.metadata_file import METADATA_FILE, read_description
 from megatron_lpr.checkpoint.run_folder import SHARES, WRITING, publish
 from megatron_lpr.checkpoint.run_state import RunState, named_by_latest, write_run_state
 from megatron_lpr.errors import UserError

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.metadata_file import read_metadata
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.reporting.metrics_log import read_metrics
 

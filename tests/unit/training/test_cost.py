@@ -7,7 +7,7 @@ import torch
 from harness import EXPANDED, ORIGINAL, make_batch, make_plan, make_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_lpr.checkpoint.dist_checkpoint import read_metadata
+from megatron_lpr.checkpoint.metadata_file import read_metadata
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.training.cost import logits_in_chunks, model_size, step_flops
