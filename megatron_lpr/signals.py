@@ -208,6 +208,15 @@ def _flush(sentence: str) -> None:
             os.write(2, f"{sentence}\n".encode())
 
 
+def _in_forked_process() -> None:
+    """What the thread of `listening` reads belongs to the parent: a forked process that is ended would end it too."""
+    if _listener:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_in_forked_process)
+
+
 def among_ranks() -> bool:
     """Whether a launcher has started several of this process, as far as its variables tell."""
     told = (os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))

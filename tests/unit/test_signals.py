@@ -133,11 +133,11 @@ def test_a_forked_process_leaves_signals_to_its_parent():
     listener().stop_at_a_step(lambda: asked.append(1))
     child = os.fork()
     if not child:
-        time.sleep(0.5)
+        time.sleep(1.5)
         os._exit(0)
     for _ in range(2):
         os.kill(child, signal.SIGTERM)
-        time.sleep(0.1)
+        time.sleep(0.6)  # what comes sooner is the echo of the first
     status = os.waitpid(child, 0)[1]
     {READY}
     return 10 * len(asked) + status
