@@ -209,9 +209,14 @@ def _flush(sentence: str) -> None:
 
 
 def _in_forked_process() -> None:
-    """What the thread of `listening` reads belongs to the parent: a forked process that is ended would end it too."""
+    """What the thread of `listening` reads belongs to the parent: a forked process that is ended would end it too.
+
+    SIGTERM ends it, as its parent means when it terminates it (Python does with daemons, and waits for them).
+    """
     if _listener:
         signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) == _listener._take:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_in_forked_process)

@@ -127,7 +127,9 @@ def test_an_error_after_the_question_is_still_an_error():
     assert status == 1 and error.endswith("ValueError: a bug\n")
 
 
-def test_a_forked_process_leaves_signals_to_its_parent():
+@pytest.mark.parametrize(("signum", "ended_by"), [("SIGUSR1", 0), ("SIGINT", 0), ("SIGTERM", signal.SIGTERM)])
+def test_a_forked_process_leaves_to_its_parent_what_a_group_gets(signum, ended_by):
+    """But to be ended by its parent, which goes on."""
     code = f"""
     asked = []
     listener().stop_at_a_step(lambda: asked.append(1))
@@ -136,11 +138,23 @@ def test_a_forked_process_leaves_signals_to_its_parent():
         time.sleep(1.5)
         os._exit(0)
     for _ in range(2):
-        os.kill(child, signal.SIGTERM)
+        os.kill(child, signal.{signum})
         time.sleep(0.6)  # what comes sooner is the echo of the first
     status = os.waitpid(child, 0)[1]
     {READY}
-    return 10 * len(asked) + status
+    return 100 * len(asked) + status
+"""
+    assert ended(start(code)) == (ended_by, "")
+
+
+def test_a_daemon_that_a_hook_has_forked_does_not_hold_the_end():
+    """Python terminates it, and waits for it."""
+    code = f"""
+    import multiprocessing
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()
+    time.sleep(0.5)
+    {READY}
+    return 0
 """
     assert ended(start(code)) == (0, "")
 
