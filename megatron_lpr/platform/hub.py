@@ -4,7 +4,9 @@ A thread of its own, which knows nothing of process groups. A closed connection 
 gone, whatever it was doing: no beat has to be sent in time, and nothing misfires while a rank is busy or stopped.
 """
 
+import contextlib
 import json
+import os
 import selectors
 import socket
 import threading
@@ -58,6 +60,11 @@ class Hub(threading.Thread):
         for peer in list(self._peers):
             self._drop(peer)
         self._door.close()
+
+    def leave_to_parent(self) -> None:
+        """In a process that was forked: the kernel closes no connection of which that holds an end."""
+        for held in (self._door, *(peer.socket for peer in self._peers)):
+            close_here(held)
 
     def _let_in(self) -> None:
         connection, _ = self._door.accept()
@@ -153,6 +160,12 @@ def send(connection: socket.socket, message: dict[str, Any]) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
         return
+
+
+def close_here(held: socket.socket) -> None:
+    """This process' descriptor alone: without a shutdown, and whatever else holds the object."""
+    with contextlib.suppress(OSError):  # it is closed already
+        os.close(held.detach())
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_lpr.errors import Stopped, UserError, warn
 from megatron_lpr.platform.distributed import Ranks
-from megatron_lpr.platform.hub import Hub, keep_alive, send
+from megatron_lpr.platform.hub import Hub, close_here, keep_alive, send
 from megatron_lpr.platform.stacks import within, write_stacks
 from megatron_lpr.signals import end_process, listener
 
@@ -103,6 +103,12 @@ class Lifeline:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
+    def leave_to_parent(self) -> None:
+        """In a process that was forked, or nobody would learn of the parent's death before its own."""
+        close_here(self._connection)
+        if self._hub:
+            self._hub.leave_to_parent()
+
     def _listen(self) -> None:
         with self._connection, self._connection.makefile("rb") as lines, contextlib.suppress(OSError):
             for line in lines:
@@ -131,6 +137,16 @@ class Lifeline:
 
 _line: Lifeline | None = None
 _lines, _is_inside = 0, False
+
+
+def _in_forked_process() -> None:
+    global _line
+    if _line:
+        _line.leave_to_parent()
+        _line = None
+
+
+os.register_at_fork(after_in_child=_in_forked_process)
 
 
 def lifeline() -> Lifeline | None:

@@ -62,8 +62,24 @@ LATER = "print('ready', flush=True); time.sleep(1); "
 BEFORE_STEP = (
     "x: stopped by SIGTERM before its first step, so that there is nothing to save; the same command starts it"
 )
+# what a hook may have, which outlives the rank; after all have connected
+FORKED = "time.sleep(2); os.fork() or (os.close(1), os.close(2), time.sleep(40), os._exit(0)); hang()"
 CASES = {  # tests/e2e/test_stopping.py has more, of whole runs
     "rank 0 killed": Case(to=0, signals=(signal.SIGKILL,), status=(-9, 1), says=("", "rank 0 has died without a word")),
+    "rank 0 killed, which has forked": Case(
+        code=(FORKED, "hang()"),
+        to=0,
+        signals=(signal.SIGKILL,),
+        status=(-9, 1),
+        says=("", "rank 0 has died without a word"),
+    ),
+    "rank 1 killed, which has forked": Case(
+        code=("hang()", FORKED),
+        to=1,
+        signals=(signal.SIGKILL,),
+        status=(1, -9),
+        says=("has died without a word, as by SIGKILL", ""),
+    ),
     "a bug": Case(
         code=("hang()", f"{LATER}1 / 0"),
         says=("has failed: ZeroDivisionError: division by zero; its own output has the traceback", "Traceback"),
@@ -142,4 +158,4 @@ def test_how_two_ranks_end(outcomes, name):
         else:
             assert errors[rank] == ""
         assert errors[rank].count("Traceback") == (case.says[rank] in ("Traceback", "ZeroDivisionError"))
-    assert seconds < 60
+    assert seconds < 20
