@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_lpr.checkpoint.metadata_file import read_metadata
-from megatron_lpr.checkpoint.run_state import gone
+from megatron_lpr.checkpoint.run_state import refuse_gone
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import FileTensor, Shape
 
@@ -124,8 +124,7 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
                 if start is None or not found.is_contiguous() or found.storage_offset():
                     return torch.load(self._reader._slice_file(file, info), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            if not self.folder.is_dir():
-                raise gone(self.folder) from error
+            refuse_gone(self.folder)
             reason = getattr(error, "strerror", None) or "its content is damaged"
             raise UserError(f"checkpoint {self.folder}: {info.relative_path} cannot be read: {reason}") from error
         self._opened[index] = FileTensor(path, info.offset + start, found.dtype, tuple(found.shape))

@@ -18,7 +18,7 @@ from megatron_lpr.checkpoint.content import Chunks, model_state
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
 from megatron_lpr.checkpoint.holding import holds
 from megatron_lpr.checkpoint.optimizer_state import load_masters, load_state
-from megatron_lpr.checkpoint.run_state import gone, read_run_state
+from megatron_lpr.checkpoint.run_state import read_run_state, refuse_gone
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.shards import is_sharded
 
@@ -46,8 +46,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         )
         loaded = dist_checkpointing.load(content, str(folder), strategy, strict=StrictHandling.RAISE_UNEXPECTED)
     except (Exception, CheckpointException) as error:  # unpickling a damaged file raises whatever it likes
-        if not folder.is_dir():
-            raise gone(folder) from error
+        refuse_gone(folder)
         raise UserError(f"checkpoint {folder}: cannot be loaded into this model: {_reason(error)}") from error
     for index, chunk in enumerate(chunks):
         own = loaded.get(f"model{index}", {})  # Megatron drops what is empty: a chunk without experts may hold nothing

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_lpr.checkpoint.run_state import gone
+from megatron_lpr.checkpoint.run_state import refuse_gone
 from megatron_lpr.errors import UserError
 
 METADATA_FILE = ".metadata"
@@ -77,8 +77,7 @@ def read_metadata(folder: str | Path) -> Metadata:
             "do not use it, and ask whoever it came from"
         ) from error
     except Exception as error:  # unpickling a damaged file raises whatever it likes
-        if not Path(folder).is_dir():
-            raise gone(folder) from error
+        refuse_gone(folder)
         raise UserError(
             f"checkpoint {folder}: its .metadata cannot be read ({type(error).__name__}: {error}); "
             "it is damaged, or no torch_dist checkpoint"

@@ -203,6 +203,12 @@ def gone(folder: str | Path) -> UserError:
     )
 
 
+def refuse_gone(folder: str | Path) -> None:
+    """Raises UserError where the reason why a checkpoint cannot be read is that it is not there any more."""
+    if not Path(folder).is_dir():
+        raise gone(folder)
+
+
 def _damaged(folder: Path, how: str = "") -> UserError:
     if not folder.is_dir():
         return gone(folder)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_lpr.checkpoint.manifest import MANIFEST, read_manifest
-from megatron_lpr.checkpoint.run_state import gone, read_run_state, step_folders, what_is_missing
+from megatron_lpr.checkpoint.run_state import read_run_state, refuse_gone, step_folders, what_is_missing
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.checksum import Checksum, fault_of_file
@@ -52,13 +52,11 @@ def refuse_damaged(checkpoint: Path, *, contents: bool, load: str | None = None)
     Or one that it leaves weights to. load: where the nearest of those may be now.
     """
     if missing := what_is_missing(checkpoint):
-        if not checkpoint.is_dir():
-            raise gone(checkpoint)
+        refuse_gone(checkpoint)
         raise UserError(f"checkpoint {checkpoint}: not complete ({missing}); give another checkpoint of the run")
     for folder in chain(checkpoint, load):
         if fault := verify_files(folder, contents=contents):
-            if not folder.is_dir():
-                raise gone(folder)
+            refuse_gone(folder)
             raise UserError(f"checkpoint {folder}: {fault}; copy it again, or give another checkpoint of the run")
 
 
@@ -104,8 +102,8 @@ def listed_files(folder: Path) -> dict[str, Checksum]:
     """The files of a complete checkpoint's manifest; none where it is from before there were manifests."""
     digest = read_run_state(folder).manifest
     listed = read_manifest(folder, digest) if digest else {}
-    if listed is None and not folder.is_dir():
-        raise gone(folder)
+    if listed is None:
+        refuse_gone(folder)
     assert listed is not None, f"{folder} is not complete"
     return listed
 
