@@ -113,10 +113,6 @@ def read_texts(files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[s
             raise UserError(f"--text {file}: is there twice; name it once")
         texts[file] = documents
     for number, prompt in enumerate(prompts, start=1):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError(f"--prompt {ascii(prompt)}: is not UTF-8") from None
         if not prompt.strip():
             raise UserError("--prompt: is empty; give some words")
         texts[f"prompt {number}"] = [prompt]
