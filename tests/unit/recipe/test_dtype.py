@@ -17,19 +17,34 @@ RECIPE = from_tree(Recipe, {"name": "x", "output": "o", "model": {"base": "b", "
 
 
 @pytest.mark.parametrize(
-    "capabilities, chosen, why",
+    "capabilities, ratio, chosen, why",
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16", "the processor has amx_bf16"),
-        ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16", "the processor has avx512_bf16"),
-        ({"avx512_f": True}, "float32", "the processor has neither amx_bf16 nor avx512_bf16"),
-        ({}, "float32", "the processor has neither amx_bf16 nor avx512_bf16"),
+        ({"amx_bf16": True, "avx512_bf16": True}, 4.26, "bfloat16", "has amx_bf16, and multiplies with it 4.3 times"),
+        ({"avx512_bf16": True, "amx_bf16": False}, 2.2, "bfloat16", "has avx512_bf16, and multiplies with it 2.2 times"),
+        ({"avx512_bf16": True, "amx_bf16": False}, 0.51, "float32", "has avx512_bf16, and multiplies with it 0.5 times"),
+        ({"avx512_f": True}, None, "float32", "has neither amx_bf16 nor avx512_bf16"),
+        ({}, None, "float32", "has neither amx_bf16 nor avx512_bf16"),
     ],
 )
-def test_of_a_processor(monkeypatch, capabilities, chosen, why):
+def test_of_a_processor(monkeypatch, capabilities, ratio, chosen, why):
+    monkeypatch.setattr(fast_bfloat16, "_speed_over_float32", lambda: ratio)  # None: is not asked
     monkeypatch.setattr(fast_bfloat16, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     recipe, line = with_dtype(RECIPE)
-    assert recipe.model.dtype == chosen and line == f"{chosen} (model.dtype: auto), {why}"
+    assert recipe.model.dtype == chosen and line.startswith(f"{chosen} (model.dtype: auto), the processor {why}")
+
+
+def test_speed_is_that_of_a_product(monkeypatch):
+    """A clock that only products move: by three in float32, by two in bfloat16, and by more while one is compiled."""
+    clock, met = [0.0], set()
+
+    def linear(rows, weight):
+        clock[0] += {torch.float32: 3.0, torch.bfloat16: 2.0}[rows.dtype] + (100 if rows.dtype not in met else 0)
+        met.add(rows.dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    monkeypatch.setattr(fast_bfloat16.time, "perf_counter", lambda: clock[0])
+    assert fast_bfloat16._speed_over_float32.__wrapped__() == 1.5
 
 
 def test_of_a_processor_that_an_older_torch_does_not_tell(monkeypatch):
@@ -37,7 +52,9 @@ def test_of_a_processor_that_an_older_torch_does_not_tell(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     cpuinfo = "flags\t\t: fpu avx512f avx512_bf16 amx_tile\n"
     monkeypatch.setattr(fast_bfloat16, "Path", lambda name: SimpleNamespace(read_text=lambda: cpuinfo))
-    assert fast_bfloat16.fast_in_bfloat16() == (True, "the processor has avx512_bf16")
+    monkeypatch.setattr(fast_bfloat16, "_speed_over_float32", lambda: 2.0)
+    is_fast, why = fast_bfloat16.fast_in_bfloat16()
+    assert is_fast and why.startswith("the processor has avx512_bf16")
 
 
 @pytest.mark.parametrize("capability, chosen", [((9, 0), "bfloat16"), ((8, 0), "bfloat16"), ((7, 5), "float32")])
