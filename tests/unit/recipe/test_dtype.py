@@ -1,6 +1,7 @@
 """model.dtype: auto becomes what the machine is fast in, once for a run."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +20,9 @@ RECIPE = from_tree(Recipe, {"name": "x", "output": "o", "model": {"base": "b", "
 @pytest.mark.parametrize(
     "capabilities, ratio, chosen, why",
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, 4.26, "bfloat16", "has amx_bf16, and multiplies with it 4.3 times"),
-        ({"avx512_bf16": True, "amx_bf16": False}, 2.2, "bfloat16", "has avx512_bf16, and multiplies with it 2.2 times"),
-        ({"avx512_bf16": True, "amx_bf16": False}, 0.51, "float32", "has avx512_bf16, and multiplies with it 0.5 times"),
+        ({"amx_bf16": True, "avx512_bf16": True}, 4.26, "bfloat16", "has amx_bf16, .* 4.3 times"),
+        ({"avx512_bf16": True, "amx_bf16": False}, 2.2, "bfloat16", "has avx512_bf16, .* 2.2 times"),
+        ({"avx512_bf16": True, "amx_bf16": False}, 0.51, "float32", "has avx512_bf16, .* 0.5 times"),
         ({"avx512_f": True}, None, "float32", "has neither amx_bf16 nor avx512_bf16"),
         ({}, None, "float32", "has neither amx_bf16 nor avx512_bf16"),
     ],
@@ -31,7 +32,7 @@ def test_of_a_processor(monkeypatch, capabilities, ratio, chosen, why):
     monkeypatch.setattr(fast_bfloat16, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     recipe, line = with_dtype(RECIPE)
-    assert recipe.model.dtype == chosen and line.startswith(f"{chosen} (model.dtype: auto), the processor {why}")
+    assert recipe.model.dtype == chosen and re.match(rf"{chosen} \(model.dtype: auto\), the processor {why}", line)
 
 
 def test_speed_is_that_of_a_product(monkeypatch):
