@@ -15,8 +15,10 @@ import torch
 
 from megatron_lpr.checkpoint.run_state import RunState, locate, read_run_state, step_of
 from megatron_lpr.checkpoint.source import source_identity
+from megatron_lpr.data.text.tokenizer_file import tokenizer_file
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
+from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_tensor import tensor_bytes
 from megatron_lpr.files.safetensors_io import INDEX_FILE, SINGLE_FILE, SafetensorsReader
 from megatron_lpr.recipe.reading import flat, from_tree, to_tree
@@ -133,8 +135,8 @@ def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
 
 
 def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
-    """What tells one base model from another, wherever it lies and however it is cut into files: its numbers, and a
-    SHA-256 over names, shapes and a sample of the weights (None where there are no weights)."""
+    """What tells one base model from another, wherever it lies and however it is cut into files: its numbers, a
+    SHA-256 over names, shapes and a sample of the weights, and its tokenizer's (None where there are none)."""
     weights = None
     if any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         reader, digest = SafetensorsReader(folder), hashlib.sha256()
@@ -146,7 +148,15 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
                 assert isinstance(row, torch.Tensor)
                 digest.update(tensor_bytes(row)[:_SAMPLED_BYTES])
         weights = digest.hexdigest()
-    return {"architecture": to_tree(arch), "weights": weights}
+    return {"architecture": to_tree(arch), "weights": weights, "tokenizer": _tokenizer_digest(folder)}
+
+
+def _tokenizer_digest(folder: str | Path) -> str | None:
+    try:
+        file = tokenizer_file(Path(folder))
+    except UserError:
+        return None  # a base that nothing is tokenised for needs none
+    return file_sha256(file)
 
 
 def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, Any], what: str, mend: str) -> None:
@@ -161,6 +171,9 @@ def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[s
     differing = _differing(there["architecture"], here["architecture"])
     if not differing and there["weights"] and here["weights"] and there["weights"] != here["weights"]:
         differing = ["other weights"]
+    tokenizers = [base.get("tokenizer") for base in (there, here)]  # an older version did not name it
+    if not differing and all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        differing = ["another tokenizer"]
     if differing:
         raise UserError(
             f"model.base: {recipe.model.base} is another model than the base of {what} ({', '.join(differing)}); name "
@@ -168,16 +181,27 @@ def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[s
         )
 
 
-def check_architecture(base: str | Path, arch: Architecture, checkpoint: Path) -> None:
-    """Raises UserError where the config of a base says another model than that of the run of a checkpoint did.
+def check_config_and_tokenizer(base: str | Path, arch: Architecture, checkpoint: Path) -> None:
+    """Raises UserError where a base has another config or tokenizer than in the run of a checkpoint.
 
-    The weights alone do not tell: with another theta of RoPE they are another function.
+    The weights alone do not tell: with another theta of RoPE they are another function, with another tokenizer their
+    rows are other tokens'.
     """
     there = read_run_state(checkpoint).base
-    if there and (differing := _differing(there["architecture"], to_tree(arch))):
+    if not there:
+        return
+    mend = "restore it, or name the folder that has it (model.base, --base)"
+    if differing := _differing(there["architecture"], to_tree(arch)):
         raise UserError(
             f"model.base: the config.json of {base} is not the one that the run of {checkpoint} had "
-            f"({', '.join(differing)}); restore it, or name the folder that has it (model.base, --base)"
+            f"({', '.join(differing)}); {mend}"
+        )
+    old = there.get("tokenizer")  # an older version did not name it
+    if old and (new := _tokenizer_digest(base)) != old:
+        is_now = f"now {new[:12]}" if new else "there is none"
+        raise UserError(
+            f"model.base: the tokenizer in {base} is not the one that the run of {checkpoint} had "
+            f"(sha256 {old[:12]}, {is_now}); {mend}"
         )
 
 

@@ -71,6 +71,7 @@ class _BaseFile(TypedDict):
 class _Base(TypedDict):
     architecture: dict[str, Any]
     weights: str | None
+    tokenizer: NotRequired[str | None]
     files: NotRequired[dict[str, _BaseFile] | None]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.own_recipe import own_recipe, with_experts_of
 from megatron_lpr.checkpoint.run_state import checkpoint_folder, read_run_state
-from megatron_lpr.checkpoint.same_run import check_architecture
+from megatron_lpr.checkpoint.same_run import check_config_and_tokenizer
 from megatron_lpr.checkpoint.verification import refuse_damaged
 from megatron_lpr.data.text.special_tokens import SpecialTokens, special_tokens
 from megatron_lpr.data.text.tokenize import Tokenizer, load_tokenizer
@@ -162,11 +162,11 @@ def print_progress(line: str) -> None:
 
 
 def check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) -> None:
-    """Raises UserError where the base has another config than in the run that wrote the checkpoint, or a tokenizer
-    opens documents otherwise."""
+    """Raises UserError where the base has another config or tokenizer than in the run that wrote the checkpoint, or
+    documents are opened otherwise."""
     model = with_experts_of(recipe, checkpoint).model
     arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
-    check_architecture(model.base, arch, checkpoint)
+    check_config_and_tokenizer(model.base, arch, checkpoint)
     saved = read_run_state(checkpoint).recipe
     if not saved.get("train"):
         return

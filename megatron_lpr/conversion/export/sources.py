@@ -14,7 +14,7 @@ import torch
 from megatron_lpr.checkpoint.base_files import check_base_files, run_folder_of
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint, StoredParameter
 from megatron_lpr.checkpoint.run_state import read_run_state
-from megatron_lpr.checkpoint.same_run import check_architecture
+from megatron_lpr.checkpoint.same_run import check_config_and_tokenizer
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.conversion.record import Made
 from megatron_lpr.errors import UserError
@@ -65,7 +65,7 @@ def trained_model(
     that training started from do not fit.
     """
     arch = with_layers_kept_dense(read_architecture(base_dir), made.expansion.mlp_only_layers)
-    check_architecture(base_dir, arch, folder)
+    check_config_and_tokenizer(base_dir, arch, folder)
     arch = with_shared_expert(arch, shared_expert_size)
     checkpoints = chain(folder, load)
     lowest, base = read_run_state(checkpoints[-1]), None

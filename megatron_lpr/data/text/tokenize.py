@@ -18,6 +18,7 @@ from megatron_lpr.data.text.special_tokens import (
     hf_eod,
     sentencepiece_bos,
 )
+from megatron_lpr.data.text.tokenizer_file import tokenizer_file
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
 
@@ -83,7 +84,7 @@ def load_tokenizer(
         UserError: there is none, it cannot be read, it has no end-of-document token, or not the special tokens that
             are asked for.
     """
-    file = _tokenizer_file(Path(path))
+    file = tokenizer_file(Path(path))
     threads = threads or len(os.sched_getaffinity(0))
     if engine == "fastokens":
         if file.suffix == ".model":
@@ -92,19 +93,6 @@ def load_tokenizer(
     if file.suffix == ".model":
         return SentencePieceTokenizer(file, threads, special)
     return HFTokenizer(file, special)
-
-
-def _tokenizer_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"no tokenizer at {path}: there is no such folder or file")
-    models = sorted(path.glob("*.model"))
-    candidates = [path / "tokenizer.json", path / "tokenizer.model", *(models if len(models) == 1 else [])]
-    for file in candidates:
-        if file.is_file():
-            return file
-    raise UserError(f"no tokenizer in {path}: expected tokenizer.json or a SentencePiece .model file")
 
 
 class HFTokenizer:

@@ -204,6 +204,15 @@ def test_another_base_model_is_refused(recipe, base, toy_base, tmp_path):
             check_source(recipe, folder, there)
 
 
+def test_a_base_with_another_tokenizer_is_refused_where_the_run_names_its_own(recipe, base):
+    other = base | {"tokenizer": "f" * 64}
+    assert base["tokenizer"] and base["tokenizer"] != other["tokenizer"]
+    with pytest.raises(UserError, match=r"model.base: .* is another model than the base .*\(another tokenizer\)"):
+        check_resumed(recipe, state_of(recipe, base=base), other)
+    older = {key: value for key, value in base.items() if key != "tokenizer"}
+    check_resumed(recipe, state_of(recipe, base=older), other)
+
+
 @pytest.mark.parametrize("key", ["model__num_experts", "model__num_frozen_experts", "model__topk"])
 def test_source_of_another_model(recipe, base, tmp_path, key):
     folder = write_fake_checkpoint(tmp_path, 1, base=base, recipe=to_tree(recipe))

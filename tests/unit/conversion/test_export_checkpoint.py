@@ -267,15 +267,25 @@ def test_config_and_card_name_the_run(run, toy_base, tmp_path):
     assert "    megatron-lpr export x" in (out / "README.md").read_text()
 
 
-def test_a_base_with_the_same_weights_and_another_config_is_refused(toy_base, tmp_path):
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_base_with_the_same_weights_and_another_config_or_tokenizer_is_refused(toy_base, tmp_path, file):
     base = shutil.copytree(toy_base, tmp_path / "base")
-    file = write_run(base, tmp_path / "run") / "run.json"
+    run_json = write_run(base, tmp_path / "run") / "run.json"
     named = {"base": base_identity(str(base), read_architecture(base))}
-    file.write_text(json.dumps(json.loads(file.read_text()) | named))
-    config = base / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 20000.0}))
-    with pytest.raises(UserError, match=r"model.base: the config.json of .*base is not the one .*20000.0 for 10000.0"):
+    run_json.write_text(json.dumps(json.loads(run_json.read_text()) | named))
+    recipe = own_recipe(run_json.parent, ["evaluation.window=32"])
+    plan_routing(run_json.parent, recipe).check()  # as evaluate does
+    changed = json.loads((base / file).read_text())
+    if file == "config.json":
+        changed["rope_theta"] = 20000.0
+        what = r"the config.json of .*base is not the one .*20000.0 for 10000.0"
+    else:
+        vocabulary = changed["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        what = rf"the tokenizer in .*base is not the one .*\(sha256 {named['base']['tokenizer'][:12]}, now "
+    (base / file).write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=f"model.base: {what}"):
         export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=base)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="the config.json of"):
-        plan_routing(file.parent, own_recipe(file.parent, ["evaluation.window=32"])).check()  # as evaluate does
+    with pytest.raises(UserError, match=what):
+        plan_routing(run_json.parent, recipe).check()
