@@ -1,5 +1,6 @@
 """A run that is asked to stop, by a signal or because its time is over."""
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,12 @@ def _limits(trainer: RunningTrainer, since: float) -> dict[str, float]:
     end = job_end()
     if end is not None:
         left, margin = end - time.time(), 60 * trainer.recipe.cluster.margin_minutes
-        if left < margin:
+        if left < 0:
+            warn(
+                f"by this host's clock the time of Slurm job {os.environ['SLURM_JOB_ID']} was over {-left / 60:,.0f} "
+                "minutes ago: the run makes one step; where this shell has outlived its job, unset SLURM_JOB_ID"
+            )
+        elif left < margin:
             warn(
                 f"the Slurm job ends in {left / 60:.1f} minutes, and the run stops {margin / 60:g} minutes before "
                 "(cluster.margin_minutes): it makes one step"

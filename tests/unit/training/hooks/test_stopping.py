@@ -101,5 +101,8 @@ def test_the_time_is_over(run, tmp_path, monkeypatch, capsys):
     printed, warned = capsys.readouterr()
     assert "stopped by the time limit of the Slurm job after step 1 of 4" in printed
     assert "and the run stops 5 minutes before (cluster.margin_minutes): it makes one step" in warned
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() - 60_000))
+    assert run(hook)
+    assert "the time of Slurm job 1 was over 1,000 minutes ago: the run makes one step" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
     assert not run(hook)
