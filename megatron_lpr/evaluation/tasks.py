@@ -33,10 +33,11 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """All scores of one model."""
+    """All scores of one model; `bos` whether a token opened each prompt, None in a result of an older version."""
 
     model: str
     tasks: tuple[TaskScore, ...]
+    bos: bool | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON. UserError as `check_file`."""
@@ -110,7 +111,7 @@ def run_tasks(folder: str | Path, tasks: Sequence[Task], recipe: Recipe, name: s
             ) from error
         score = _score(found["results"][task.name], benchmark.metric)
         scores.append(TaskScore(**asdict(task), metric=benchmark.metric, shots=benchmark.shots, score=score))
-    return TaskResult(model=name, tasks=tuple(scores))
+    return TaskResult(model=name, tasks=tuple(scores), bos=bos_id is not None)
 
 
 def task_table(results: Sequence[TaskResult]) -> str:
@@ -124,7 +125,7 @@ def task_rows(results: Sequence[TaskResult]) -> list[list[str]]:
     Of an original language the share of the base's score that was kept, of an expanded one the difference.
 
     Raises:
-        UserError: results of other tasks.
+        UserError: results of other tasks, or of prompts that opened otherwise.
     """
     base, *later = results
     rows = [["task", "language", "role", *(r.model for r in results), *(f"{r.model} vs {base.model}" for r in later)]]
@@ -133,6 +134,11 @@ def task_rows(results: Sequence[TaskResult]) -> list[list[str]]:
             raise UserError(
                 f"results of {base.model} and {result.model} are not of the same tasks: evaluate both with the same "
                 "--tasks and languages"
+            )
+        if None not in (base.bos, result.bos) and base.bos != result.bos:
+            raise UserError(
+                f"results of {base.model} and {result.model} are of prompts that open otherwise, one with a BOS token "
+                "and one without: evaluate both with the same preprocess.bos"
             )
     for of_task in zip(*(result.tasks for result in results), strict=True):
         first, *others = of_task
