@@ -17,6 +17,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.result_file import read_result
 from megatron_lpr.files import durable
+from megatron_lpr.files.json_lines import without_controls
 from megatron_lpr.files.output_place import check_file
 
 
@@ -181,6 +182,7 @@ def check_comparable(results: Sequence[EvaluationResult]) -> None:
 
 def markdown(rows: Sequence[Sequence[str]], left_columns: int) -> str:
     """A table whose first row is the header, aligned to be read as plain text too."""
+    rows = [[without_controls(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
-from megatron_lpr.evaluation.retention import EvaluationResult, retention, retention_table
+from megatron_lpr.evaluation.retention import EvaluationResult, markdown, retention, retention_table
 
 
 def result(model, hungarian, handbook, news, spanish, *, window=256):
@@ -59,6 +59,11 @@ def test_table():
         ["handbook", "es", "original", "1.500", "3.000", "1.500", "50.0% kept", "100.0% kept"],
     ]
     assert "stage 1: en 80.0%, es 50.0%; stage 2: en 125.0%, es 100.0%." in footer
+
+
+def test_names_tell_a_terminal_nothing():
+    table = markdown([["text", "model"], ["\x1b[2J", "\x9b1m"]], left_columns=1)
+    assert "\x1b" not in table and "\x9b" not in table and "\ufffd[2J" in table
 
 
 def test_documents_that_open_otherwise_are_not_compared():
