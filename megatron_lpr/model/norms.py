@@ -3,7 +3,7 @@
 Shapes: S positions, B sequences, N heads of this tensor-parallel rank, D head size, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,30 +27,25 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
 
 
 class AcrossHeadsRMSNorm(torch.nn.Module):
-    """RMSNorm over the channels of all heads at once, of which a tensor-parallel rank has those of its own."""
+    """The weight of an RMSNorm over the channels of all heads at once; a tensor-parallel rank has those of its own.
+
+    Megatron calls q's and k's norm one after the other, and so each leaves its input as it is: the attention takes both
+    at once (`normed_across_heads`).
+    """
 
     def __init__(self, config: TransformerConfig, num_heads: int) -> None:
         """num_heads: of all ranks together."""
         super().__init__()
         assert config.kv_channels is not None
-        self._group = parallel_state.get_tensor_model_parallel_group()
-        self._channels, self._eps = num_heads * config.kv_channels, config.layernorm_epsilon
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        self.channels = num_heads * config.kv_channels
         self.weight = torch.nn.Parameter(
-            torch.empty(
-                self._channels // self._group.size(), dtype=config.params_dtype, device=torch.cuda.current_device()
-            )
+            torch.empty(self.channels // ranks, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
-    def forward(self, x_SBND: Tensor) -> Tensor:
-        """Of the same shape and dtype; sums are in fp32."""
-        x = x_SBND.flatten(-2)
-        if self._group.size() == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self._eps).view_as(x_SBND)
-        wide = x.float()
-        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self._group)
-        normed = wide * torch.rsqrt(squares / self._channels + self._eps) * self.weight
-        return normed.to(x.dtype).view_as(x_SBND)
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         return make_sharded_tensors_for_checkpoint(
@@ -72,22 +67,59 @@ class AcrossHeadsAttention(SelfAttention):
         self.q_layernorm = AcrossHeadsRMSNorm(config, config.num_attention_heads)
         self.k_layernorm = AcrossHeadsRMSNorm(config, config.num_query_groups)
 
+    def get_query_key_value_tensors(self, *args, **kwargs) -> tuple[Tensor, ...]:
+        """As Megatron's, [S, B, N, D] each; one all-reduce for both norms where its ranks have heads each."""
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        norms = (self.q_layernorm, self.k_layernorm)
+        return (*normed_across_heads((query, key), norms, self.config.layernorm_epsilon), *rest)
 
-class _SumOverRanks(torch.autograd.Function):
-    """Each rank's outputs depend on the sum, so that its gradient is a sum over the ranks too."""
+
+def normed_across_heads(
+    tensors_SBND: Sequence[Tensor], norms: Sequence[AcrossHeadsRMSNorm], eps: float
+) -> list[Tensor]:
+    """Each by its norm, in its shape and dtype; sums are in fp32, and those of all are one over the ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    flat, weights = [x_SBND.flatten(-2) for x_SBND in tensors_SBND], [norm.weight for norm in norms]
+    if group.size() == 1:
+        normed = [F.rms_norm(x, weight.shape, weight, eps) for x, weight in zip(flat, weights, strict=True)]
+    else:
+        normed = _NormsOverRanks.apply(group, eps, [norm.channels for norm in norms], *flat, *weights)
+    return [y.view_as(x) for y, x in zip(normed, tensors_SBND, strict=True)]
+
+
+class _NormsOverRanks(torch.autograd.Function):
+    """RMSNorms of N tensors whose channels lie on several ranks: all-reduces a number a token and tensor, in each pass.
+
+    y = w x r with r = (sum(x^2) / C + eps)^(-1/2); so dx = r (w dy - x r^2 / C sum(w dy x)) and dw = sum(dy x r), with
+    sums over the C channels of all ranks, and over tokens. What is kept are inputs in their own dtype, and r.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, group: dist.ProcessGroup, eps: float, channels: Sequence[int], *tensors: Tensor):
+        ctx.group, ctx.channels = group, channels
+        xs, weights = tensors[: len(channels)], tensors[len(channels) :]
+        squares = torch.stack([x.float().square().sum(-1, keepdim=True) for x in xs])
+        dist.all_reduce(squares, group=group)
+        scales = [torch.rsqrt(square / count + eps) for square, count in zip(squares, channels, strict=True)]
+        ctx.save_for_backward(*tensors, *scales)
+        return tuple((x * r * w.float()).to(x.dtype) for x, r, w in zip(xs, scales, weights, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    def backward(ctx: Any, *gradients: Tensor):
+        count = len(ctx.channels)
+        xs, weights, scales = (ctx.saved_tensors[i * count : (i + 1) * count] for i in range(3))
+        weighted = [dy * w.float() for dy, w in zip(gradients, weights, strict=True)]
+        sums = torch.stack([(wdy * x).sum(-1, keepdim=True) for wdy, x in zip(weighted, xs, strict=True)])
+        dist.all_reduce(sums, group=ctx.group)
+        of_inputs = [
+            (r * (wdy - x * (r.square() * total / channels))).to(x.dtype)
+            for x, r, wdy, total, channels in zip(xs, scales, weighted, sums, ctx.channels, strict=True)
+        ]
+        of_weights = [
+            (dy * (x * r)).flatten(0, -2).sum(0).to(w.dtype) if learns else None
+            for dy, x, r, w, learns in zip(gradients, xs, scales, weights, ctx.needs_input_grad[-count:], strict=True)
+        ]
+        return None, None, None, *of_inputs, *of_weights
 
 
 class NormThenAdd(torch.nn.Module):

@@ -115,19 +115,20 @@ class Activations:
             found += self._normed_heads(arch.num_attention_heads // tensor)
             found += self._normed_heads(arch.num_query_groups // tensor)
             if self.device == "cuda":
-                found += wide // tensor * (queries + keys) * size  # keys are a view of all three
+                # keys are a view of all three, but for those that are laid out anew to be normed together
+                found += wide // tensor * (keys if arch.qk_norm_across_heads else queries + keys) * size
         if learns:
             found += self.hidden + wide // tensor * queries * size
         return found
 
     def _normed_heads(self, heads: int) -> int:
-        """Of queries or keys; those of all ranks at once are computed step by step, in fp32 (model/norms.py)."""
+        """Of queries or keys."""
         wide, channels = self.wide_tokens, heads * self.arch.head_dim
         if not self.arch.qk_norm_across_heads:
             return self.norm(True, wide * heads, self.arch.head_dim)
         if self.recipe.parallel.tensor == 1:
             return self.norm(True, wide, channels)
-        return wide * (channels * (1 + self.learns("layernorm")) + 1) * _FP32
+        return wide * (channels * self.itemsize + _FP32)  # model/norms.py
 
     def _seen_by_queries(self, *, is_repeated: bool) -> int:
         """Keys that are kept, in halves of a context-parallel rank's own.

@@ -50,6 +50,8 @@ def _of_attention(activations: Activations, below_learns: bool, forwards: int) -
     arch, sizes = activations.arch, activations.recipe.parallel
     both = activations.wide_tokens * 2 * arch.num_query_groups * arch.head_dim // sizes.tensor * activations.itemsize
     backward = int(below_learns or activations.learns("self_attention."))
+    if arch.qk_norm_across_heads:
+        yield Move("all_reduce", "tensor", 2 * activations.wide_tokens * _FP32, forwards + backward)
     yield Move("all_gather", "context", both, forwards)
     yield Move("reduce_scatter", "context", both * sizes.context, backward)
 

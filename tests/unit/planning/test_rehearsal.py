@@ -18,6 +18,9 @@ LAYOUTS = {
     "everything_learns": (4, {"tensor": 2}, {"trainable": "all"}),
     "all_gather_of_tokens": (4, {"expert": 4, "dispatcher": "allgather"}, {"trainable": "routers"}),
     "context": (4, {"context": 2, "tensor": 2}, {}),
+    "norms_across_heads": (4, {"tensor": 2}, {"recompute": "full"}),
+    "norms_across_heads_learn": (4, {"tensor": 2}, {"trainable": "all"}),
+    "norms_across_heads_of_one_rank": (4, {}, {"trainable": "all"}),
     "many_micro_batches": (8, {"pipeline": 2, "expert": 2}, {"global_batch_size": 64}),
     "everything": (16, {"tensor": 2, "context": 2, "pipeline": 2, "expert": 2}, {"recompute": "selective"}),
     "interleaved": (
@@ -40,9 +43,12 @@ EXACT = ("frozen", "trained", "gradients", "optimizer", "gathered")
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    base = write_toy_model(tmp_path_factory.mktemp("rehearsal") / "base", num_hidden_layers=4, dtype="bfloat16")
-    arch, parts = read_architecture(base), []
-    for world_size, parallel, train in LAYOUTS.values():
+    root, olmo2 = tmp_path_factory.mktemp("rehearsal"), {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+    llama = write_toy_model(root / "llama", num_hidden_layers=4, dtype="bfloat16")
+    olmo2 = write_toy_model(root / "olmo2", num_hidden_layers=4, dtype="bfloat16", **olmo2)
+    parts = []
+    for name, (world_size, parallel, train) in LAYOUTS.items():
+        base = olmo2 if "across_heads" in name else llama
         tree = {
             "name": "rehearsal",
             "output": "none",
@@ -54,7 +60,7 @@ def rehearsed(tmp_path_factory):
             "parallel": parallel,
         }
         recipe = from_tree(Recipe, tree, where="test")
-        parts.append(Part(recipe=recipe, arch=arch, world_size=world_size, rank=world_size // 2))
+        parts.append(Part(recipe=recipe, arch=read_architecture(base), world_size=world_size, rank=world_size // 2))
     return dict(zip(LAYOUTS, zip(parts, rehearse(parts), strict=True), strict=True))
 
 
