@@ -29,19 +29,24 @@ def fast_in_bfloat16() -> tuple[bool, str]:
 
 @functools.cache
 def _speed_over_float32() -> float:
-    """Of a product, measured in some 50 ms, once in a process.
+    """Of a product, measured in some 100 ms, once in a process.
 
     That an instruction is there does not say what it takes: AMD's avx512_bf16 has twice the operations of float32 in a
     second, that of an Intel Xeon whose AMX the host keeps back has half.
     """
     seconds = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    # the first round of each compiles; the fastest counts, for others may use the machine
-    for dtype in [*seconds] * _ROUNDS:
-        rows = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu")
-        weight = torch.ones(_WIDTH, _WIDTH, dtype=dtype, device="cpu")
-        begin = time.perf_counter()
-        torch.nn.functional.linear(rows, weight)
-        seconds[dtype] = min(seconds[dtype], time.perf_counter() - begin)
+    # one thread, and its own time: others may use the machine; the first round of each compiles
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in [*seconds] * _ROUNDS:
+            rows = torch.ones(_ROWS, _WIDTH, dtype=dtype, device="cpu")
+            weight = torch.ones(_WIDTH, _WIDTH, dtype=dtype, device="cpu")
+            begin = time.thread_time()
+            torch.nn.functional.linear(rows, weight)
+            seconds[dtype] = min(seconds[dtype], time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
