@@ -266,9 +266,3 @@ class Recipe:
     evaluation: EvaluationConfig = opt(EvaluationConfig(), "held-out evaluation")
     export: ExportConfig = opt(ExportConfig(), "Hugging Face export")
     preprocess: PreprocessConfig = opt(PreprocessConfig(), "tokenisation")
-
-    @property
-    def untouched_experts(self) -> int:
-        """Experts that are still the base model's FFN after the run: the frozen ones, unless everything is trained."""
-        everything = self.train is not None and self.train.trainable == "all"
-        return 0 if everything else self.model.num_frozen_experts

@@ -189,10 +189,6 @@ class Manifest:
         if corpus.languages:
             LanguageRuns(corpus.prefix, num_tokens=files.num_tokens, num_languages=len(corpus.languages))
 
-    def with_corpus(self, corpus: Corpus) -> "Manifest":
-        """The same manifest with one entry replaced (found by name) or appended."""
-        return self.with_corpora([corpus])
-
     def with_corpora(self, corpora: Iterable[Corpus]) -> "Manifest":
         """The same manifest with entries replaced (found by name) or appended."""
         entries = {corpus.name: corpus for corpus in (*self.corpora, *corpora)}
