@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture
-from megatron_lpr.families.expansion import Expansion, check_upcycling
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.expansion import Expansion, check_upcycling, with_layers_kept_dense
 from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
 from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
@@ -88,6 +88,11 @@ def expansion_of(model: ModelConfig) -> Expansion:
         router_std=model.router_init_std,
         router_seed=model.router_init_seed,
     )
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """That of a recipe's base, with the layers that the recipe keeps dense. UserError where it cannot be."""
+    return with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
 
 
 def _check_experts(recipe: Recipe) -> None:
