@@ -148,12 +148,8 @@ def _json_lines(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
 def _rows(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
     import pyarrow
 
-    file = parquet_file(block.path)
     names = [name for name in (reading.text_field, reading.language_field) if name]
-    for name in names:
-        if name not in file.schema_arrow.names:
-            raise UserError(f"{block.path} has no column '{name}'; it has {', '.join(file.schema_arrow.names)}")
-    row = block.offset
+    file, row = parquet_file(block.path, names), block.offset
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[block.row_group], columns=names):
             texts = _values(batch.column(reading.text_field))
