@@ -143,7 +143,8 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
         )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
-    _check_attention(recipe, data)
+    if data.reset_attention and data.windows == "document":
+        raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")
     mixtures = [data.mixture, *(entry.mixture or {} for entry in data.schedule)]
     if recipe.lpr.coeff and not any(mixture.get("original") for mixture in mixtures):
         raise UserError(
@@ -199,10 +200,3 @@ def _has_wandb_login() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return found is not None
-
-
-def _check_attention(recipe: Recipe, data: DataConfig) -> None:
-    if not data.reset_attention:
-        return
-    if data.windows == "document":
-        raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")

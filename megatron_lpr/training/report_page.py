@@ -38,7 +38,6 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
     Raises:
         UserError: a result that is none, or results that cannot be compared.
     """
-    logs = {name: run.log for name, run in runs.items()}
     losses = html_page.pictures(_curves(runs, pictures.LOSS))
     sections = {
         "Overview": html_page.facts(list(runs), _side_by_side([_overview(run) for run in runs.values()])),
@@ -48,8 +47,8 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
         "Expert load": _load(runs),
         "Data": "".join(map(_data, *zip(*runs.items(), strict=True))),
         "Settings": _settings(runs),
-        pictures.OPTIMIZER: html_page.pictures(pictures.curves(logs, pictures.OPTIMIZER)),
-        pictures.SPEED: html_page.pictures(pictures.curves(logs, pictures.SPEED)),
+        pictures.OPTIMIZER: html_page.pictures(_curves(runs, pictures.OPTIMIZER)),
+        pictures.SPEED: html_page.pictures(_curves(runs, pictures.SPEED)),
         "Environment": html_page.facts(
             list(runs), _side_by_side([environment(run) for run in runs.values()]), mark=True
         ),
