@@ -1,4 +1,4 @@
-"""Our own checkpoints (or the base model as Megatron runs it): token losses, logits, routing.
+"""Our own checkpoints (or the base model as Megatron runs it): what texts cost, logits, routing.
 
 Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabulary.
 """
@@ -82,11 +82,6 @@ class MegatronModel:
         return text_nats(
             self.chunks, texts, window=settings.window, batch=settings.batch, tagged=True, progress=progress
         )
-
-    @torch.no_grad()
-    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """-ln p(label), fp32 [B, S]; in one process."""
-        return self.module(tokens_BS.to(device()), None, labels=labels_BS.to(device()), **passengers(None)).float()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:
