@@ -92,7 +92,7 @@ def step_flops(
         logits_in_chunks: as `logits_in_chunks` says; where the output layer learns they are computed again.
     """
     hidden = arch.hidden_size
-    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    queries, keys = arch.shape("QK")
     everything, ffn_again, attention_again = trainable == "all", recompute != "none", recompute == "full"
     forward = inputs = weights = again = 0
 
