@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import make_trainer
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_record, router_summary
@@ -57,18 +57,6 @@ def test_summary_of_the_layers():
         "busiest_expert": {"mean": 1.3125, "min": 1.125, "max": 1.5},  # of three experts 0.375 and 0.5 of the slots
     }
     assert en["p0"] == {"mean": 0.625, "min": 0.5, "max": 0.75}
-
-
-class Operations(TorchDispatchMode):
-    """Counts those of a step's statistics, and the numbers that become Python's."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_summary_costs_as_many_operations_whatever_the_languages(monkeypatch):
