@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from megatron_lpr.data.text.text_files import Block, Format, SampleBy, expand, parquet_file, read_blocks
+from megatron_lpr.data.text.text_files import Block, expand, parquet_file, read_blocks
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import Format, OnBadLine, PreprocessConfig, SampleBy, SourceConfig
 
-OnBadLine = Literal["refuse", "skip"]
 _ROWS = 4096
 
 

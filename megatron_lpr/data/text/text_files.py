@@ -20,13 +20,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
-
-Format = Literal["auto", "jsonl", "parquet", "text"]
-SampleBy = Literal["document", "paragraph", "line"]
+from megatron_lpr.recipe.text_settings import Format, SampleBy
 
 BLOCK_BYTES = 16 << 20
 LONGEST_DOCUMENT = 128 << 20
