@@ -65,13 +65,11 @@ class Plan:
     state: RunState | None  # of `resume`
     held_out: tuple[Text, ...] = dataclasses.field(default=(), repr=False, compare=False)  # of rank 0, to validate on
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
-    base: dict[str, Any] | None = None  # what the run remembers of the base model,
+    base: dict[str, Any]  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
     dtype: str | None = None  # which was chosen, and why; None: the recipe said it
-    damaged: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # checkpoints of this run that were passed over, by name
+    damaged: Mapping[str, str] = dataclasses.field(default_factory=dict)  # checkpoints that were passed over, by name
 
     def __str__(self) -> str:
         return describe(self)
