@@ -99,14 +99,15 @@ def find_checkpoint(output: str, damaged: Mapping[str, str] = NONE_DAMAGED) -> F
         UserError: there are checkpoints, and none is good. Nothing may start afresh over them.
     """
     root = Path(output) / "checkpoints"
-    fault = _fault_of_pointer(root, damaged)
-    if fault is None:
-        return Found(root / _pointer(root))
-    folders, named = step_folders(root), _step_of_pointer(root)
+    name = named_by_latest(root)
+    fault = _fault_of_latest(root, name, damaged)
+    if name and not fault:
+        return Found(root / name)
+    folders, named = step_folders(root), _STEP.fullmatch(name or "")
     faults = {folder: fault_of(folder, damaged) for folder in folders}
     good = [folder for folder in folders if not faults[folder]]
     if good:
-        newest = max(good, key=lambda folder: (named is None or step_of(folder) <= named, step_of(folder)))
+        newest = max(good, key=lambda folder: (not named or step_of(folder) <= int(named[1]), step_of(folder)))
         return Found(newest, f"{root / 'latest'} {fault}: takes {newest.name}, the newest complete checkpoint")
     if folders or (root / "latest").exists():
         told = [f"{root / 'latest'} {fault}", *(f"{folder.name} {what}" for folder, what in faults.items())]
@@ -218,23 +219,14 @@ def _damaged(folder: Path, how: str = "") -> UserError:
 
 def named_by_latest(root: Path) -> str | None:
     """What `latest` says; None where it is missing."""
-    return _pointer(root) if (root / "latest").is_file() else None
+    latest = root / "latest"
+    return latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
 
 
-def _pointer(root: Path) -> str:
-    return (root / "latest").read_text(encoding="utf-8", errors="replace").strip()
-
-
-def _step_of_pointer(root: Path) -> int | None:
-    named = _STEP.fullmatch(_pointer(root)) if (root / "latest").is_file() else None
-    return int(named[1]) if named else None
-
-
-def _fault_of_pointer(root: Path, damaged: Mapping[str, str]) -> str | None:
-    """What is wrong with `latest`; None when it names a complete checkpoint."""
-    if not (root / "latest").is_file():
+def _fault_of_latest(root: Path, name: str | None, damaged: Mapping[str, str]) -> str | None:
+    """What is wrong with the `name` that `latest` says; None when it is a complete checkpoint's."""
+    if name is None:
         return "is missing"
-    name = _pointer(root)
     if not _STEP.fullmatch(name):
         return f"names no checkpoint ('{name[:40]}')"
     if not (root / name).is_dir():

@@ -36,12 +36,10 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.platform import device
 
 
-def save_checkpoint(
-    output: str, state: RunState, chunks: Chunks, optimizer=None, scheduler=None, *, keep: int = 0
-) -> Path:
-    """Write one checkpoint from all ranks, then drop the oldest beyond `keep` (0 keeps all)."""
-    writer = CheckpointWriter(output, keep=keep)
-    writer.start(state, chunks, optimizer, scheduler)
+def save_checkpoint(output: str, state: RunState, chunks: Chunks) -> Path:
+    """Write one checkpoint of weights alone, from all ranks; returns its folder."""
+    writer = CheckpointWriter(output)
+    writer.start(state, chunks)
     return writer.finish()
 
 

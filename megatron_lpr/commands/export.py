@@ -16,20 +16,19 @@ from megatron_lpr.errors import UserError
 SPELLING = "the checkpoint comes first and brings its recipe, as export CHECKPOINT OUT [--recipe RECIPE]"
 READS = ("model.base", "model.load", "export", "checkpoint.verify")
 # options that stand for a setting of the section `export`
-_SETTINGS = {"dtype": "DTYPE", "max_shard_size": "SIZE", "results": "JSON"}
+_SETTINGS = {
+    "dtype": ("DTYPE", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
+    "max_shard_size": ("SIZE", "largest safetensors file, as 500MB or 4GB"),
+    "results": ("JSON", "evaluations for the model card, the base's first"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, or output folder of a run")
     parser.add_argument("out", metavar="OUT", help="new folder")
-    for name, help_text in (
-        ("dtype", "dtype of the weights: auto (as trained), float32, bfloat16 or float16"),
-        ("max_shard_size", "largest safetensors file, as 500MB or 4GB"),
-        ("results", "evaluations for the model card, the base's first"),
-    ):
-        nargs = "+" if name == "results" else None
-        option, metavar = f"--{name.replace('_', '-')}", _SETTINGS[name]
-        parser.add_argument(option, nargs=nargs, metavar=metavar, help=f"{help_text} (export.{name})")
+    for name, (metavar, what) in _SETTINGS.items():
+        option, nargs = f"--{name.replace('_', '-')}", "+" if name == "results" else None
+        parser.add_argument(option, nargs=nargs, metavar=metavar, help=f"{what} (export.{name})")
     add_graft_delta(parser, "add INSTRUCT - BASE (delta grafting)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
     add_own_recipe(parser)

@@ -9,7 +9,7 @@ from megatron_lpr.commands.command import Command
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import without_controls
 from megatron_lpr.training.run_status import RunStatus, run_status
-from megatron_lpr.training.status_rows import status_rows
+from megatron_lpr.training.status_rows import status_rows, steps_done
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +35,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _lines(status: RunStatus) -> Iterator[str]:
-    of_steps = f" of {status.steps:,} ({100 * status.step // status.steps}%)" if status.steps else ""
     name = f" ({status.name})" if status.name else ""
-    yield f"{status.run}{name}: {status.state}, step {status.step:,}{of_steps}"
+    yield f"{status.run}{name}: {status.state}, step {steps_done(status)}"
     yield from (f"  {label:12} {value}" for label, value in status_rows(status).items())
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from megatron_lpr.checkpoint.holding import Content, content_of
 from megatron_lpr.errors import UserError, warn
-from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families import Architecture
 from megatron_lpr.families.weights import open_weights
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.platform import Ranks, megatron, together
@@ -73,10 +72,10 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     from megatron_lpr.checkpoint.same_run import base_identity
     from megatron_lpr.families.remarks import base_remarks, model_bytes, new_bytes
     from megatron_lpr.files.output_place import check_place
-    from megatron_lpr.recipe.checks import check_recipe, use_transformer_engine
+    from megatron_lpr.recipe.checks import architecture_of, check_recipe, use_transformer_engine
 
     model, ranks = recipe.model, Ranks.from_environment()
-    arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+    arch = architecture_of(model)
     check_recipe(recipe, arch, ranks.world_size)
     use_transformer_engine(model.spec)
     check_checkpoint(open_weights(model.base, arch), arch)

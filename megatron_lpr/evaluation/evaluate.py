@@ -18,11 +18,10 @@ from megatron_lpr.evaluation.hf_model import hf_nll_fn
 from megatron_lpr.evaluation.perplexity import CorpusScore, score, scored_by
 from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.evaluation.windows import Text
-from megatron_lpr.families import read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.platform import Ranks, device, from_first_rank, megatron, together
 from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
+from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.dtype import with_dtype
 from megatron_lpr.recipe.layout import check_layout
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
@@ -60,8 +59,7 @@ class Evaluation:
         if not self.is_hf:
             check_trained_alike(self.recipe, self.folder, tokenizer)
             recipe = dataclasses.replace(with_experts_of(self.recipe, self.folder), train=None)
-            arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
-            check_layout(recipe, arch, Ranks.from_environment().world_size)
+            check_layout(recipe, architecture_of(recipe.model), Ranks.from_environment().world_size)
         return tokenizer
 
     def run(self, name: str | None = None, report: Report = lambda line: None) -> EvaluationResult:
@@ -165,8 +163,7 @@ def check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) 
     """Raises UserError where the base has another config or tokenizer than in the run that wrote the checkpoint, or
     documents are opened otherwise."""
     model = with_experts_of(recipe, checkpoint).model
-    arch = with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
-    check_config_and_tokenizer(model.base, arch, checkpoint)
+    check_config_and_tokenizer(model.base, architecture_of(model), checkpoint)
     saved = read_run_state(checkpoint).recipe
     if not saved.get("train"):
         return

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, check_language_roles
-from megatron_lpr.data.text.documents import OnBadLine, Reading, TextReader
+from megatron_lpr.data.text.documents import Reading, TextReader
 from megatron_lpr.data.text.source_checks import check_files, way_of_reading
 from megatron_lpr.data.text.text_files import expand, files_sha256, format_of
 from megatron_lpr.data.text.tokenize import Tokenizer
@@ -17,7 +17,7 @@ from megatron_lpr.evaluation.windows import Text, tokenized
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import Recipe
-from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus, SourceConfig
+from megatron_lpr.recipe.text_settings import EvaluationConfig, EvaluationCorpus, OnBadLine, SourceConfig
 
 _ON_BAD_LINE = "evaluation.on_bad_line"
 

@@ -1,4 +1,4 @@
-"""Our own checkpoints (or the base model as Megatron runs it): token losses, logits, routing.
+"""Our own checkpoints (or the base model as Megatron runs it): what texts cost, logits, routing.
 
 Import it after `platform.prepare()`. Shapes: B sequences, S positions, V vocabulary.
 """
@@ -16,14 +16,14 @@ from megatron_lpr.checkpoint.own_recipe import with_experts_of
 from megatron_lpr.checkpoint.run_state import checkpoint_folder
 from megatron_lpr.evaluation.forward import text_nats
 from megatron_lpr.evaluation.windows import Text
-from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families import Architecture
 from megatron_lpr.model.builder import init_model_parallel, routers
 from megatron_lpr.model.load.weights import fill_weights
 from megatron_lpr.model.passengers import passengers
 from megatron_lpr.model.router_stats import SLOTS, TOKENS
 from megatron_lpr.model.sharding import build_frozen
 from megatron_lpr.platform import device
+from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 ONE_PROCESS = ParallelConfig()
@@ -40,7 +40,7 @@ class MegatronModel:
     ) -> None:
         """The model of `recipe`, spread over all ranks by `parallel`; `fill` gives its chunks their weights."""
         self.recipe = recipe = dataclasses.replace(recipe, parallel=parallel, train=None)
-        self.arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+        self.arch = architecture_of(recipe.model)
         init_model_parallel(recipe.parallel)
         self.chunks: list[Any] = build_frozen(recipe, self.arch)  # GPTModels, which ship no types
         fill(recipe, self.arch, self.chunks)
@@ -82,11 +82,6 @@ class MegatronModel:
         return text_nats(
             self.chunks, texts, window=settings.window, batch=settings.batch, tagged=True, progress=progress
         )
-
-    @torch.no_grad()
-    def token_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """-ln p(label), fp32 [B, S]; in one process."""
-        return self.module(tokens_BS.to(device()), None, labels=labels_BS.to(device()), **passengers(None)).float()
 
     @torch.no_grad()
     def logits(self, tokens_BS: Tensor) -> Tensor:

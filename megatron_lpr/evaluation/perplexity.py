@@ -24,6 +24,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.windows import RankShare, Text, rounds, windows_in_all
 from megatron_lpr.recipe.fields import required
 
+_TICK_SECONDS = 10.0
+
 NllFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(tokens_BS, labels_BS), int64 on the CPU -> nll_BS, float, any device: -ln p(label | tokens so far)."""
 
@@ -97,12 +99,12 @@ def score(
 class _Ticker:
     """A progress line every ten seconds: text takes seconds on a GPU and minutes on a CPU."""
 
-    def __init__(self, report: Callable[[str], object], every_seconds: float = 10.0):
-        self._report, self._every = report, every_seconds
+    def __init__(self, report: Callable[[str], object]):
+        self._report = report
         self._last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - self._last >= self._every:
+        if done < total and now - self._last >= _TICK_SECONDS:
             self._last = now
             self._report(f"evaluate  {100 * done // total:3d}% of the text")

@@ -24,9 +24,8 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.evaluate import check_trained_alike
 from megatron_lpr.evaluation.held_out import check_window
 from megatron_lpr.evaluation.windows import Text, tokenized
-from megatron_lpr.families import read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
 from megatron_lpr.platform import megatron
+from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 from megatron_lpr.recipe.text_settings import EvaluationCorpus
 from megatron_lpr.reporting.routing_page import Piece, RoutedText
@@ -44,8 +43,7 @@ class TokenRouting:
     @property
     def layers(self) -> list[int]:
         """Numbers of the layers that have experts."""
-        model = self.recipe.model
-        return list(with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers).moe_layers())
+        return architecture_of(self.recipe.model).moe_layers()
 
     def check(self) -> Tokenizer:
         """What can be wrong before a model is read; returns its tokenizer.

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, family_of
 from megatron_lpr.families.hf_config import MOST_EXPERTS
+from megatron_lpr.files.file_tensor import FileTensor
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 
 
@@ -136,12 +137,12 @@ def origins(arch: Architecture, num_experts: int) -> dict[str, Origin]:
 
 def initial_tensor(
     name: str, origin: Origin, reader: SafetensorsReader, arch: Architecture, expansion: Expansion
-) -> Tensor:
-    """The value of one tensor of the upcycled model before any training."""
+) -> Tensor | FileTensor:
+    """One tensor of the upcycled model before any training; a copy still lies in the base's file."""
+    if origin.kind == "copy":
+        return reader.slice(origin.copied)
     if origin.kind == "zeros":
         return torch.zeros(family_of(arch).zero_shapes(arch, expansion.num_experts)[name])
-    if origin.kind == "copy":
-        return reader.get(origin.copied)
     old = reader.get(origin.base) if origin.base else None
     assert origin.layer is not None, origin
     return router_rows(arch, expansion, layer=origin.layer, old=old)

@@ -1,4 +1,4 @@
-"""A part of a file as an array that is read where it is indexed, by pread: a memory map would end the process with
+"""A file as an array that is read where it is indexed, by pread: a memory map would end the process with
 SIGBUS where somebody cuts the file short, or its file system fails."""
 
 import os
@@ -11,7 +11,7 @@ _CHUNK = 1 << 22
 
 
 class FileArray:
-    """`length` numbers of `dtype`, from byte `offset` of a file on; `array[i]`, `[i:j]` and `[indices]` read them.
+    """The first `length` numbers of `dtype` in a file, or all; `array[i]`, `[i:j]` and `[indices]` read them.
 
     Attributes:
         dtype, itemsize: of the numbers.
@@ -20,16 +20,15 @@ class FileArray:
         UserError: the file cannot be opened, or not be read to the end of what is asked for; the message names it.
     """
 
-    def __init__(self, path: str, dtype, *, offset: int = 0, length: int):
+    def __init__(self, path: str, dtype, *, length: int | None = None):
         self.path = path
         self.dtype = np.dtype(dtype)
         self.itemsize = self.dtype.itemsize
-        self._offset = offset
-        self._length = length
         try:
             self._file = open(path, "rb", buffering=0)
         except OSError as error:
             raise UserError(f"cannot open {path}: {error.strerror}") from error
+        self._length = os.fstat(self._file.fileno()).st_size // self.itemsize if length is None else length
 
     def __len__(self) -> int:
         return self._length
@@ -48,7 +47,7 @@ class FileArray:
     def _read(self, start: int, end: int) -> np.ndarray:
         numbers = np.empty(end - start, self.dtype)
         left = numbers.data.cast("B") if len(numbers) else memoryview(b"")
-        place = self._offset + start * self.itemsize
+        place = start * self.itemsize
         while left:
             try:
                 got = os.preadv(self._file.fileno(), [left], place)

@@ -164,9 +164,12 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def copy_companions(base_dir: str | Path, out_dir: Path) -> list[str]:
-    """Copies tokenizer and generation files byte for byte; returns the names of those that were there."""
-    names = [name for name in COMPANION_FILES if (Path(base_dir) / name).is_file()]
-    for name in names:
+def companions_of(base_dir: str | Path) -> list[str]:
+    """The tokenizer and generation files that a model has, and an export of it."""
+    return [name for name in COMPANION_FILES if (Path(base_dir) / name).is_file()]
+
+
+def copy_companions(base_dir: str | Path, out_dir: Path) -> None:
+    """Copies them byte for byte."""
+    for name in companions_of(base_dir):
         shutil.copyfile(Path(base_dir) / name, out_dir / name)
-    return names

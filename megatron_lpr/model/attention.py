@@ -70,7 +70,7 @@ class SDPACoreAttention(MegatronModule):
             outputs.append(self._attend(queries, key[:visible], value[:visible], seen_BK))
         return torch.cat(outputs)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents_BK: Tensor | None = None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents_BK: Tensor | None) -> Tensor:
         """query [S, B, N, D], key and value [K, B, G, D] -> [S, B, N*D]; the queries are the last S of K positions."""
         q_BNSD, k_BGKD, v_BGKD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         repeats = q_BNSD.shape[1] // k_BGKD.shape[1]

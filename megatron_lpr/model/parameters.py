@@ -53,7 +53,7 @@ def parameter_sizes(
         vocab_size: rows of the embedding, padding included.
     """
     hidden, ffn = arch.hidden_size, 3 * arch.hidden_size * arch.ffn_hidden_size
-    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    queries, keys = arch.shape("QK")
     yield EMBEDDING, vocab_size * hidden
     for number in range(arch.num_layers):
         layer = f"decoder.layers.{number}."

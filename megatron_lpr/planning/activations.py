@@ -100,7 +100,7 @@ class Activations:
         if not below_learns and not learns:
             return 0
         tensor, wide = self.recipe.parallel.tensor, self.wide_tokens
-        queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+        queries, keys = arch.shape("QK")
         repeated = keys if self.te else queries
         # queries, keys, values, the output, the logarithm of each softmax's sum
         core = wide // tensor * (2 * queries * size + arch.num_attention_heads * _FP32)

@@ -8,8 +8,8 @@ from megatron_lpr.model.parameters import padded_vocab_size
 from megatron_lpr.model.rank.casts import layers_in_fp8
 from megatron_lpr.model.rank.layers import Layers
 from megatron_lpr.model.rank.place import Place
-from megatron_lpr.recipe.settings import ParallelConfig, Recipe
-from megatron_lpr.training.cost import Recompute, StepFlops, logits_in_chunks, step_flops
+from megatron_lpr.recipe.settings import ParallelConfig, Recipe, Recompute
+from megatron_lpr.training.cost import StepFlops, logits_in_chunks, step_flops
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families import Architecture
 from megatron_lpr.planning.hardware import GPU, gpu_named
 from megatron_lpr.planning.layout import Layout, Layouts
 from megatron_lpr.planning.search import Found, search
-from megatron_lpr.recipe.checks import check_recipe
+from megatron_lpr.recipe.checks import architecture_of, check_recipe
 from megatron_lpr.recipe.settings import LoggingConfig, ParallelConfig, Recipe
 from megatron_lpr.training.cost import ModelSize, model_size
 
@@ -44,7 +43,7 @@ def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> 
         raise UserError(f"--gpu {gpu_name}: does not compute in FP8; set fp8.recipe: none, or plan for another GPU")
     if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run that could be planned")
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+    arch = architecture_of(recipe.model)
     recipe = _without_this_machine(recipe)
     check_recipe(dataclasses.replace(recipe, parallel=ParallelConfig()), arch, 1)
     assert recipe.train is not None

@@ -35,7 +35,6 @@ class Found:
 
     best: list[Layout]
     nearest: Layout | None
-    tried: int
 
 
 def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: int) -> Found:
@@ -43,10 +42,8 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
     assert recipe.train is not None
     best: list[Layout] = []
     nearest: tuple[int, Layouts, TrainConfig] | None = None
-    tried = 0
     computing = least_seconds(recipe, arch, world_size, gpu)
     for sizes in _sizes(recipe, arch, world_size, gpu):
-        tried += 1
         if len(best) == most and computing * (1 + least_bubble(recipe.train, sizes, world_size)) > best[-1].time.total:
             continue
         if any(one.sizes == dataclasses.replace(sizes, frozen="replicated") for one in best):
@@ -63,7 +60,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
                 nearest = lacks, layouts, train
         if found:
             best = sorted([*best, found], key=lambda layout: layout.time.total)[:most]
-    return Found(best=best, nearest=nearest[1].layout(nearest[2]) if nearest and not best else None, tried=tried)
+    return Found(best=best, nearest=nearest[1].layout(nearest[2]) if nearest and not best else None)
 
 
 def least_seconds(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> float:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.families import Architecture
-from megatron_lpr.families.expansion import Expansion, check_upcycling
+from megatron_lpr.families import Architecture, read_architecture
+from megatron_lpr.families.expansion import Expansion, check_upcycling, with_layers_kept_dense
 from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
 from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
@@ -90,6 +90,11 @@ def expansion_of(model: ModelConfig) -> Expansion:
     )
 
 
+def architecture_of(model: ModelConfig) -> Architecture:
+    """That of a recipe's base, with the layers that the recipe keeps dense. UserError where it cannot be."""
+    return with_layers_kept_dense(read_architecture(model.base), model.mlp_only_layers)
+
+
 def _check_experts(recipe: Recipe) -> None:
     model, sizes = recipe.model, recipe.parallel
     if not model.num_experts:
@@ -138,7 +143,8 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
         )
     if train.trainable != "all" and not recipe.model.num_experts:
         raise UserError(f"train.trainable: {train.trainable} needs experts; set model.num_experts, or trainable: all")
-    _check_attention(recipe, data)
+    if data.reset_attention and data.windows == "document":
+        raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")
     mixtures = [data.mixture, *(entry.mixture or {} for entry in data.schedule)]
     if recipe.lpr.coeff and not any(mixture.get("original") for mixture in mixtures):
         raise UserError(
@@ -194,10 +200,3 @@ def _has_wandb_login() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return found is not None
-
-
-def _check_attention(recipe: Recipe, data: DataConfig) -> None:
-    if not data.reset_attention:
-        return
-    if data.windows == "document":
-        raise UserError("data.reset_attention: true has no effect on samples of one document (data.windows: document)")

@@ -111,8 +111,8 @@ def _check_widths(recipe: Recipe, arch: Architecture) -> None:
     where = f"fp8.recipe: {wanted}"
     hidden = _BLOCK if _gathers_whole_blocks(recipe) else multiple
     _multiple(where, "the hidden size of the base", arch.hidden_size, hidden)
-    heads = arch.head_dim * arch.num_attention_heads // sizes.tensor
-    rows = heads + 2 * arch.head_dim * arch.num_query_groups // sizes.tensor
+    queries, keys = arch.shape("QK")
+    heads, rows = queries // sizes.tensor, (queries + 2 * keys) // sizes.tensor
     on_rank = "on a rank (parallel.tensor)" if sizes.tensor > 1 else "of the base"
     _multiple(where, f"the rows of queries, keys and values {on_rank}", rows, multiple)
     _multiple(where, f"the heads' width {on_rank}", heads, multiple)

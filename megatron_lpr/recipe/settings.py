@@ -12,6 +12,8 @@ from megatron_lpr.recipe.cluster import ClusterConfig
 from megatron_lpr.recipe.fields import MOST_SAMPLES, opt, required
 from megatron_lpr.recipe.text_settings import EvaluationConfig, PreprocessConfig
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -140,7 +142,7 @@ class TrainConfig:
     steps: int = required("optimizer steps of the whole run", at_least=1)
     global_batch_size: int = opt(512, "samples of one optimizer step", at_least=1)
     micro_batch_size: int = opt(1, "samples of one forward pass on one rank", at_least=1)
-    recompute: Literal["none", "selective", "full"] = opt("none", "activations recomputed in the backward pass")
+    recompute: Recompute = opt("none", "activations recomputed in the backward pass")
     seed: int = opt(1234, "seed of the data order", at_least=0)
     on_not_finite: Literal["stop", "skip", "skip_and_mark"] = opt(
         "stop", "at a loss or gradient that is not finite; `skip_and_mark` writes what the step read to marked.jsonl"
@@ -266,9 +268,3 @@ class Recipe:
     evaluation: EvaluationConfig = opt(EvaluationConfig(), "held-out evaluation")
     export: ExportConfig = opt(ExportConfig(), "Hugging Face export")
     preprocess: PreprocessConfig = opt(PreprocessConfig(), "tokenisation")
-
-    @property
-    def untouched_experts(self) -> int:
-        """Experts that are still the base model's FFN after the run: the frozen ones, unless everything is trained."""
-        everything = self.train is not None and self.train.trainable == "all"
-        return 0 if everything else self.model.num_frozen_experts

@@ -8,6 +8,7 @@ from megatron_lpr.reporting.svg import drawing, escape, titled, width_of
 
 _COLOURS = "440154 482475 414487 355f8d 2a788e 21918c 22a884 44bf70 7ad151 bddf26 fde725".split()  # viridis, by tenths
 _LEVELS = 40
+_AXIS = "layer"
 _MOST_WIDTH, _ROW, _TOP = 940, 18, 26
 _LARGEST_CELL, _NUMBERED_CELL, _MOST_NUMBERS = 34, 22, 1000
 _SCALE = 120
@@ -15,16 +16,14 @@ _MOST_TOLD = 40  # rows that the pointer finds at a place
 _UNNUMBERED_ROWS = 16  # above it rows are lower
 
 
-def heat_map(
-    title: str, rows: Mapping[str, Sequence[float | None]], *, top: float, columns: Sequence[int], axis: str = "layer"
-) -> str:
-    """One row for each name, one cell for each column; None: no number there.
+def heat_map(title: str, rows: Mapping[str, Sequence[float | None]], *, top: float, columns: Sequence[int]) -> str:
+    """One row for each name, one cell for each layer; None: no number there.
 
     Args:
         top: the value of the brightest colour; shares are shown in percent.
-        columns: their numbers, as `axis` counts them.
+        columns: numbers of the layers.
     """
-    left = min(max(width_of(name) for name in (*rows, axis)) + 12, 200)
+    left = min(max(width_of(name) for name in (*rows, _AXIS)) + 12, 200)
     cell = max(3, min(_LARGEST_CELL, math.floor((_MOST_WIDTH - left) / len(columns))))
     row = _ROW if len(rows) <= _UNNUMBERED_ROWS else 10
     beside = width_of(title, 13) + 30  # the title
@@ -35,8 +34,8 @@ def heat_map(
         f'<text class="title" x="2" y="15">{escape(title)}</text>',
         *_names(rows, left, row),
         *_cells(rows, left, row, cell, top),
-        *_columns(columns, axis, left, bottom, cell),
-        *(_numbers(rows, left, row, cell, top) if is_numbered else _strips(rows, columns, axis, left, bottom, cell)),
+        *_columns(columns, left, bottom, cell),
+        *(_numbers(rows, left, row, cell, top) if is_numbered else _strips(rows, columns, left, bottom, cell)),
         *_scale(top, beside),
     ]
     return drawing(title, math.ceil(width), bottom + 20, "".join(parts))
@@ -85,24 +84,24 @@ def _numbers(
                 yield f'<g class="mid {kind}" transform="translate(0 {y})">{"".join(texts)}</g>'
 
 
-def _columns(columns: Sequence[int], axis: str, left: float, bottom: int, cell: int) -> Iterator[str]:
+def _columns(columns: Sequence[int], left: float, bottom: int, cell: int) -> Iterator[str]:
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * cell >= width_of(str(columns[-1])) + 6)
     for place, column in enumerate(columns):
         if place % every == 0:
             x = left + (place + 0.5) * cell
             yield f'<text class="soft mid" x="{x:.0f}" y="{bottom + 13}">{column}</text>'
-    yield f'<text class="soft end" x="{left - 6:.0f}" y="{bottom + 13}">{escape(axis)}</text>'
+    yield f'<text class="soft end" x="{left - 6:.0f}" y="{bottom + 13}">{_AXIS}</text>'
 
 
 def _strips(
-    rows: Mapping[str, Sequence[float | None]], columns: Sequence[int], axis: str, left: float, bottom: int, cell: int
+    rows: Mapping[str, Sequence[float | None]], columns: Sequence[int], left: float, bottom: int, cell: int
 ) -> Iterator[str]:
     """What the pointer finds in a column: of many rows those that have most there, for nobody reads hundreds."""
     for place, column in enumerate(columns):
         shares = [(name, values[place] if place < len(values) else None) for name, values in rows.items()]
         if len(shares) > _MOST_TOLD:
             shares = heapq.nlargest(_MOST_TOLD, shares, key=lambda share: -1.0 if share[1] is None else share[1])
-        told = [f"{axis} {column}", *(f"{name}: {100 * share:.1f}%" for name, share in shares if share is not None)]
+        told = [f"{_AXIS} {column}", *(f"{name}: {100 * share:.1f}%" for name, share in shares if share is not None)]
         over = f'<rect class="over" x="{left + place * cell:.0f}" y="{_TOP}" width="{cell}" height="{bottom - _TOP}">'
         yield f"{over}<title>{escape(chr(10).join(told))}</title></rect>"
 

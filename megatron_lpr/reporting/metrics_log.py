@@ -131,12 +131,6 @@ class MetricsLog:
         self._lines.close()
         self._board.close()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def read_metrics(path: str | Path) -> list[StepMetrics]:
     """All records of a metrics.jsonl; a last line that a killed process has not finished is left out.

@@ -24,13 +24,13 @@ class NamedBase:
         if plan.frozen_is_base and plan.below is None:
             self._files = BaseFiles(plan.recipe.model.base, Path(plan.recipe.output))
         elif plan.frozen_is_base and plan.below is not None and plan.below.base:
-            self._identity = (plan.base or {}) | {"files": plan.below.base["files"]}
+            self._identity = plan.base | {"files": plan.below.base["files"]}
 
-    def identity(self) -> dict[str, Any] | None:
+    def identity(self) -> dict[str, Any]:
         """What run.json says of the base; all ranks call it, and the first time it waits for the digests."""
         if self._files is None:
             return self._identity
-        return (self._identity or {}) | {"files": self._files.digests()}
+        return self._identity | {"files": self._files.digests()}
 
 
 def agreed_content(plan: Plan, finished: bool) -> Content:

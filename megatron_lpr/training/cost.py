@@ -7,15 +7,12 @@ something below learns, and as many again for the gradient of W where W learns.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_lpr.checkpoint.holding import CONTENTS, Content, holds
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.loss_chunks import CHUNK_BYTES, rows_at_once
 from megatron_lpr.model.parameters import is_trainable, itemsize, padded_vocab_size, parameter_sizes
-from megatron_lpr.recipe.settings import ModelConfig, Recipe
-
-Recompute = Literal["none", "selective", "full"]
+from megatron_lpr.recipe.settings import ModelConfig, Recipe, Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +89,7 @@ def step_flops(
         logits_in_chunks: as `logits_in_chunks` says; where the output layer learns they are computed again.
     """
     hidden = arch.hidden_size
-    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    queries, keys = arch.shape("QK")
     everything, ffn_again, attention_again = trainable == "all", recompute != "none", recompute == "full"
     forward = inputs = weights = again = 0
 

@@ -29,14 +29,13 @@ from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.held_out import check_evaluation, doubts, read_held_out
 from megatron_lpr.evaluation.windows import Text
-from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families import Architecture
 from megatron_lpr.families.weights import open_weights
 from megatron_lpr.files.output_place import check_place
 from megatron_lpr.model.load.upcycle import check_checkpoint
 from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.platform import Ranks
-from megatron_lpr.recipe.checks import check_machine, check_recipe, losses_left_out
+from megatron_lpr.recipe.checks import architecture_of, check_machine, check_recipe, losses_left_out
 from megatron_lpr.recipe.fp8 import lacking_to_shard
 from megatron_lpr.recipe.settings import DataConfig, Recipe, TrainConfig
 from megatron_lpr.training.cost import ModelSize, model_size
@@ -66,13 +65,11 @@ class Plan:
     state: RunState | None  # of `resume`
     held_out: tuple[Text, ...] = dataclasses.field(default=(), repr=False, compare=False)  # of rank 0, to validate on
     replay: ReplayBudget | None = None  # None: nothing of the original languages is read
-    base: dict[str, Any] | None = None  # what the run remembers of the base model,
+    base: dict[str, Any]  # what the run remembers of the base model,
     origin: dict[str, Any] | None = None  # and of the checkpoint in model.load (same_run.py)
     notes: tuple[str, ...] = ()  # about checkpoints, to be printed
     dtype: str | None = None  # which was chosen, and why; None: the recipe said it
-    damaged: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # checkpoints of this run that were passed over, by name
+    damaged: Mapping[str, str] = dataclasses.field(default_factory=dict)  # checkpoints that were passed over, by name
 
     def __str__(self) -> str:
         return describe(self)
@@ -139,7 +136,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     (recipe, dtype), ranks = with_dtype_of_run(recipe, damaged), Ranks.from_environment()
     train, data = recipe.train, recipe.data
     world_size = ranks.world_size if world_size is None else world_size
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+    arch = architecture_of(recipe.model)
     check_recipe(recipe, arch, world_size)
     if world_size == ranks.world_size:  # with another number it is checked for other machines (--dry-run --ranks)
         check_machine(recipe)

@@ -15,7 +15,7 @@ from megatron_lpr.training.run_report import (
     environment,
     token_rows,
 )
-from megatron_lpr.training.status_rows import status_rows
+from megatron_lpr.training.status_rows import status_rows, steps_done
 
 _SMOOTHED = (
     "Long curves are smoothed; where they are few, the pale band behind them goes from the least to the most that the "
@@ -38,7 +38,6 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
     Raises:
         UserError: a result that is none, or results that cannot be compared.
     """
-    logs = {name: run.log for name, run in runs.items()}
     losses = html_page.pictures(_curves(runs, pictures.LOSS))
     sections = {
         "Overview": html_page.facts(list(runs), _side_by_side([_overview(run) for run in runs.values()])),
@@ -48,8 +47,8 @@ def report(runs: Mapping[str, ReportedRun], results: Sequence[str] = ()) -> str:
         "Expert load": _load(runs),
         "Data": "".join(map(_data, *zip(*runs.items(), strict=True))),
         "Settings": _settings(runs),
-        pictures.OPTIMIZER: html_page.pictures(pictures.curves(logs, pictures.OPTIMIZER)),
-        pictures.SPEED: html_page.pictures(pictures.curves(logs, pictures.SPEED)),
+        pictures.OPTIMIZER: html_page.pictures(_curves(runs, pictures.OPTIMIZER)),
+        pictures.SPEED: html_page.pictures(_curves(runs, pictures.SPEED)),
         "Environment": html_page.facts(
             list(runs), _side_by_side([environment(run) for run in runs.values()]), mark=True
         ),
@@ -81,13 +80,12 @@ def _side_by_side(facts: Sequence[Mapping[str, str | None]]) -> dict[str, list[s
 
 def _overview(run: ReportedRun) -> dict[str, str | None]:
     status, model = run.status, run.section("model")
-    of_steps = f" of {status.steps:,} ({100 * status.step // status.steps}%)" if status.steps else ""
     experts = f"{model.get('num_experts')}, of which {model.get('num_frozen_experts')} frozen; top-{model.get('topk')}"
     return {
         "folder": status.run,
         "state": status.state,
         "started": run.files.start.get("time"),
-        "step": f"{status.step:,}{of_steps}",
+        "step": steps_done(status),
         "tokens read": f"{sum(run.tokens.values()):,}",
         "base": model.get("base"),
         "starts from": model.get("load"),

@@ -8,6 +8,11 @@ from megatron_lpr.reporting.progress import held_out
 from megatron_lpr.training.run_status import LOSSES, RunStatus
 
 
+def steps_done(status: RunStatus) -> str:
+    """`9 of 24 (37%)`, or the steps alone where their number is not known."""
+    return f"{status.step:,}" + (f" of {status.steps:,} ({100 * status.step // status.steps}%)" if status.steps else "")
+
+
 def status_rows(status: RunStatus) -> dict[str, str]:
     """Under short labels; what is not known is left out."""
     found = {

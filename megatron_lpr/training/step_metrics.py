@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -70,10 +69,11 @@ def step_metrics(
     metrics.update(throughput(plan, stats.sums_NLC, seconds))
     if trainer.routers:
         metrics["lpr_loss"] = lpr_loss(stats, plan.is_original)
-        num_frozen = recipe.model.num_frozen_experts
-        metrics.update(
-            router_metrics(stats.sums_NLC, plan.manifest.languages, num_frozen, summary=summary, layers=layers)
-        )
+        of_routers = stats.sums_NLC, plan.manifest.languages, recipe.model.num_frozen_experts
+        if summary:
+            metrics["router_summary"] = router_summary(*of_routers)
+        if layers:
+            metrics["router"] = router_record(*of_routers)
     return metrics
 
 
@@ -152,25 +152,6 @@ def lpr_loss(stats: ReducedStats, is_original: list[bool]) -> float | None:
     sums_NC = stats.sums_NLC[:, torch.tensor(is_original)].sum(1)
     tokens = float(sums_NC[0, TOKENS])
     return float(sums_NC[:, LPR_LOSS].mean()) / tokens if tokens else None
-
-
-class RouterEntries(TypedDict, total=False):
-    """The entries of a step's metrics that not every step has."""
-
-    router_summary: dict[str, RouterSummary]
-    router: dict[str, RouterMetrics]
-
-
-def router_metrics(
-    sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int, *, summary: bool, layers: bool
-) -> RouterEntries:
-    """Those of the entries that are asked for."""
-    entries = RouterEntries()
-    if summary:
-        entries["router_summary"] = router_summary(sums_NLC, languages, num_frozen)
-    if layers:
-        entries["router"] = router_record(sums_NLC, languages, num_frozen)
-    return entries
 
 
 def router_summary(sums_NLC: torch.Tensor, languages: tuple[str, ...], num_frozen: int) -> dict[str, RouterSummary]:

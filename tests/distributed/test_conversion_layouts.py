@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tiny_models import rewrite, save_tiny, train_a_little
 
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
-from megatron_lpr.families import read_architecture
-from megatron_lpr.families.expansion import Expansion, with_layers_kept_dense
+from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.platform import leave_layout, megatron
+from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.reading import from_tree, to_tree
 from megatron_lpr.recipe.settings import Recipe
 
@@ -91,7 +91,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
 
         for case in cases:
             recipe = recipe_of(root, *case)
-            arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+            arch = architecture_of(recipe.model)
             init_model_parallel(recipe.parallel)
             chunks = build_model(recipe, arch)
             poison(chunks)

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_lpr.checkpoint.same_run import base_identity
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import Batch, BatchCounts
-from megatron_lpr.families import Architecture, read_architecture
-from megatron_lpr.families.expansion import with_layers_kept_dense
+from megatron_lpr.families import Architecture
+from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import Recipe
 from megatron_lpr.training.plan import Plan
@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path
         for language, role in ROLES.items()
     )
     tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="0" * 64, eod_id=0)
-    arch = with_layers_kept_dense(read_architecture(recipe.model.base), recipe.model.mlp_only_layers)
+    arch = architecture_of(recipe.model)
     return Plan(
         recipe=recipe,
         arch=arch,

@@ -88,11 +88,7 @@ class UpcycledSource:
 
     def stream(self, units: Iterable[str]) -> HFTensors:
         for name in units:
-            origin = self._origins[name]
-            if origin.kind == "copy":
-                yield name, self._reader.slice(origin.copied)
-            else:
-                yield name, initial_tensor(name, origin, self._reader, self._arch, self._expansion)
+            yield name, initial_tensor(name, self._origins[name], self._reader, self._arch, self._expansion)
 
 
 class FrozenTensors:

@@ -18,6 +18,7 @@ from megatron_lpr.model.builder import routers
 from megatron_lpr.platform import device
 from megatron_lpr.recipe.settings import Recipe
 
+_TOKENS = 256  # of each held-out corpus
 EXACT, ROUNDED = 1e-4, 5e-2
 """How far logits may lie apart, relative to the largest one: in float32 from the same numbers, and in bfloat16."""
 NEAR_TIES = 0.01
@@ -25,16 +26,16 @@ NEAR_TIES = 0.01
 changes those that attend to that position too. A model that computes something else differs everywhere."""
 
 
-def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str, tokens: int = 256) -> Check:
+def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str) -> Check:
     """Of the Megatron model in `checkpoint` and of the export under stock transformers.
 
     On a CPU both compute in float32, from weights rounded as training and export did: what is left is fp32 noise. A GPU
     computes in the dtype of the run, and Transformer Engine's products there round float32 to TF32.
 
-    tokens: of each held-out corpus of the recipe. The difference is relative to the largest logit: fp32 noise grows
+    Both read some tokens of each held-out corpus. The difference is relative to the largest logit: fp32 noise grows
     with it, position by position. An export that transformers cannot load fails the check.
     """
-    rows = _token_rows(recipe, tokens)
+    rows = _token_rows(recipe)
     try:
         stock = _stock_model(export_dir)
     except Exception as error:  # of whatever kind the damage is
@@ -52,12 +53,12 @@ def compare_logits(recipe: Recipe, checkpoint: str, export_dir: str, tokens: int
     return _compare(model, stock.float(), rows, EXACT)
 
 
-def _token_rows(recipe: Recipe, tokens: int) -> list[torch.Tensor]:
+def _token_rows(recipe: Recipe) -> list[torch.Tensor]:
     from megatron_lpr.evaluation.held_out import read_corpus
 
     settings = recipe.evaluation
     texts = ["\n".join(read_corpus(corpus, settings.on_bad_line)[:20]) for corpus in settings.corpora]
-    return [torch.tensor(ids[:tokens])[None] for ids in load_tokenizer(recipe.model.base).encode_batch(texts)]
+    return [torch.tensor(ids[:_TOKENS])[None] for ids in load_tokenizer(recipe.model.base).encode_batch(texts)]
 
 
 def _stock_model(export_dir: str) -> torch.nn.Module:

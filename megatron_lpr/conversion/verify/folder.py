@@ -14,7 +14,7 @@ from megatron_lpr.conversion.verify.report import Check, listed
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.families.export_config import export_config
-from megatron_lpr.files.new_folder import COMPANION_FILES
+from megatron_lpr.files.new_folder import companions_of
 from megatron_lpr.files.safetensors_io import INDEX_FILE, SafetensorsReader
 
 # Written into config.json by those who copy or upload a model; nothing follows from them.
@@ -141,11 +141,6 @@ def _as_on_disk(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dic
     except ImportError:
         return tensors
     return revert_weight_conversion(model, tensors)
-
-
-def companions_of(base_dir: Path) -> list[str]:
-    """The tokenizer and generation files that an export of this model has."""
-    return [name for name in COMPANION_FILES if (base_dir / name).is_file()]
 
 
 def file_problems(export_dir: Path, base_dir: Path, weights: set[str]) -> list[str]:

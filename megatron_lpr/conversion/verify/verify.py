@@ -8,7 +8,6 @@ from megatron_lpr.conversion.record import Made, read_record
 from megatron_lpr.conversion.verify.folder import (
     census_problems,
     check_record,
-    companions_of,
     config_problems,
     file_problems,
     stock_shapes,
@@ -20,6 +19,7 @@ from megatron_lpr.families import Architecture, Family, family_of, read_architec
 from megatron_lpr.families.expansion import Expansion, origins, with_layers_kept_dense
 from megatron_lpr.families.hf_config import read_config
 from megatron_lpr.families.weights import open_weights
+from megatron_lpr.files.new_folder import companions_of
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
 from megatron_lpr.model.load.upcycle import check_checkpoint
 

@@ -47,23 +47,11 @@ class IndexedWriter:
         self.documents = 0
         self.tokens = 0
         self.digest: str | None = None
-        self._vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self._hash = hashlib.sha256()
         self._bin = open(f"{prefix}.bin.partial", "wb")
         self._idx = open(f"{prefix}.idx.partial", "w+b")
         self._write_header()
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Appends one document: integer ids [n], n >= 1, each in [0, vocab_size)."""
-        assert tokens.ndim == 1 and 0 < len(tokens) < 1 << 31, f"a document of shape {tokens.shape}"
-        assert 0 <= tokens.min() and tokens.max() < self._vocab_size, "a token outside the vocabulary"
-        data = tokens.astype(self.dtype).tobytes()
-        self._bin.write(data)
-        self._hash.update(data)
-        self._idx.write(struct.pack("<i", len(tokens)))
-        self.documents += 1
-        self.tokens += len(tokens)
 
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Appends D documents: concatenated ids [T] in the corpus' dtype, which are not checked, and lengths [D]."""

@@ -189,10 +189,6 @@ class Manifest:
         if corpus.languages:
             LanguageRuns(corpus.prefix, num_tokens=files.num_tokens, num_languages=len(corpus.languages))
 
-    def with_corpus(self, corpus: Corpus) -> "Manifest":
-        """The same manifest with one entry replaced (found by name) or appended."""
-        return self.with_corpora([corpus])
-
     def with_corpora(self, corpora: Iterable[Corpus]) -> "Manifest":
         """The same manifest with entries replaced (found by name) or appended."""
         entries = {corpus.name: corpus for corpus in (*self.corpora, *corpora)}
@@ -269,8 +265,6 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
     name = entry.get("name") if isinstance(entry, dict) else None
     where = f"{path}: corpus '{name}'" if name else f"{path}: corpus {number}"
     corpus = read_record(Corpus, entry, where)
-    if corpus.role not in ROLES:
-        raise UserError(f"{where} has the unknown role '{corpus.role}'{nearest(corpus.role, ROLES)}")
     if not (math.isfinite(corpus.weight) and corpus.weight > 0):
         raise UserError(f"{where}: weight must be a positive number, not {corpus.weight}")
     for field in ("documents", "tokens"):

@@ -8,7 +8,6 @@ certain; a flipped byte in a larger file most probably not: `megatron-lpr verify
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,13 +49,8 @@ def spot_digest(path: str, key: str) -> str:
     Raises:
         UserError: the file cannot be read.
     """
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from error
-    content = FileArray(path, np.uint8, length=size)
-    digest = hashlib.sha256()
-    for block in _places(-(-size // BLOCK_BYTES), key):
+    content, digest = FileArray(path, np.uint8), hashlib.sha256()
+    for block in _places(-(-len(content) // BLOCK_BYTES), key):
         digest.update(content[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
     return digest.hexdigest()
 

@@ -173,12 +173,8 @@ def _check_held_out(corpus: Corpus, manifest: Manifest, advance: Advance) -> Non
 
 def _chunks(path: str, advance: Advance) -> Iterator[tuple[int, np.ndarray]]:
     """(first byte, bytes) of a file, piece by piece."""
-    try:
-        size = os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from error
-    content = FileArray(path, np.uint8, length=size)
-    for first in range(0, size, _CHUNK_BYTES):
+    content = FileArray(path, np.uint8)
+    for first in range(0, len(content), _CHUNK_BYTES):
         data = content[first : first + _CHUNK_BYTES]
         yield first, data
         advance(len(data))

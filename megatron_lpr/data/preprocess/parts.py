@@ -236,7 +236,7 @@ class PartCursor:
         return count > 0
 
 
-def merge(parts: Sequence[Part], dtype: type, *, bucket_bytes: int = BUCKET_BYTES) -> Iterator[Documents]:
+def merge(parts: Sequence[Part], dtype: type, *, bucket_bytes: int) -> Iterator[Documents]:
     """Yields the documents of all `parts`, some at a time, in the order of their keys.
 
     Holds about three times `bucket_bytes`, or the longest document where that is more, and 24 KB for each part.

@@ -23,7 +23,7 @@ from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import PartRecord, ShuffleKeys, part_path, write_part
 from megatron_lpr.data.preprocess.work_folder import finished_part
 from megatron_lpr.data.text.documents import BadLine, Document, Reading, documents_of
-from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.text.sentence_tagger import SentenceTagger, token_languages
 from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.text_files import Block
 from megatron_lpr.data.text.tokenize import TokenIds, load_tokenizer
@@ -129,8 +129,7 @@ class _Worker:
         self._keys = ShuffleKeys(settings.seed, job.sha256)
         self._held_out_below = held_out.hash_limit(settings.heldout)
         self._number = {language: number for number, language in enumerate(self._reading.languages)}
-        tagger = TaggerSettings.of(job.source)
-        self._tagger = None if tagger is None else SentenceTagger(tagger, self._reading.languages)
+        self._tagger = None if job.source.tagger is None else SentenceTagger(job.source)
 
     def __call__(self, number: int, block: Block) -> PartRecord:
         tokens: list[np.ndarray] = []

@@ -19,7 +19,6 @@ from typing import Any
 
 from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import (
-    BUCKET_BYTES,
     Part,
     PartRecord,
     PartWriter,
@@ -114,7 +113,7 @@ def fan_in() -> int:
 
 
 def combine_parts(
-    parts: Sequence[Part], most: int, dtype: type, *, bucket_bytes: int = BUCKET_BYTES, done: Callable[[int], None]
+    parts: Sequence[Part], most: int, dtype: type, *, bucket_bytes: int, done: Callable[[int], None]
 ) -> list[Part]:
     """At most `most` parts, at least 2, with the documents of all `parts`, which are in the order of the text.
 

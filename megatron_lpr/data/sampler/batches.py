@@ -49,8 +49,6 @@ class MicroBatches:
 
     def _own(self, whole: Batch) -> Batch:
         layout = self._layout
-        if layout.context_parallel_size == 1:
-            return whole
         fields = {
             name: rank_positions(array, layout.context_parallel_rank, layout.context_parallel_size)
             for name, array in vars(whole).items()

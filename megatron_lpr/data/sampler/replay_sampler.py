@@ -126,11 +126,10 @@ class ReplaySampler:
         self.seed = seed
         self.document_ids = document_ids
         self.mixtures = mixtures(manifest, data.mixture, data.schedule)
-        subset = subsets(manifest, data.replay)
         self.windows = windows
-        self._subset = subset
+        self._subset = subsets(manifest, data.replay)
         self._sampler = Sampler(
-            _corpus_specs(manifest, subset),
+            _corpus_specs(manifest, self._subset),
             [
                 MixtureSpec(
                     first_sample=mixture.first_sample,

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from megatron_lpr.data.text.text_files import Block, Format, SampleBy, expand, parquet_file, read_blocks
+from megatron_lpr.data.text.text_files import Block, expand, parquet_file, read_blocks
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
+from megatron_lpr.recipe.text_settings import Format, OnBadLine, PreprocessConfig, SampleBy, SourceConfig
 
-OnBadLine = Literal["refuse", "skip"]
 _ROWS = 4096
 
 
@@ -148,12 +147,8 @@ def _json_lines(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
 def _rows(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
     import pyarrow
 
-    file = parquet_file(block.path)
     names = [name for name in (reading.text_field, reading.language_field) if name]
-    for name in names:
-        if name not in file.schema_arrow.names:
-            raise UserError(f"{block.path} has no column '{name}'; it has {', '.join(file.schema_arrow.names)}")
-    row = block.offset
+    file, row = parquet_file(block.path, names), block.offset
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[block.row_group], columns=names):
             texts = _values(batch.column(reading.text_field))

@@ -8,49 +8,26 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.text_settings import SourceConfig
 
-Splitter = Literal["nltk", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaggerSettings:
-    """Attributes:
-    tagger: the user's function, as module:function; takes a sentence, returns its language code.
-    splitter: `nltk`, or `none` to give the tagger whole documents.
-    sentence_model: NLTK's punkt model, as english.
-    """
-
-    tagger: str
-    splitter: Splitter = "nltk"
-    sentence_model: str = "english"
-
-    @classmethod
-    def of(cls, source: SourceConfig) -> "TaggerSettings | None":
-        """Those of a corpus; None where it has no tagger."""
-        if source.tagger is None:
-            return None
-        return cls(tagger=source.tagger, splitter=source.sentence_splitter, sentence_model=source.sentence_model)
-
 
 class SentenceTagger:
-    """Calls the user's tagger on each sentence.
+    """Calls the user's tagger on each sentence of a corpus that has one.
 
     Raises:
         UserError: no such module or function, or no data for the sentence splitter.
     """
 
-    def __init__(self, settings: TaggerSettings, languages: Sequence[str]):
-        self._name = settings.tagger
-        self._tag = _load_function(settings.tagger)
-        self._punkt = _load_punkt(settings.sentence_model) if settings.splitter == "nltk" else None
-        self._number = {language: number for number, language in enumerate(languages)}
+    def __init__(self, source: SourceConfig):
+        assert source.tagger is not None
+        self._name = source.tagger
+        self._tag = _load_function(source.tagger)
+        self._punkt = _load_punkt(source.sentence_model) if source.sentence_splitter == "nltk" else None
+        self._number = {language: number for number, language in enumerate(source.languages)}
 
     def sentences(self, text: str) -> tuple[np.ndarray, np.ndarray, str | None]:
         """Starts int64 [S] (the first is 0) and languages int64 [S] of the sentences, and a code that is none.

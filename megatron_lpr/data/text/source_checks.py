@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES
-from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings
+from megatron_lpr.data.text.sentence_tagger import SentenceTagger
 from megatron_lpr.data.text.text_files import check_compression, format_of, parquet_file
 from megatron_lpr.errors import UserError, warn
 from megatron_lpr.recipe.sections import check_section
@@ -102,15 +102,11 @@ def check_files(corpora: Sequence[SourceConfig | EvaluationCorpus]) -> None:
 
 def check_plug_ins(source: SourceConfig) -> None:
     """Finds a missing plug-in, library or column before hours of work do. UserError names it."""
-    tagger = TaggerSettings.of(source)
-    if tagger is not None:
-        SentenceTagger(tagger, tuple(source.languages))
+    if source.tagger is not None:
+        SentenceTagger(source)
     for path in source.files:
         if format_of(path, source.format) == "parquet":
-            names = parquet_file(path).schema_arrow.names
-            for field in filter(None, (source.text_field, source.language_field)):
-                if field not in names:
-                    raise UserError(f"{path} has no column '{field}'; it has {', '.join(names)}")
+            parquet_file(path, filter(None, (source.text_field, source.language_field)))
 
 
 def way_of_reading(source: SourceConfig, settings: PreprocessConfig) -> dict[str, object]:

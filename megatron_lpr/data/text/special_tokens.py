@@ -8,15 +8,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.text_settings import PreprocessConfig
+from megatron_lpr.recipe.text_settings import Bos, PreprocessConfig
 
-Bos = Literal["auto", "true", "false"]
 _CONFIG = "tokenizer_config.json"
 
 

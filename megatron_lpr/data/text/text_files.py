@@ -17,16 +17,14 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
-
-Format = Literal["auto", "jsonl", "parquet", "text"]
-SampleBy = Literal["document", "paragraph", "line"]
+from megatron_lpr.recipe.text_settings import Format, SampleBy
 
 BLOCK_BYTES = 16 << 20
 LONGEST_DOCUMENT = 128 << 20
@@ -130,17 +128,21 @@ def read_blocks(
             raise UserError(f"cannot read the text file {path}: {error.strerror or error}") from error
 
 
-def parquet_file(path: str) -> Any:
-    """pyarrow's ParquetFile. UserError where pyarrow is missing or the file is none."""
+def parquet_file(path: str, columns: Iterable[str] = ()) -> Any:
+    """pyarrow's ParquetFile. UserError where pyarrow is missing, the file is none, or it lacks one of `columns`."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: Parquet needs pyarrow; pip install 'megatron-lpr[parquet]'") from None
     try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=True)
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a complete Parquet file: {' '.join(str(error).split())}") from error
+    for name in columns:
+        if name not in file.schema_arrow.names:
+            raise UserError(f"{path} has no column '{name}'; it has {', '.join(file.schema_arrow.names)}")
+    return file
 
 
 def _row_groups(number: int, path: str, finished: int) -> Iterator[Block]:

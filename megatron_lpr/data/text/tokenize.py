@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -21,11 +21,11 @@ from megatron_lpr.data.text.special_tokens import (
 from megatron_lpr.data.text.tokenizer_file import tokenizer_file
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
+from megatron_lpr.recipe.text_settings import Engine
 
 _REMEMBERED_WORDS = 1 << 18
 _CHECK_EVERY = 64
 _REMEDY = "use preprocess.engine: tokenizers"
-Engine = Literal["tokenizers", "fastokens"]
 TokenIds = Sequence[int] | np.ndarray
 
 

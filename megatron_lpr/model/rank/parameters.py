@@ -78,7 +78,7 @@ def _chunk(recipe: Recipe, arch: Architecture, layers: range, *, embeds: bool, p
 def _layer(recipe: Recipe, arch: Architecture, *, has_experts: bool) -> Iterator[tuple[str, int, int, Group]]:
     """Name inside the layer, rows, columns, and the group of its copies."""
     sizes, hidden = recipe.parallel, arch.hidden_size
-    queries, keys = arch.num_attention_heads * arch.head_dim, arch.num_query_groups * arch.head_dim
+    queries, keys = arch.shape("QK")
     if not arch.norm_after:
         yield "input_layernorm.weight", hidden, 1, "data"
     yield "self_attention.linear_proj.weight", hidden, queries // sizes.tensor, "data"

@@ -3,10 +3,10 @@
 import gc
 
 from megatron_lpr.reporting.metrics_log import StepMetrics
-from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.hook import EndsAlike, RunningTrainer
 
 
-class Garbage(Hook):
+class Garbage(EndsAlike):
     """Every `train.collect_garbage_every` steps, and not in between.
 
     Python collects by itself when a process has made so many objects, which each rank has at another time: then all
@@ -21,11 +21,5 @@ class Garbage(Hook):
         if trainer.step % trainer.plan.train.collect_garbage_every == 0:
             gc.collect()
 
-    def finish(self, trainer: RunningTrainer) -> None:
-        gc.enable()
-
-    def stop(self, trainer: RunningTrainer) -> None:
-        gc.enable()
-
-    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
+    def end(self, trainer: RunningTrainer) -> None:
         gc.enable()

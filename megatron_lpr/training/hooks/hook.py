@@ -93,6 +93,22 @@ class Hook:
         """Instead of `finish`, where an error ends the run; no collectives, for other ranks may be gone."""
 
 
+class EndsAlike(Hook):
+    """One that does the same however the run ends."""
+
+    def end(self, trainer: RunningTrainer) -> None:
+        """For `finish`, `stop` and `fail`."""
+
+    def finish(self, trainer: RunningTrainer) -> None:
+        self.end(trainer)
+
+    def stop(self, trainer: RunningTrainer) -> None:
+        self.end(trainer)
+
+    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
+        self.end(trainer)
+
+
 def is_validated(trainer: RunningTrainer, step: int) -> bool:
     """Whether held-out text is scored after a step (validation.py)."""
     every = trainer.recipe.evaluation.every

@@ -4,10 +4,10 @@ import torch.distributed as dist
 
 from megatron_lpr.reporting.metrics_log import MetricsLog, StepMetrics
 from megatron_lpr.reporting.progress import Progress
-from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.hook import EndsAlike, RunningTrainer
 
 
-class Metrics(Hook):
+class Metrics(EndsAlike):
     """A progress line for every step, metrics.jsonl and TensorBoard."""
 
     def __init__(self) -> None:
@@ -26,12 +26,6 @@ class Metrics(Hook):
             self._progress.report(metrics)
             self._log.write(metrics)
 
-    def finish(self, trainer: RunningTrainer) -> None:
+    def end(self, trainer: RunningTrainer) -> None:
         if self._log:
             self._log.close()
-
-    def stop(self, trainer: RunningTrainer) -> None:
-        self.finish(trainer)
-
-    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
-        self.finish(trainer)

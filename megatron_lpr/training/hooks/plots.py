@@ -26,13 +26,12 @@ def plot_run(recipe: Recipe) -> Path:
     Raises:
         UserError: metrics.jsonl cannot be read.
     """
+    from megatron_lpr.reporting.pictures import largest_share
     from megatron_lpr.reporting.plots import plot_frozen_share, plot_losses
     from megatron_lpr.reporting.run_log import read_log
 
     log, folder = read_log(Path(recipe.output) / "metrics.jsonl"), Path(recipe.output) / "plots"
     plot_losses({recipe.name: log}, folder / "losses.png")
     if shares := log.frozen_shares():
-        model = recipe.model
-        largest = min(model.num_frozen_experts, model.topk) / model.topk
-        plot_frozen_share(shares, folder / "frozen_share.png", max_share=largest)
+        plot_frozen_share(shares, folder / "frozen_share.png", max_share=largest_share(vars(recipe.model)))
     return folder

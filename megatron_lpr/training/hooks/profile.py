@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_lpr.errors import warn
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.reporting.progress import stamped
-from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.hook import EndsAlike, RunningTrainer
 
 
-class Profile(Hook):
+class Profile(EndsAlike):
     """Traces the steps `logging.profile_from` to `profile_to` with torch.profiler; only ranks that are asked have it.
 
     A run that resumes between the two traces the rest. Chrome's chrome://tracing and Perfetto show the files.
@@ -33,18 +33,10 @@ class Profile(Hook):
 
     def after_step(self, trainer: RunningTrainer, metrics: StepMetrics) -> None:
         if trainer.step == trainer.recipe.logging.profile_to:
-            self._write(trainer)
+            self.end(trainer)
 
-    def finish(self, trainer: RunningTrainer) -> None:
-        self._write(trainer)
-
-    def stop(self, trainer: RunningTrainer) -> None:
-        self._write(trainer)
-
-    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
-        self._write(trainer)
-
-    def _write(self, trainer: RunningTrainer) -> None:
+    def end(self, trainer: RunningTrainer) -> None:
+        """Write what has been traced."""
         if self._profile is None:
             return
         traced, self._profile = self._profile, None

@@ -9,12 +9,12 @@ import torch.distributed as dist
 from megatron_lpr.data.sampler.inspect_data import step_documents
 from megatron_lpr.platform.watchdog import watchdog
 from megatron_lpr.reporting.metrics_log import StepMetrics
-from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
+from megatron_lpr.training.hooks.hook import EndsAlike, RunningTrainer
 
 _MEASURED, _AT_LEAST = 50, 3  # steps whose median counts; before there are so many, the limit of the start-up holds
 
 
-class Watching(Hook):
+class Watching(EndsAlike):
     """Steps are measured against the median of the last ones; whatever is no step has the time of the start-up."""
 
     def __init__(self) -> None:
@@ -37,14 +37,8 @@ class Watching(Hook):
     def after_save(self, trainer: RunningTrainer, folder: Path) -> None:
         expect_no_step(trainer, f"what follows the save of {folder.name}")
 
-    def finish(self, trainer: RunningTrainer) -> None:
+    def end(self, trainer: RunningTrainer) -> None:
         expect_no_step(trainer, "the end of the run")
-
-    def stop(self, trainer: RunningTrainer) -> None:
-        self.finish(trainer)
-
-    def fail(self, trainer: RunningTrainer, error: BaseException) -> None:
-        self.finish(trainer)
 
     def _limit(self, trainer: RunningTrainer) -> float:
         settings = trainer.recipe.cluster

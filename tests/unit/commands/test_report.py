@@ -213,7 +213,7 @@ def test_how_often_each_corpus_is_passed_over(tmp_path, monkeypatch):
     corpora = []
     for name, role in (("hu", "expanded"), ("en", "original")):
         with IndexedWriter(str(tmp_path / "data" / name), 100) as writer:
-            writer.add_document(np.ones(161))
+            writer.add_documents(np.ones(161, writer.dtype), np.array([161], np.int32))
         files = {"prefix": str(tmp_path / "data" / name), "documents": 1, "tokens": 161, "digest": "0" * 64}
         corpora.append(Corpus(name=f"{name} web", language=name, role=role, **files))
     tokenizer = TokenizerRecord(name="toy", vocab_size=100, sha256="0" * 64, eod_id=0)

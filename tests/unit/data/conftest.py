@@ -26,8 +26,8 @@ def write_corpus(tmp_path):
     def write(name: str, documents: list[list[int]], vocab_size: int = VOCAB_SIZE) -> str:
         prefix = str(tmp_path / name)
         with IndexedWriter(prefix, vocab_size) as writer:
-            for document in documents:
-                writer.add_document(np.array(document))
+            lengths = np.array([len(document) for document in documents], np.int32)
+            writer.add_documents(np.concatenate(documents).astype(writer.dtype), lengths)
         return prefix
 
     return write

@@ -28,7 +28,7 @@ def manifest(make_manifest) -> Manifest:
     write_runs(manifest.corpora[1].prefix, starts, [1, 0, 2, 1, 0, 1, 2, 0, 1])
     languages = {"en": "original", "hu": "expanded", "tr": "expanded"}
     mixed = dataclasses.replace(manifest.corpora[1], languages=languages, language_digest="a" * 64)
-    manifest = manifest.with_corpus(mixed)
+    manifest = manifest.with_corpora([mixed])
     manifest.save()
     return manifest
 
@@ -48,7 +48,7 @@ def test_the_manifest_knows_every_language(manifest):
     loaded = Manifest.load(manifest.path)
     assert loaded == manifest and loaded.digest == manifest.digest
     other = dataclasses.replace(manifest.corpora[1], language_digest="b" * 64)
-    assert manifest.with_corpus(other).digest != manifest.digest
+    assert manifest.with_corpora([other]).digest != manifest.digest
 
 
 @pytest.mark.parametrize("windows", ["packed", "fixed", "document"])
@@ -79,7 +79,7 @@ def test_counts_per_language_are_those_of_the_tags(manifest, windows, first, cou
 
 def test_state_names_a_changed_sidecar(manifest):
     sampler = ReplaySampler(manifest, seq_length=S, seed=4, mixture=MIXTURE)
-    other = manifest.with_corpus(dataclasses.replace(manifest.corpora[1], language_digest="b" * 64))
+    other = manifest.with_corpora([dataclasses.replace(manifest.corpora[1], language_digest="b" * 64)])
     with pytest.raises(UserError, match="language_digest of corpus 'hu0' was aaa"):
         ReplaySampler(other, seq_length=S, seed=4, mixture=MIXTURE).check_state(sampler.state(5))
 
@@ -87,7 +87,7 @@ def test_state_names_a_changed_sidecar(manifest):
 def test_a_language_has_one_role(manifest):
     mixed = dataclasses.replace(manifest.corpora[1], languages={"en": "expanded", "hu": "expanded"})
     with pytest.raises(UserError, match="language 'en' is original in corpus 'en0' and expanded in 'hu0'"):
-        manifest.with_corpus(mixed)
+        manifest.with_corpora([mixed])
 
 
 @pytest.mark.parametrize(

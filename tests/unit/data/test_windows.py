@@ -132,7 +132,7 @@ def test_bad_subsets(manifest, replay, message):
 
 def test_warns_of_a_subset_of_a_corpus_that_nobody_shuffled(manifest):
     source = TextSource(sha256="ab", seed=0, skipped_lines=0)
-    manifest = manifest.with_corpus(dataclasses.replace(manifest.corpora[1], source=source))
+    manifest = manifest.with_corpora([dataclasses.replace(manifest.corpora[1], source=source)])
     (warning,) = unshuffled(manifest, ReplayConfig(documents={"original": 3}))
     assert "corpus 'en2' was not written by megatron-lpr preprocess" in warning
     assert unshuffled(manifest, ReplayConfig(documents={"original": 17})) == []

@@ -143,7 +143,7 @@ def toy_manifest(folder: Path) -> Manifest:
     for number, (name, language, role) in enumerate((("lohelp.hu", "hu", "expanded"), ("lohelp.en", "en", "original"))):
         tokens = np.random.default_rng(number).integers(3, 1000, 70_000)
         with IndexedWriter(str(folder / name), 1000) as writer:
-            writer.add_document(tokens)
+            writer.add_documents(tokens.astype(writer.dtype), np.array([len(tokens)], np.int32))
         more = {"weight": 1, "documents": 1, "tokens": len(tokens), "digest": f"{number:064x}"}
         corpora.append(Corpus(name=name, prefix=str(folder / name), language=language, role=role, **more))
     tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=2)

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from megatron_lpr.recipe import settings as config
-from megatron_lpr.recipe.settings import ModelConfig, Recipe, TrainConfig
 
 SECTIONS = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
 
@@ -21,10 +20,3 @@ def test_sections_are_frozen_keyword_only_and_documented(section):
 def test_default_mappings_are_not_shared():
     one, other = (config.DataConfig(manifest="m") for _ in range(2))
     assert one.mixture == other.mixture and one.mixture is not other.mixture
-
-
-@pytest.mark.parametrize("trainable, expected", [("all", 0), ("routers", 2), (None, 2)])
-def test_untouched_experts(trainable, expected):
-    train = TrainConfig(trainable=trainable, steps=1) if trainable else None
-    model = ModelConfig(base="b", num_experts=4, num_frozen_experts=2)
-    assert Recipe(name="x", output="o", model=model, train=train).untouched_experts == expected

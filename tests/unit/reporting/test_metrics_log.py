@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import closing
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,7 +35,7 @@ def metrics(step, **changes):
 
 
 def write(folder, steps, *, resumed_step=0, **changes):
-    with MetricsLog(folder, resumed_step=resumed_step) as log:
+    with closing(MetricsLog(folder, resumed_step=resumed_step)) as log:
         for step in steps:
             log.write(metrics(step, **changes))
     return log.moved
@@ -117,7 +118,7 @@ def test_the_file_of_another_run_is_never_replaced(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first = MetricsLog(tmp_path)
     first.write(metrics(1, stage="first"))
-    with MetricsLog(tmp_path) as second:
+    with closing(MetricsLog(tmp_path)) as second:
         first.write(metrics(2, stage="first"))
         second.write(metrics(1, stage="second"))
         first.write(metrics(3, stage="first"))
@@ -169,7 +170,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 def test_tensorboard_scalars(tmp_path):
     router = {"frozen_share": [0.5, 0.25], "p0": [0.75, 0.125], "load": [[0.5, 0.5], [0.25, 0.75]]}
     summary = {"frozen_share": {"mean": 0.375, "min": 0.25, "max": 0.5}, "busiest_expert": {"mean": 1.25}}
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         validation = {"bits_per_byte": {"hu": 1.5, "en": 1.25}, "retention": {"en": 99.0}}
         log.write(metrics(1, router={"hu": router}, router_summary={"hu": summary}, validation=validation))
     assert scalars(tmp_path) == {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from harness import make_trainer
-from torch.utils._python_dispatch import TorchDispatchMode
+from operations import Operations
 
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
-from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_metrics, router_record
+from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_record, router_summary
 
 # per layer and language: tokens, sum of p_frozen, sum of the LPR loss, slots of three experts
 SUMS = torch.tensor(
@@ -50,25 +50,13 @@ def test_router_record(num_frozen, shares):
 
 
 def test_summary_of_the_layers():
-    (hu, en) = router_metrics(SUMS, ("hu", "en", "es"), 1, summary=True, layers=False)["router_summary"].values()
+    (hu, en) = router_summary(SUMS, ("hu", "en", "es"), 1).values()
     assert hu == {
         "frozen_share": {"mean": 0.375, "min": 0.25, "max": 0.5},
         "p0": {"mean": 0.375, "min": 0.25, "max": 0.5},
         "busiest_expert": {"mean": 1.3125, "min": 1.125, "max": 1.5},  # of three experts 0.375 and 0.5 of the slots
     }
     assert en["p0"] == {"mean": 0.625, "min": 0.5, "max": 0.75}
-
-
-class Operations(TorchDispatchMode):
-    """Counts those of a step's statistics, and the numbers that become Python's."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_summary_costs_as_many_operations_whatever_the_languages(monkeypatch):
@@ -80,7 +68,7 @@ def test_a_summary_costs_as_many_operations_whatever_the_languages(monkeypatch):
         sums_NLC = torch.rand(4, languages, 3 + 256, dtype=torch.float64) + 1
         numbers.clear()
         with Operations() as operations:
-            router_metrics(sums_NLC, tuple(map(str, range(languages))), 1, summary=True, layers=False)
+            router_summary(sums_NLC, tuple(map(str, range(languages))), 1)
         counts.append(operations.count)
         assert sum(numbers.values()) == 10 * languages  # tokens of each, and the nine numbers
     assert counts[0] == counts[1]
@@ -116,13 +104,6 @@ def test_steps_that_log_nothing_of_routers_reduce_nothing_of_them(megatron, toy_
     layers, experts = len(trainer.routers), trainer.recipe.model.num_experts
     of_routers = layers * len(trainer.plan.manifest.languages) * (3 + experts)
     assert [size - min(reduced) for size in reduced] == [of_routers, of_routers, 0]
-
-
-@pytest.mark.parametrize("summary", [True, False])
-@pytest.mark.parametrize("layers", [True, False])
-def test_what_is_asked_for_is_there(summary, layers):
-    found = router_metrics(SUMS, ("hu", "en", "es"), 1, summary=summary, layers=layers)
-    assert ("router_summary" in found, "router" in found) == (summary, layers)
 
 
 def test_statistics_are_collected_in_the_steps_that_log_them(megatron, toy_base, tmp_path):

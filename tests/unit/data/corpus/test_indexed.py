@@ -32,14 +32,14 @@ def test_more_documents_than_one_chunk_of_the_index(write_corpus):
 
 def test_digest_is_that_of_the_bin_file(tmp_path):
     writer = IndexedWriter(str(tmp_path / "toy"), 100)
-    writer.add_document(np.array([1, 2, 3]))
+    writer.add_documents(np.array([1, 2, 3], writer.dtype), np.array([3], np.int32))
     writer.close()
     assert writer.digest == hashlib.sha256((tmp_path / "toy.bin").read_bytes()).hexdigest()
 
 
 def test_files_appear_only_when_complete(tmp_path):
     with pytest.raises(RuntimeError), IndexedWriter(str(tmp_path / "toy"), 100) as writer:
-        writer.add_document(np.array([1, 2, 3]))
+        writer.add_documents(np.array([1, 2, 3], writer.dtype), np.array([3], np.int32))
         raise RuntimeError
     assert os.listdir(tmp_path) == []
 
@@ -53,11 +53,11 @@ def test_refuses_to_write_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("tokens", [[], [100], [-1], [[1, 2]]])
-def test_refuses_impossible_documents(tmp_path, tokens):
+@pytest.mark.parametrize("tokens, lengths", [([], [0]), ([1, 2], [2, 0]), ([1, 2], [1])])
+def test_refuses_impossible_documents(tmp_path, tokens, lengths):
     writer = IndexedWriter(str(tmp_path / "toy"), 100)
     with pytest.raises(AssertionError):
-        writer.add_document(np.array(tokens, dtype=np.int64))
+        writer.add_documents(np.array(tokens, writer.dtype), np.array(lengths, np.int32))
     writer.discard()
 
 

@@ -26,7 +26,7 @@ def test_save_and_load(manifest):
     with_source = dataclasses.replace(
         manifest.corpora[0], source=TextSource(sha256="ab", seed=3, skipped_lines=1), weight=4.0
     )
-    changed = manifest.with_corpus(with_source)
+    changed = manifest.with_corpora([with_source])
     changed.save()
     loaded = Manifest.load(manifest.path)
     assert loaded == changed and loaded.digest != manifest.digest

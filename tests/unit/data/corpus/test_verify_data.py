@@ -119,7 +119,7 @@ def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
 def test_recording_keeps_what_another_process_has_entered_meanwhile(manifest):
     old = made_old(manifest)
     newer = dataclasses.replace(manifest.corpora[0], weight=7.0)
-    old.with_corpus(newer).save()
+    old.with_corpora([newer]).save()
     assert record(old)
     assert Manifest.load(manifest.path).corpora == (newer, *manifest.corpora[1:])
 

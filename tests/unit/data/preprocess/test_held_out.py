@@ -207,7 +207,8 @@ def test_too_much_and_too_little(write_text, hf_tokenizer, out, capsys):
 def test_nothing_is_held_out_of_a_corpus_that_exists(write_text, hf_tokenizer, tmp_path, out, capsys):
     tokenizer = load_tokenizer(hf_tokenizer)
     with IndexedWriter(str(tmp_path / "old"), tokenizer.vocab_size) as writer:
-        writer.add_document(np.array([*tokenizer.encode_batch(["fox"])[0], tokenizer.eod_id]))
+        tokens = np.array([*tokenizer.encode_batch(["fox"])[0], tokenizer.eod_id], writer.dtype)
+        writer.add_documents(tokens, np.array([len(tokens)], np.int32))
     old = SourceConfig(name="old", prefix=str(tmp_path / "old"), language="en", role="original")
     options = {"tokenizer": hf_tokenizer, "output": str(out), "workers": 1, "heldout": SHARE}
     with pytest.raises(UserError, match="preprocess.heldout: 0.05; has no effect on corpora that exist already"):

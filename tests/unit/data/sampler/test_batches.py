@@ -157,7 +157,7 @@ def test_what_goes_wrong_is_raised_where_it_is_read(make_manifest):
     with open(f"{manifest.corpora[0].prefix}.lang", "wb") as file:
         file.write(runs)
     mixed = dataclasses.replace(manifest.corpora[0], languages={"hu": "expanded"}, language_digest="a" * 64)
-    sampler = ReplaySampler(manifest.with_corpus(mixed), seq_length=8, seed=1, mixture={"expanded": 1})
+    sampler = ReplaySampler(manifest.with_corpora([mixed]), seq_length=8, seed=1, mixture={"expanded": 1})
     bad = min(place for place, window in enumerate(sampler.picks(0, 10)[:, 1].tolist()) if window >= 6)
     reader = sampler.batches(0, 1, 1, read_ahead=10)
     for _ in range(bad):

@@ -10,11 +10,11 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megatron_lpr.data.text.sentence_tagger import SentenceTagger, TaggerSettings, token_languages
+from megatron_lpr.data.text.sentence_tagger import SentenceTagger, token_languages
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.recipe.text_settings import SourceConfig
 
-LANGUAGES = ("hu", "en")
 TEXT = "  The fox naps.  Árvíz, tükör!\nDr. Fox runs."
 
 
@@ -46,12 +46,13 @@ def punkt(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
 
 
-def settings(**more) -> TaggerSettings:
-    return TaggerSettings(**{"tagger": "my_tagger:tag"} | more)
+def tagger(**more) -> SentenceTagger:
+    source = {"name": "web", "language": "hu", "role": "expanded", "tagger": "my_tagger:tag"}
+    return SentenceTagger(SourceConfig(**source | {"languages": {"hu": "expanded", "en": "original"}} | more))
 
 
 def test_sentences(tagger_module, punkt):
-    starts, languages, unknown = SentenceTagger(settings(), LANGUAGES).sentences(TEXT)
+    starts, languages, unknown = tagger().sentences(TEXT)
     assert unknown is None
     # The first sentence starts with the text, white space included; the abbreviation ends none.
     assert starts.tolist() == [0, TEXT.index("Árvíz"), TEXT.index("Dr.")]
@@ -59,7 +60,7 @@ def test_sentences(tagger_module, punkt):
 
 
 def test_without_splitting_the_tagger_gets_the_document(tagger_module):
-    starts, languages, _ = SentenceTagger(settings(splitter="none"), LANGUAGES).sentences(TEXT)
+    starts, languages, _ = tagger(sentence_splitter="none").sentences(TEXT)
     assert (starts.tolist(), languages.tolist()) == ([0], [0])
 
 
@@ -68,7 +69,7 @@ def test_a_token_belongs_to_the_sentence_of_its_last_character(request, tagger_m
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     [(ids, ends)] = tokenizer.encode_with_ends([TEXT])
     assert [ids] == tokenizer.encode_batch([TEXT])
-    starts, languages, _ = SentenceTagger(settings(), LANGUAGES).sentences(TEXT)
+    starts, languages, _ = tagger().sentences(TEXT)
     tags = token_languages(ends, starts, languages)
     second, third = TEXT.index("Árvíz"), TEXT.index("Dr.")
     expected = [0 if second <= max(end - 1, 0) < third else 1 for end in ends]
@@ -147,15 +148,15 @@ def test_parts_of_a_character_of_a_tokenizer_json(hf_tokenizer, tmp_path):
 
 
 def test_unknown_codes_are_told(tagger_module):
-    for tagger, code in (("my_tagger:tag", "'hu'"), ("my_tagger:strange", "None")):
-        tagged = SentenceTagger(settings(tagger=tagger, splitter="none"), ("en",)).sentences("Árvíz")
-        assert tagged[2] == code
+    for name, code in (("my_tagger:tag", "'hu'"), ("my_tagger:strange", "None")):
+        only_english = tagger(tagger=name, sentence_splitter="none", languages={"en": "original"})
+        assert only_english.sentences("Árvíz")[2] == code
 
 
 def test_mistakes_are_named(tagger_module, punkt):
     def refused(message: str, **more):
         with pytest.raises(UserError, match=message):
-            SentenceTagger(settings(**more), LANGUAGES)
+            tagger(**more)
 
     refused("write it as module:function", tagger="my_tagger.tag")
     refused("importing nowhere fails: ModuleNotFoundError", tagger="nowhere:tag")
@@ -164,4 +165,4 @@ def test_mistakes_are_named(tagger_module, punkt):
             sentence_model="hungarian")  # fmt: skip
     refused("is no name of a punkt model", sentence_model="../english")
     with pytest.raises(UserError, match="my_tagger:broken failed on 'The fox naps.*KeyError"):
-        SentenceTagger(settings(tagger="my_tagger:broken"), LANGUAGES).sentences("The fox naps. And runs.")
+        tagger(tagger="my_tagger:broken").sentences("The fox naps. And runs.")

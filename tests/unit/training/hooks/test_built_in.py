@@ -134,7 +134,7 @@ def test_a_run_that_fails_tells_its_hooks_and_keeps_its_own_error(make_trainer, 
             raise RuntimeError(f"and this beside '{error}'")
 
     closed = []
-    monkeypatch.setattr(Metrics, "finish", lambda self, trainer: closed.append(trainer.step))
+    monkeypatch.setattr(Metrics, "end", lambda self, trainer: closed.append(trainer.step))
     diary = Diary()
     with pytest.raises(UserError, match="enough"):
         make_trainer([Failing(), diary]).run()
