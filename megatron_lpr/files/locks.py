@@ -54,16 +54,15 @@ def run_lock(output: str) -> Iterator[None]:
 
 
 def holder_of(output: str) -> dict[str, Any] | None:
-    """What the process that holds the output folder of a run says of itself; None where none does, or without locks.
+    """What the process that holds the output folder of a run says of itself; None where none does.
 
     The lock is asked for and not taken, so that a run that starts meanwhile gets it. Not for the process that holds it,
-    which would lose it: the kernel drops it with any descriptor of the file that the process closes.
+    which would lose it: the kernel drops it with any descriptor of the file that the process closes. On a file system
+    without locks the file stands for it, which a killed run leaves.
     """
     try:
         with (Path(output) / LOCK_FILE).open(encoding="utf-8", errors="replace") as file:
-            wanted = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0)
-            kind, *_ = struct.unpack_from(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
-            if kind == fcntl.F_UNLCK:
+            if _is_free(file):
                 return None
             try:
                 said = json.load(file)
@@ -72,6 +71,17 @@ def holder_of(output: str) -> dict[str, Any] | None:
             return said if isinstance(said, dict) else {}
     except OSError:
         return None
+
+
+def _is_free(file: TextIO) -> bool:
+    wanted = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0)
+    try:
+        kind, *_ = struct.unpack_from(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return bool(kind == fcntl.F_UNLCK)
 
 
 class FolderLocks:
@@ -149,21 +159,19 @@ def _byte_of(corpus: str) -> int:
 
 
 def _locked(path: Path, output: str) -> TextIO:
-    """The lock file of a run, empty and open, with its lock."""
+    """The lock file of a run, empty and open, with its lock where there are locks."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
             instead = "make sure that no other run writes there"
-            if not _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 0, output, instead):
-                file.close()
-                return open(os.devnull, "w", encoding="utf-8")
+            has_lock = _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, 0, output, instead)
         except BlockingIOError:
             with file:
                 raise UserError(
                     f"output: {output} is in use by another run ({_holder(file)}); wait for it or stop it, or choose "
                     "another folder"
                 ) from None
-        if _is_still(path, file):
+        if not has_lock or _is_still(path, file):
             file.truncate(0)
             return file
         file.close()  # its holder has removed it in the meantime

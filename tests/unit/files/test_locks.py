@@ -89,13 +89,16 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_the_lock(tmp_path, monkey
         assert (tmp_path / LOCK_FILE).read_text() and removed
 
 
-def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
-    def lockf(*arguments):
+def test_file_system_without_locks_is_a_warning_and_the_file_says_who_holds_it(tmp_path, monkeypatch, capsys):
+    def lock(*arguments):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "lockf", lockf)
-    with run_lock(str(tmp_path / "run")):
-        pass
+    monkeypatch.setattr(fcntl, "lockf", lock)
+    monkeypatch.setattr(fcntl, "fcntl", lock)
+    run = str(tmp_path / "run")
+    with run_lock(run):
+        assert holder_of(run)["pid"] == os.getpid()
+    assert holder_of(run) is None
     assert "file system without locks" in capsys.readouterr().err
 
 
