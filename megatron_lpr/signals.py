@@ -111,6 +111,7 @@ class Listener:
         self._say()
 
     def _watch(self, reader: socket.socket) -> None:
+        came: signal.Signals | None = None
         first = deadline = None
         echo = _TORCHRUN_ECHO_SECONDS if _TORCHRUN in os.environ else _ECHO_SECONDS
         with reader:
@@ -119,6 +120,7 @@ class Listener:
                 if not select.select([reader], [], [], wait)[0]:
                     deadline = None
                     if self._say is None:
+                        self.asked = self.asked or came  # in C, as in a rendezvous, the main thread has not taken it
                         self._end(*self.ending())
                     continue
                 received = reader.recv(64)
@@ -127,7 +129,8 @@ class Listener:
                 for signum in (byte for byte in received if byte in SIGNALS):
                     now, name = time.monotonic(), self._described(signum)
                     if first is None:
-                        first, deadline = now, now + _GRACE_SECONDS if among_ranks() else None
+                        came, first = signal.Signals(signum), now
+                        deadline = now + _GRACE_SECONDS if among_ranks() else None
                         self.on_asked(name)
                     elif now - first > echo and self._has_stopped:
                         self._end(STOPPED, "")

@@ -85,8 +85,7 @@ class Meeting:
     def tell(self, error: UserError, report: Callable[[UserError], None]) -> None:
         """Reports an error unless another rank has reported the same, or one of its own that stopped this rank.
 
-        Ranks wait for the report for some seconds, as a launcher may kill all when the first has ended, and the one
-        that has the store waits for the others.
+        Ranks wait for the report for some seconds, as a launcher may kill all when the first has ended.
         """
         patience = datetime.timedelta(seconds=_PATIENCE_SECONDS)
         name = f"told/{hashlib.sha256(str(error).encode()).hexdigest()}"
@@ -97,13 +96,18 @@ class Meeting:
                 self._notes.set("reported", "yes")
             is_untold = False
             self._notes.wait(["reported"], patience)
+        except dist.DistError:  # the rank with the store has ended, or the one that stopped this one without a report
+            if is_untold:
+                report(error)
+        self.leave()
+
+    def leave(self) -> None:
+        """The rank that has the store waits some seconds for the others, which may still have to read there."""
+        with contextlib.suppress(dist.DistError):
             gone, deadline = self._notes.add("gone", 1), time.monotonic() + _PATIENCE_SECONDS
             while self.rank == 0 and gone < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.02)
                 gone = self._notes.add("gone", 0)
-        except dist.DistError:  # the rank with the store has ended, or the one that stopped this one without a report
-            if is_untold:
-                report(error)
 
 
 _current: Meeting | None = None
@@ -121,6 +125,7 @@ def meeting(
     _current = Meeting(rank, world_size, timeout_minutes)
     try:
         yield
+        _current.leave()
     except UserError as error:
         _current.tell(error, report)
         raise AlreadyTold(str(error)) from error

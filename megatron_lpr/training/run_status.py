@@ -76,11 +76,13 @@ def status_of(run: str, files: RunFiles, now: datetime | None = None) -> RunStat
     seconds = _seconds_per_step(fresh or records)
     checkpoint = _checkpoint(run, now)
     held_by = holder_of(run)
-    steps = last.get("steps") or files.section("train").get("steps")
-    step = max(int(last.get("step", 0)), checkpoint["checkpoint_step"] or 0)
+    planned = files.section("train").get("steps")  # by the newest start, which may have raised it
+    steps = fresh[-1].get("steps", planned) if fresh else planned or last.get("steps")
+    saved = checkpoint["checkpoint_step"] or 0
+    step = max(int(last.get("step", 0)), saved)
     signs = [since, str((fresh or [{}])[-1].get("time", ""))]
     silence = min((age for age in (_age(sign, now) for sign in signs) if age is not None), default=None)
-    state, reason = _state(held_by, files.ends, silence, seconds, is_done=steps is not None and step >= steps)
+    state, reason = _state(held_by, files.ends, silence, seconds, is_done=steps is not None and saved >= steps)
     if state == "stopped" and not reason:
         reason = _text(folder / "stopped")
     eta = (steps - step) * seconds if state == "running" and steps is not None and seconds is not None else None
@@ -121,7 +123,7 @@ def _state(
     *,
     is_done: bool,
 ) -> tuple[State, str | None]:
-    """told: the ends since the newest start; silence: seconds since a sign of life."""
+    """told: the ends since the newest start; silence: seconds since a sign of life; is_done: the last step is saved."""
     if held_by is not None:
         patience = max(_PATIENCE_SECONDS, _PATIENCE_STEPS * (seconds or 0.0))
         if silence is None or silence < patience:

@@ -84,6 +84,17 @@ def test_what_goes_on_when_it_is_started_again_has_not_failed(signum):
     assert ended(process) == (75, f"{sentence}the same command starts it again\n")
 
 
+def test_a_rank_that_waits_for_others_before_its_first_step_has_not_failed():
+    """In C, where the interpreter is not asked: here for a mutex that is held, else for a rank that never comes."""
+    wait = f"import ctypes; lock = (ctypes.c_byte * 64)(); {READY}"
+    held = "; [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)]"
+    process = start(wait + held, resumes=True, WORLD_SIZE="2")
+    time.sleep(0.5)  # until it waits
+    process.send_signal(signal.SIGTERM)
+    status, error = ended(process)
+    assert status == 75 and error.startswith("x: stopped by SIGTERM before its first step")
+
+
 def test_a_run_is_asked_once_and_twice_in_a_blink_is_once():
     process = start(A_STEP + "\n    time.sleep(0.5)\n    raise Stopped")
     process.send_signal(signal.SIGTERM)

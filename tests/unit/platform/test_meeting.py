@@ -9,10 +9,7 @@ import pytest
 
 from megatron_lpr.errors import AlreadyTold, UserError
 from megatron_lpr.platform import meeting, same_on_all_ranks, together
-from megatron_lpr.platform.meeting import meeting_store
 from megatron_lpr.testing.run_distributed import free_port, run_distributed
-
-KEPT = []
 
 
 def attempt(failing, message, *, inside_step, late=None, kind=UserError):
@@ -37,7 +34,6 @@ def attempt(failing, message, *, inside_step, late=None, kind=UserError):
             else:
                 step()
             end = "done"
-            KEPT.append(meeting_store())  # as the process group keeps it: others may still have to read there
     except AlreadyTold:
         end = "told"
     except kind as error:
@@ -73,6 +69,33 @@ try:
         together(lambda: None)
 except AlreadyTold:
     pass
+"""
+
+
+NOTHING_TO_DO = """
+import importlib, os, time
+from megatron_lpr.platform import meeting, together
+
+
+class Slow:
+    def __init__(self, notes):
+        self.notes = notes
+
+    def __getattr__(self, name):
+        return getattr(self.notes, name)
+
+    def get(self, name):
+        time.sleep(1)
+        return self.notes.get(name)
+
+
+rank = int(os.environ["RANK"])
+with meeting(rank, 3, print):
+    if rank:
+        current = importlib.import_module("megatron_lpr.platform.meeting")._current
+        current._notes = Slow(current._notes)
+    together(lambda: None)
+os._exit(0)
 """
 
 
@@ -144,15 +167,25 @@ def test_ranks_that_see_different_files():
     assert sentence.startswith("the step is ") and "the ranks do not see the same files" in sentence
 
 
-def test_rank_0_that_ends_without_a_word():
+def run_script(script):
+    """Exit statuses of three ranks, and what they printed."""
     common = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    command = [sys.executable, "-c", WITHOUT_A_WORD]
+    command = [sys.executable, "-c", script]
     ranks = [
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(3)
     ]
     printed = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 0, 0]
+    return [rank.returncode for rank in ranks], printed
+
+
+def test_rank_0_waits_for_those_that_still_read_there():
+    assert run_script(NOTHING_TO_DO) == ([0, 0, 0], ["", "", ""])
+
+
+def test_rank_0_that_ends_without_a_word():
+    statuses, printed = run_script(WITHOUT_A_WORD)
+    assert statuses == [1, 0, 0]
     assert printed[1] == "my own\n" and printed[2].startswith("rank 0 has ended before the ranks had agreed")
 
 

@@ -137,6 +137,21 @@ def test_a_run_of_an_older_version_is_finished_by_its_last_checkpoint(run):
     assert run.status(300).state == "finished"
 
 
+def test_a_run_that_was_killed_before_its_last_step_was_saved_is_not_finished(run):
+    run.steps(1, 20)
+    run.checkpoint(15, 150)
+    assert run.status(300).state == "failed"
+
+
+def test_a_finished_run_that_was_killed_when_it_was_extended_is_not_finished(run):
+    run.steps(1, 20)
+    run.checkpoint(20, 200)
+    (run.folder / "recipe.yaml").write_text("train: {trainable: routers, steps: 30}")
+    run.append("starts", {"time": at(300), "step": 20})
+    status = run.status(400)
+    assert (status.state, status.step, status.steps) == ("failed", 20, 30)
+
+
 def test_the_time_between_starts_is_no_time_of_a_step(held):
     held.steps(1, 4)
     held.append("starts", {"time": at(5000), "step": 4})
