@@ -44,12 +44,13 @@ class Jobs:
 
     def __init__(self, cluster, programs: Path, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
+        self.scripts = shutil.copytree(SCRIPTS, folder / "the scripts", dirs_exist_ok=True)  # a name with a space
         self.variables = {"PATH": f"{programs}:{cluster.environment['PATH']}", "OMP_NUM_THREADS": "1"}
 
     def submit(self, script: str, *words: object, options: tuple[str, ...] = (), **variables: str) -> str:
         log = ("--parsable", f"--output={self.folder}/%j.log", f"--chdir={self.folder}")
         return self.cluster.run(
-            "sbatch", *log, *SIZE, *options, SCRIPTS / script, *words, **self.variables | variables
+            "sbatch", *log, *SIZE, *options, self.scripts / script, *words, **self.variables | variables
         ).strip()
 
     def log(self, number: str) -> str:

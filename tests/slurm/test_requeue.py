@@ -1,13 +1,10 @@
 """What the scripts do when a job is asked to stop, cancelled or preempted: stand_in.sh is in the place of training."""
 
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
-SCRIPTS = Path(__file__).parents[2] / "examples/slurm"
 
 
 @pytest.fixture
@@ -51,17 +48,6 @@ def test_a_rank_that_fails_fails_the_job(jobs):
     number = jobs.submit("train.sbatch", "fail")
     log = jobs.wait(number, "FAILED")
     assert jobs.cluster.job(number)["ExitCode"] == "9:0" and "ended with status 9" in log
-
-
-@pytest.mark.parametrize("script", ["train.sbatch", "sweep.sbatch", "command.sbatch"])
-def test_a_script_in_a_folder_with_spaces_finds_its_neighbours(jobs, script):
-    scripts = shutil.copytree(SCRIPTS, jobs.folder / "scripts of mine")
-    (jobs.folder / "lines.txt").write_text("optimizer.lr=1\n")
-    sweep = script == "sweep.sbatch"
-    words = ("recipe.yaml", *((jobs.folder / "lines.txt", jobs.folder) if sweep else ()))
-    number = jobs.submit(scripts / script, *words, options=("--array=1",) if sweep else (), COUNT="2")
-    log = jobs.wait(number, seconds=60)
-    assert "recipe.yaml" in log and set(counts(jobs).values()) == {2}
 
 
 def test_there_is_an_end_to_restarts(jobs):

@@ -23,8 +23,10 @@ def arch(tmp_path_factory):
     return read_architecture(write_toy_model(folder, max_position_embeddings=2048))
 
 
-def test_there_are_recipes():
-    assert {"stage1.yaml", "stage2.yaml", "upcycle.yaml"} <= {path.name for path in RECIPES}
+@pytest.mark.parametrize("folder", ["recipes", "quickstart/recipes"])
+def test_there_are_the_recipes_that_readme_and_docs_name(folder):
+    names = {"common.yaml", "stage1.yaml", "stage2.yaml", "upcycle.yaml"}
+    assert names <= {path.name for path in (EXAMPLES / folder).iterdir()}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(EXAMPLES)))
