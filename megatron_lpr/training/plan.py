@@ -257,7 +257,7 @@ def describe(plan: Plan) -> str:
     settings = {section: value for section, value in differing(recipe).items() if section not in _NOT_READ}
     return "\n".join(
         [
-            f"# what differs from the defaults; {plan.recipe_path()} has every setting",
+            f"# what differs from the defaults; every setting goes to {plan.recipe_path()}",
             *(f"{section}: {one_line(value)}" for section, value in settings.items()),
             "",
             f"starts from  {start}",

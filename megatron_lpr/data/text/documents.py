@@ -226,7 +226,7 @@ def _document(
     block: Block, reading: Reading, text: object, language: object, offset: int, line: int
 ) -> Document | BadLine:
     if not isinstance(text, str):
-        return BadLine(block.path, line, f'no "{reading.text_field}" string')
+        return BadLine(block.path, line, f'no "{reading.text_field}" string', " (text_field says which it is)")
     if not text.strip():
         return BadLine(block.path, line, "empty text")
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer accepts.

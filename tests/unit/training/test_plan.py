@@ -48,7 +48,7 @@ def test_description_is_what_differs_from_the_defaults_and_what_it_comes_to(plan
         "optimizer": {"clip_grad": 1e9},
     }
     assert from_tree(Recipe, yaml.safe_load(settings), where="printed") == recipe
-    assert f"{recipe.output}/recipe.yaml has every setting" in settings
+    assert f"every setting goes to {recipe.output}/recipe.yaml" in settings
     assert f"base model {recipe.model.base}" in summary and "trains       all on 1 rank(s)" in summary
     assert "12 samples, 132 tokens in 3 steps: qaa 63, qab 21, qac 48" in summary
 

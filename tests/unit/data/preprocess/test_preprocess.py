@@ -122,7 +122,7 @@ def test_lost_or_half_written_files_are_made_again(run, write_text, tmp_path, ca
 BAD_LINES = [
     (b'{"text": "caf\xe9"}', "invalid UTF-8"),
     (b'{"text": "fox"', "broken JSON"),
-    (b'{"content": "fox"}', 'no "text" string'),
+    (b'{"content": "fox"}', 'no "text" string .text_field says'),
     (b'{"text": 3}', 'no "text" string'),
     (b'["fox"]', 'no "text" string'),
     (b'{"text": " \\n"}', "empty text"),
