@@ -75,7 +75,8 @@ class Meeting:
 
     def check_same(self, what: str, value: str) -> None:
         """Raises UserError where another rank has said another value of `what`."""
-        first = self._notes.compare_set(f"same/{what}", "", value).decode()
+        # a run that passes over a damaged checkpoint asks again, with another value
+        first = self._notes.compare_set(f"same{self._topics}/{what}", "", value).decode()
         if first != value:
             raise UserError(
                 f"{what} is {value} on rank {self.rank} and {first} on another: the ranks do not see the same files; "

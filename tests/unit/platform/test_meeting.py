@@ -47,7 +47,8 @@ def disagree():
 
     rank, reported = Ranks.from_environment().rank, []
     with pytest.raises(AlreadyTold), meeting(rank, 2, lambda error: reported.append(str(error)), timeout_minutes=1):
-        same_on_all_ranks("the folder", "a")
+        for folder in ("a", "b"):  # one after the other
+            same_on_all_ranks("the folder", folder)
         same_on_all_ranks("the step", str(rank))
     return reported
 
