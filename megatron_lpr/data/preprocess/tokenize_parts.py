@@ -67,7 +67,7 @@ def tokenize_parts(
         combined: numbers of the blocks whose parts were combined to larger ones.
 
     Raises:
-        UserError: from reading or tagging; or a process was killed.
+        UserError: from reading or tagging; no processes can be started, or one was killed.
     """
     numbered = enumerate(blocks)
     first = list(islice(numbered, 2))
@@ -75,7 +75,13 @@ def tokenize_parts(
         workers = 1
     context = multiprocessing.get_context("spawn")
     alive, stop = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, workers, alive))
+    try:
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, workers, alive))
+    except OSError as error:
+        raise UserError(
+            f"cannot start tokenisation processes: {error.strerror or error}; their semaphores want some KB of "
+            "/dev/shm, make room there"
+        ) from error
     here: _Worker | None = None
     pending: deque[tuple[Block, PartRecord | Future[PartRecord], bool]] = deque()
     try:

@@ -1,5 +1,6 @@
 """Text to corpora and manifest, end to end."""
 
+import errno
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from preprocessing import preprocess
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.preprocess import tokenize_parts
 from megatron_lpr.data.text.tokenize import load_tokenizer
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.text_settings import SourceConfig
@@ -233,3 +235,14 @@ def test_large_numbers_in_json_lines(run, write_text, number):
     lines = [f'{{"text": "fox", "id": {number}}}'.encode(), f'{{"text": {number}}}'.encode()]
     corpus = run(source(write_text("a.jsonl", ["fox", *lines])), on_bad_line="skip").corpora[0]
     assert corpus.documents + corpus.source.skipped_lines == 3 and corpus.source.skipped_lines <= 2
+
+
+def test_shared_memory_that_is_full_is_named(hf_tokenizer, tmp_path, monkeypatch):
+    def no_room(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a semaphore does, without a file's name
+
+    (tmp_path / "a.txt").write_text("the quick brown fox")
+    source = SourceConfig(name="hu", files=(str(tmp_path / "a.txt"),), language="hu", role="expanded")
+    monkeypatch.setattr(tokenize_parts, "ProcessPoolExecutor", no_room)
+    with pytest.raises(UserError, match=r"processes: No space left on device; their semaphores want .* of /dev/shm"):
+        preprocess([source], tokenizer=hf_tokenizer, output=str(tmp_path / "out"))
