@@ -62,4 +62,4 @@ def frozen_is_base(
     if not (there or {}).get("files"):
         return False
     # weights that were rounded on the way are not those that come of the base at once
-    return below["model"].get("dtype", "float32") in ("float32", recipe.model.dtype, base_dtype)
+    return below["model"]["dtype"] in ("float32", recipe.model.dtype, base_dtype)

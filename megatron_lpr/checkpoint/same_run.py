@@ -115,7 +115,7 @@ def check_source(recipe: Recipe, folder: Path, base: Mapping[str, Any]) -> None:
 
 def rounded(recipe: Recipe, folder: Path) -> str | None:
     """A warning where the weights of a checkpoint lose digits in this run's dtype."""
-    there = read_run_state(folder).recipe["model"].get("dtype")
+    there = read_run_state(folder).recipe["model"]["dtype"]
     if (there, recipe.model.dtype) == ("float32", "bfloat16"):
         return f"model.dtype: bfloat16 rounds the float32 weights of {folder}, frozen ones too"
     return None

@@ -15,8 +15,8 @@ class _Model(TypedDict):
     num_experts: int
     num_frozen_experts: int
     topk: int
+    dtype: str
     mlp_only_layers: NotRequired[list[int]]
-    dtype: NotRequired[str]
     load: NotRequired[str | None]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 
-RECIPE = {"name": "é", "model": {"num_experts": 3, "num_frozen_experts": 1, "topk": 2}}
+RECIPE = {"name": "é", "model": {"num_experts": 3, "num_frozen_experts": 1, "topk": 2, "dtype": "float32"}}
 
 
 def write_fake_checkpoint(root: Path, step: int, **state) -> Path:

@@ -71,7 +71,7 @@ def trained_model(
     lowest, base = read_run_state(checkpoints[-1]), None
     if lowest.content == "over base":
         check_base_files(base_dir, lowest.base, checkpoints[-1], run_folder_of(checkpoints[-1]))
-        dtype = torch_dtype(read_run_state(folder).recipe["model"].get("dtype", "float32"))
+        dtype = torch_dtype(read_run_state(folder).recipe["model"]["dtype"])
         base = FrozenTensors(base_dir, arch, made, dtype)
     source = CheckpointSource(folder, arch, made.expansion, under=checkpoints[1:], base=base)
     return TrainedModel(arch=arch, hf_dir=Path(base_dir), source=source)

@@ -141,6 +141,10 @@ def test_run_json_of_other_versions(run):
     file.write_text(sealed(tree | {"content": "over there"}))
     with pytest.raises(UserError, match="run.json is damaged"):
         read_run_state(step(run, 7))
+    model = {key: value for key, value in tree["recipe"]["model"].items() if key != "dtype"}
+    file.write_text(sealed(tree | {"recipe": tree["recipe"] | {"model": model}}))  # every version named it
+    with pytest.raises(UserError, match=r"recipe\.model\.dtype is not what a run writes"):
+        read_run_state(step(run, 7))
     file.write_text(sealed(tree | {"new_key": [1]}))
     assert read_run_state(step(run, 7)).step == 7
     file.write_text(sealed(tree | {"version": VERSION + 1}))
