@@ -58,8 +58,13 @@ def _links(plan: RunPlan, layout: Layout) -> Iterator[str]:
         yield f"{row}   inside a node {_size(over.inside):>10}, between nodes {_size(over.between):>10}"
     time = layout.time
     parts = ("compute", "waiting", "gathering", "gradients", "bubble")
-    named = ", ".join(f"{part} {vars(time)[part]:.2f}" for part in parts if vars(time)[part] >= 0.005)
-    yield f"  a step takes {time.total:.2f} s at least ({named})"
+    named = ", ".join(f"{part} {_digits(vars(time)[part])}" for part in parts if vars(time)[part] > 0.002 * time.total)
+    yield f"  a step takes {_digits(time.total)} s at least ({named})"
+
+
+def _digits(seconds: float) -> str:
+    """The first three."""
+    return f"{float(f'{seconds:.3g}'):,g}"
 
 
 def _rows(plan: RunPlan, layout: Layout) -> Iterator[tuple[str, int, int, OnLinks]]:

@@ -45,7 +45,7 @@ class Announcement(Hook):
         )
         modules = (module for chunk in trainer.chunks for module in chunk.modules())
         if experts := next((module for module in modules if isinstance(module, GroupedExperts)), None):
-            print(f"new experts {'at once' if experts.is_grouped else 'one after the other'}", flush=True)
+            print(f"new experts are computed {'at once' if experts.is_grouped else 'one after the other'}", flush=True)
         if torch.cuda.is_available():
             print(description(trainer.chunks), flush=True)
 
