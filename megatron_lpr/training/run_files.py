@@ -41,6 +41,7 @@ class End(TypedDict):
     """A line of ends.jsonl."""
 
     time: str  # UTC, ISO 8601
+    start: str | None  # whose end it is: its time
     rank: int  # that tells it
     step: int  # that the run had made
     outcome: Outcome
@@ -72,10 +73,9 @@ class RunFiles:
         path, faults = folder / "recipe.yaml", list[str]()
         tree = read_yaml(path, str(path)) if os.path.lexists(path) else None
         settings = sound_part(Recipe, {} if tree is None else tree, path.name, faults)
-        start = sound_part(Start, (_records(folder / "starts.jsonl", faults) or [{}])[-1], "starts.jsonl", faults)
-        since = start.get("time", "")
-        newer = [end for end in _records(folder / "ends.jsonl", faults) if str(end["time"]) > since]
-        ends = [sound_part(End, end, "ends.jsonl", faults) for end in newer]
+        start = sound_part(Start, newest_start(folder, faults), "starts.jsonl", faults)
+        its = [end for end in _records(folder / "ends.jsonl", faults) if _is_end_of(start.get("time"), end)]
+        ends = [sound_part(End, end, "ends.jsonl", faults) for end in its]
         told = [f if len(f) <= _LONGEST_FAULT else f"{f[:_LONGEST_FAULT]}…" for f in map(printable, faults)]
         return RunFiles(
             recipe=tree if isinstance(tree, dict) else {}, settings=settings, start=start, ends=ends, faults=told
@@ -85,6 +85,17 @@ class RunFiles:
         """Of the settings; {} where there is none."""
         found: dict[str, Any] = self.settings.get(name, {})
         return found
+
+
+def newest_start(folder: Path, faults: list[str]) -> dict[str, Any]:
+    """As it is written; {} where there is none. UserError: its file cannot be read."""
+    return (_records(folder / "starts.jsonl", faults) or [{}])[-1]
+
+
+def _is_end_of(start: str | None, end: dict[str, Any]) -> bool:
+    """Of an older version, which did not name the start, by its time: clocks may be apart, or set back."""
+    named = end.get("start")
+    return start is None or (named == start if named else str(end["time"]) > start)
 
 
 def _records(path: Path, faults: list[str]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.json_lines import JsonLines, utc_now
 from megatron_lpr.training.hooks.hook import Hook, RunningTrainer
-from megatron_lpr.training.run_files import End, Outcome
+from megatron_lpr.training.run_files import End, Outcome, newest_start
 
 
 class Ends(Hook):
@@ -31,7 +31,9 @@ class Ends(Hook):
 
 
 def _write(trainer: RunningTrainer, outcome: Outcome, reason: str | None) -> None:
-    lines = JsonLines(Path(trainer.recipe.output) / "ends.jsonl")
-    end = End(time=utc_now(), rank=dist.get_rank(), step=trainer.step, outcome=outcome, reason=reason)
+    folder = Path(trainer.recipe.output)
+    start = newest_start(folder, faults=[]).get("time")  # this one: a run has its folder to itself
+    lines = JsonLines(folder / "ends.jsonl")
+    end = End(time=utc_now(), start=start, rank=dist.get_rank(), step=trainer.step, outcome=outcome, reason=reason)
     lines.append(end, sync=True)
     lines.close()

@@ -88,6 +88,14 @@ def test_a_run_that_goes_on(held):
     assert (status.skipped_steps, status.held_by) == (1, {"host": "n1", "pid": 7})
 
 
+def test_an_end_is_of_the_start_that_it_names_whatever_the_clocks_say(run):
+    run.append("ends", {"time": at(500), "start": at(0), "rank": 0, "step": 2, "outcome": "stopped", "reason": None})
+    run.append("starts", {"time": at(300), "step": 2})  # on a host whose clock is behind
+    assert run.status(600).state == "failed"  # killed
+    run.append("ends", {"time": at(200), "start": at(300), "rank": 0, "step": 3, "outcome": "stopped", "reason": None})
+    assert run.status(600).state == "stopped"
+
+
 def test_a_run_that_starts_has_no_eta_yet(held):
     status = held.status(30)
     assert (status.state, status.step, status.steps, status.eta_seconds) == ("running", 0, None, None)

@@ -12,6 +12,8 @@ from megatron_lpr.training.hooks.ends import Ends
 @pytest.fixture
 def told(tmp_path, monkeypatch):
     """told(call, rank): what is written when `call` gets the hook and its trainer on a rank, without the time."""
+    times = ("2026-11-25T13:00:00.000Z", "2026-11-25T12:00:00.000Z")
+    (tmp_path / "starts.jsonl").write_text("".join(f'{{"time": "{time}", "step": 0}}\n' for time in times))
     trainer = SimpleNamespace(recipe=SimpleNamespace(output=str(tmp_path)), step=3)
 
     def tell(call, rank=0):
@@ -19,6 +21,7 @@ def told(tmp_path, monkeypatch):
         call(Ends(), trainer)
         path = tmp_path / "ends.jsonl"
         lines = [from_json(line) for line in complete_lines(path)] if path.exists() else []
+        assert all(line["start"] == "2026-11-25T12:00:00.000Z" for line in lines)
         return [(line["rank"], line["step"], line["outcome"], line["reason"]) for line in lines]
 
     return tell
