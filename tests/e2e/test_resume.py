@@ -249,24 +249,33 @@ def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):
     assert steps(tmp_path / "run/checkpoints") == [3, 6, 9, 12] and not (tmp_path / "run/run.lock").exists()
 
 
+def torchrun(recipe, *assignments):
+    """`train` on two ranks."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "megatron_lpr.cli", "train", str(recipe), *changed(*assignments)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
 def test_one_rank_of_several_tells_a_refusal(project, trained, tmp_path):
-    """Started by torchrun, with a mistake that every rank sees, and with one that rank 0 alone meets: the lock."""
+    """A mistake that every rank sees, and one that rank 0 alone meets: the lock."""
     from megatron_lpr.files.locks import run_lock
 
-    def torchrun(*assignments):
-        return subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-                *("-m", "megatron_lpr.cli", "train", str(project.recipes["stage1"])),
-                *changed(f"output={tmp_path}/run", *assignments),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-
-    result = torchrun("train.step=3")
+    recipe, output = project.recipes["stage1"], f"output={tmp_path}/run"
+    result = torchrun(recipe, output, "train.step=3")
     assert result.stderr.count("unknown key 'step'; did you mean 'steps'?") == 1 and result.returncode
     with run_lock(f"{tmp_path}/run"):
-        result = torchrun("train.global_batch_size=8")
+        result = torchrun(recipe, output, "train.global_batch_size=8")
     assert result.stderr.count("is in use by another run") == 1 and result.returncode
+
+
+def test_two_ranks_pass_over_two_damaged_checkpoints(run, done, project):
+    for step in (4, 6):
+        flip(run.checkpoints / f"step_{step:08d}/__0_0.distcp")
+    result = torchrun(project.recipes["stage2"], f"output={run.folder}", f"model.load={done}/stage1")
+    assert result.returncode == 0 and "resumes at step 2" in result.stdout, result.stderr
