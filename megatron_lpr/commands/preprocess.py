@@ -2,19 +2,24 @@
 
 import argparse
 import dataclasses
-from typing import Any
-
-import yaml
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import add_recipe, typed_recipe
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.yaml_io import parse_yaml
-from megatron_lpr.recipe.reading import REST, to_tree
+from megatron_lpr.recipe.reading import REST
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from megatron_lpr.data.corpus.manifest import Manifest
+    from megatron_lpr.data.text.tokenize import Tokenizer
 
 _SOURCE = ("name", "files", "prefix", "language", "role", "text_field", "languages", "language_field", "tagger")
 _SETTINGS = ("output", "tokenizer", "on_bad_line", "heldout", "seed", "workers", "engine", "bos")
+_TOLD = ("output", "tokenizer", "corpora")  # settings that a dry run tells by themselves
 _FLAG = {"files": "--input"}
 
 
@@ -34,8 +39,7 @@ def run(options: argparse.Namespace) -> None:
     check_preprocessing(recipe)
     complete = dataclasses.replace(settings, tokenizer=settings.tokenizer or recipe.model.base)
     if options.dry_run:
-        check(complete)
-        print(yaml.safe_dump(to_tree(settings), sort_keys=False, allow_unicode=True), end="")
+        print("\n".join(_told(complete, *check(complete))))
         return
     manifest = preprocess(complete, overwrite=options.overwrite)
     for corpus in manifest.corpora:
@@ -46,6 +50,25 @@ def run(options: argparse.Namespace) -> None:
         print(f"{corpus.name}: {corpus.language} ({corpus.role}), {size}")
     bos = manifest.tokenizer.bos_id
     print(f"manifest: {manifest.path}" + ("" if bos is None else f"; documents open with the BOS token {bos}"))
+
+
+def _told(
+    settings: PreprocessConfig, sources: Sequence[SourceConfig], tokenizer: "Tokenizer", manifest: "Manifest"
+) -> Iterator[str]:
+    """What would be done."""
+    from megatron_lpr.training.plan_lines import decimal_size, differing, one_line
+
+    opens = "" if tokenizer.bos_id is None else f", the BOS token {tokenizer.bos_id} opens documents"
+    yield f"tokenizer {settings.tokenizer}: {tokenizer.vocab_size:,} tokens{opens}"
+    if others := {name: value for name, value in differing(settings).items() if name not in _TOLD}:
+        yield f"settings other than the defaults: {one_line(others)}"
+    there = {corpus.name for corpus in manifest.corpora}
+    for source in sources:
+        size = decimal_size(sum(os.path.getsize(file) for file in source.files))
+        text = f"{len(source.files):,} file(s), {size}" if source.prefix is None else f"as it is in {source.prefix}.bin"
+        known = ", in the manifest already" if source.name in there else ""
+        yield f"{source.name}: {source.language} ({source.role}), {text}{known}"
+    yield f"would write {manifest.path}"
 
 
 def _add_one_corpus(parser: argparse.ArgumentParser) -> None:

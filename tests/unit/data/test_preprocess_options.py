@@ -37,7 +37,10 @@ def test_a_recipe_of_preprocessing_alone(write_text, hf_tokenizer, tmp_path, out
 def test_no_recipe(write_text, hf_tokenizer, tmp_path, out, monkeypatch, capsys):
     one = ["--input", write_text("a.jsonl", [b'{"body": "fox"}', b"{"]), "--name", "hu", "--language", "hu"]
     one += ["--role", "expanded", "--tokenizer", hf_tokenizer, "--output", out, "--text-field", "body"]
-    assert command(*one, "--dry-run") == 0 and not Path(out).exists()
+    assert command(*one, "--dry-run", "--seed", "3") == 0 and not Path(out).exists()
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"tokenizer {hf_tokenizer}: ") and told[-1] == f"would write {out}/manifest.yaml"
+    assert told[1:-1] == ["settings other than the defaults: {seed: 3}", "hu: hu (expanded), 1 file(s), 0.0 KB"]
     assert command(*one, "--dry-run", "--output", "~/none/data") == 2  # before hours of work, and not a folder ~
     assert command(*one) == 2
     assert "a.jsonl:2: broken JSON" in capsys.readouterr().err
@@ -50,6 +53,8 @@ def test_no_recipe(write_text, hf_tokenizer, tmp_path, out, monkeypatch, capsys)
     # A corpus that is there already, under another name.
     assert command("--prefix", corpus.prefix, *one[4:-2], "--name", "again") == 0
     assert [c.name for c in Manifest.load(f"{out}/manifest.yaml").corpora] == ["hu", "again"]
+    assert command("--prefix", corpus.prefix, *one[4:-2], "--name", "again", "--dry-run") == 0
+    assert f"as it is in {corpus.prefix}.bin, in the manifest already" in capsys.readouterr().out
 
 
 def test_several_languages_without_a_recipe(write_text, hf_tokenizer, out, capsys):
