@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lpr.checkpoint.same_run import base_identity
 from megatron_lpr.data.corpus.indexed import IndexedWriter, token_dtype
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
@@ -172,6 +173,7 @@ def plan_of(case: Case, folder: Path) -> RandomPlan:
         source=None,
         resume=None,
         state=None,
+        base=base_identity(recipe.model.base, arch),
     )
 
 
