@@ -12,6 +12,7 @@ nothing that could be mistaken for one:
 
 import pickle
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
@@ -31,7 +31,7 @@ from megatron_lpr.checkpoint.content import Chunks, model_state
 from megatron_lpr.checkpoint.optimizer_state import written_state
 from megatron_lpr.checkpoint.run_folder import WRITING, drop_old
 from megatron_lpr.checkpoint.run_state import RunState
-from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, small_files, structure
+from megatron_lpr.checkpoint.share import HostBuffers, PlanOnly, ShareWriter, Values, structure
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import device
 
@@ -95,11 +95,12 @@ class CheckpointWriter:
             self._strategy = FullyParallelSaveStrategyWrapper(PlanOnly(), group, do_cache_distribution=True)
             self._entries = entries
         assert self._strategy is not None
-        sharded, common = save_preprocess(content, not is_known.item())
-        self._strategy.save(sharded, self._writing)
+        with tempfile.TemporaryDirectory() as beside:  # where the small files of Megatron cannot fail on rank 0 alone
+            dist_checkpointing.save(content, beside, self._strategy, validate_access_integrity=not is_known.item())
+            small = {path.name: path.read_bytes() for path in sorted(Path(beside).iterdir())}
         share: PlanOnly = self._strategy.base_strategy
         values, share.values = share.values, []  # the device's memory is not for keeping them
-        return share.plan, values, small_files(common, share) if dist.get_rank() == 0 else {}
+        return share.plan, values, small
 
     @property
     def step(self) -> int | None:

@@ -7,21 +7,17 @@ they are by threads of this process: Megatron's own way forks helpers that outli
 import atexit
 import heapq
 import io
-import json
 import os
 import threading
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -61,20 +57,12 @@ class PlanOnly(TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """As `dist_checkpointing.save` calls it, on all ranks."""
+        """Called by `dist_checkpointing.save`, on all ranks."""
         entries, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         mine = planner()
         mine.set_up_planner(mcore_to_pyt_state_dict(entries, False), is_coordinator=dist.get_rank() == 0)
         self.plan = mine.finish_plan(mine.create_local_plan())
         self.values = [mine.resolve_data(item) for item in self.plan.items]
-
-
-def small_files(common: dict[str, Any], strategy: PlanOnly) -> dict[str, bytes]:
-    """What `dist_checkpointing.save` writes beside the tensors, by name; made in memory, for the disk may be full."""
-    held = io.BytesIO()
-    torch.save(common, held)
-    config = CheckpointingConfig(strategy.backend, strategy.version)
-    return {COMMON_STATE_FNAME: held.getvalue(), CONFIG_FNAME: json.dumps(asdict(config)).encode()}
 
 
 def structure(content: dict[str, Any]) -> list[Any]:
