@@ -18,7 +18,7 @@ def with_dtype(recipe: Recipe, run: Mapping[str, Any] | None = None) -> tuple[Re
     if recipe.model.dtype != "auto":
         return recipe, None
     if run is not None:
-        dtype, why = run["model"].get("dtype", "float32"), "as the run began"
+        dtype, why = run["model"]["dtype"], "as the run began"
     else:
         is_fast, why = fast_in_bfloat16()
         dtype = "bfloat16" if is_fast else "float32"
