@@ -134,9 +134,12 @@ def changed_settings(recipe: Recipe, state: RunState) -> list[str]:
     return [f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
 
 
-def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
+def base_identity(folder: str, arch: Architecture, tokenizer: str | None = None) -> dict[str, Any]:
     """What tells one base model from another, wherever it lies and however it is cut into files: its numbers, a
-    SHA-256 over names, shapes and a sample of the weights, and its tokenizer's (None where there are none)."""
+    SHA-256 over names, shapes and a sample of the weights, and its tokenizer's (None where there are none).
+
+    tokenizer: the last, where it is known already.
+    """
     weights = None
     if any((Path(folder) / file).is_file() for file in (SINGLE_FILE, INDEX_FILE)):
         reader, digest = SafetensorsReader(folder), hashlib.sha256()
@@ -148,7 +151,7 @@ def base_identity(folder: str, arch: Architecture) -> dict[str, Any]:
                 assert isinstance(row, torch.Tensor)
                 digest.update(tensor_bytes(row)[:_SAMPLED_BYTES])
         weights = digest.hexdigest()
-    return {"architecture": to_tree(arch), "weights": weights, "tokenizer": _tokenizer_digest(folder)}
+    return {"architecture": to_tree(arch), "weights": weights, "tokenizer": tokenizer or _tokenizer_digest(folder)}
 
 
 def _tokenizer_digest(folder: str | Path) -> str | None:

@@ -145,7 +145,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     tokenizer = checked_tokenizer(recipe, arch, manifest)
     sampler = ReplaySampler.of(manifest, data, train.seed)
     check_at_start(manifest, ranks.local_rank)
-    base = same_run.base_identity(recipe.model.base, arch)
+    base = same_run.base_identity(recipe.model.base, arch, tokenizer.sha256)
     resume = find_checkpoint(recipe.output, damaged)
     start = resume or (locate(recipe.model.load) if recipe.model.load else None)
     source = state = origin = None
