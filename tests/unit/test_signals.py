@@ -173,8 +173,7 @@ def test_a_daemon_that_a_hook_has_forked_does_not_hold_the_end():
 def test_the_death_of_torchrun_is_a_signal():
     """SIGUSR1 ends it without a word to its ranks."""
     script = COMMAND.format(
-        code=A_STEP.replace(READY, "print(os.getpid(), flush=True)")
-        + "\n    print(listener().what_asked(), flush=True)",
+        code=A_STEP + "\n    print(listener().what_asked(), flush=True)",
         resumes=True,
     )
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}])"
@@ -182,15 +181,11 @@ def test_the_death_of_torchrun_is_a_signal():
     process = subprocess.Popen(
         [sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
-    child = int(process.stdout.readline())
+    assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGUSR1)
-    assert process.stdout.read() == "the end of torchrun\n"  # and the pipe is closed: the child has ended
-    process.stdout.close()
-    assert process.wait() == -signal.SIGUSR1
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(child, 0)
-            time.sleep(0.02)
+    # and the pipe is closed: the child has ended, if only to a zombie where a container's first process reaps none
+    assert process.communicate(timeout=30)[0] == "the end of torchrun\n"
+    assert process.returncode == -signal.SIGUSR1
 
 
 def test_signals_mean_afterwards_what_they_meant_before():
