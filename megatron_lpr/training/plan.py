@@ -23,7 +23,7 @@ from megatron_lpr.checkpoint.source import chain, find_source, source_identity, 
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import read_otherwise
-from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled, without_effect
+from megatron_lpr.data.sampler.inspect_data import repeated, short_windows, unshuffled, without_effect
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError
@@ -231,6 +231,7 @@ def _warnings(plan: Plan) -> Iterator[str]:
     yield from losses_left_out(plan.recipe)
     yield from unshuffled(plan.manifest, plan.data.replay)
     yield from short_windows(plan.manifest, plan.sampler)
+    yield from repeated(plan.train, plan.sampler)
     yield from without_effect(plan.train, plan.data, plan.sampler)
     yield from long_log(plan.recipe, plan.arch, len(plan.manifest.languages))
     yield from read_otherwise(plan.manifest.tokenizer, plan.recipe.preprocess)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,13 @@ class FixedSampler:
     """Stands in for the ReplaySampler: every step reads the same global batch."""
 
     mixtures = ()
+    manifest = SimpleNamespace(corpora=())
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
+
+    def samples_before(self, samples: int) -> list[int]:
+        return []
 
     def count(self, first: int, count: int) -> BatchCounts:
         tags = self._rows(first, count).tags_BS

@@ -15,6 +15,8 @@ from megatron_lpr.recipe.fields import MOST_SAMPLES
 from megatron_lpr.recipe.settings import DataConfig, Recipe, ReplayConfig, TrainConfig
 
 _FILLED = 0.8  # a larger share of labelled positions is worth no word
+_MOST_EPOCHS = 4  # text that is read more often teaches less each time (arXiv 2305.16264)
+_SHOWN_CORPORA = 3
 _SHOWN_TOKENS = 40
 _SHOWN_CHARACTERS = 80
 
@@ -38,7 +40,7 @@ def data_plan(recipe: Recipe, steps: int | None = None) -> str:
         f"{steps:,} steps x {train.global_batch_size:,} samples x {sampler.seq_length:,} positions: "
         f"{samples:,} samples, {counts.tokens:,} tokens; windows: {data.windows}, seed {sampler.seed}",
     ]
-    told = (*short_windows(manifest, sampler), *without_effect(train, data, sampler))
+    told = (*short_windows(manifest, sampler), *repeated(train, sampler), *without_effect(train, data, sampler))
     warnings = (f"warning: {sentence}" for sentence in told)
     return "\n".join([*head, *_mixtures(train, sampler), *_table(_tree(sampler, samples, counts)), *warnings])
 
@@ -77,6 +79,27 @@ def without_effect(train: TrainConfig, data: DataConfig, sampler: ReplaySampler)
             elif field == "documents" and wanted > max(there.values()):
                 has = ", ".join(f"{language} has {documents:,}" for language, documents in there.items())
                 yield f"data.replay.documents.{key}: {wanted:,}, more than there are, so that all are read ({has})"
+
+
+def repeated(train: TrainConfig, sampler: ReplaySampler) -> list[str]:
+    """A warning where a run reads the same text again and again; routers alone, of a review, learn little by heart."""
+    if train.trainable == "routers":
+        return []
+    read = sampler.samples_before(train.steps * train.global_batch_size)
+    epochs = {
+        corpus.name: samples / sampler.num_windows(number)
+        for number, (corpus, samples) in enumerate(zip(sampler.manifest.corpora, read, strict=True))
+        if samples > _MOST_EPOCHS * sampler.num_windows(number)
+    }
+    if not epochs:
+        return []
+    most = sorted(epochs, key=lambda name: epochs[name], reverse=True)[:_SHOWN_CORPORA]
+    named = ", ".join(f"'{name}' {epochs[name]:,.1f} times" for name in most)
+    others = f" and {len(epochs) - len(most):,} more" if len(epochs) > len(most) else ""
+    return [
+        f"the run reads {named}{others}: text that is read more than {_MOST_EPOCHS} times teaches less each time; add "
+        "text, lower the corpus' weight (data.schedule), or shorten train.steps"
+    ]
 
 
 def short_windows(manifest: Manifest, sampler: ReplaySampler) -> list[str]:

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
-from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
+from megatron_lpr.data.sampler.inspect_data import repeated, short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry
+from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry, TrainConfig
 
 S = 12
 EOD = 2
@@ -163,3 +163,18 @@ def test_windows_with_few_labels_are_warned_of(make_manifest, windows):
     assert share == 0.05 == pytest.approx(mask[ours].mean())
     assert ("choose data.windows: packed" in warning) == (windows == "document")
     assert "6 tokens in 1 " in warning and "of 100 positions" in warning
+
+
+def test_text_that_is_read_again_and_again_is_warned_of(make_manifest):
+    sizes = [("a", 41), ("b", 401), ("c", 91), ("d", 61), ("e", 51)]  # 4, 40, 9, 6 and 5 windows
+    manifest = make_manifest(*((name, "hu", "expanded", 1.0, size) for name, size in sizes))
+    sampler = ReplaySampler(manifest, seq_length=10, seed=1, mixture={"expanded": 1})
+
+    def told(steps, trainable="new_experts_and_routers"):
+        return repeated(TrainConfig(trainable=trainable, steps=steps, global_batch_size=5), sampler)
+
+    assert not told(16)  # each corpus 16 times: "a" four times over
+    assert [sentence.split(": ")[0] for sentence in told(18)] == ["the run reads 'a' 4.5 times"]
+    (sentence,) = told(45)
+    assert sentence.startswith("the run reads 'a' 11.2 times, 'e' 9.0 times, 'd' 7.5 times and 1 more: ")
+    assert told(45, "all") == [sentence] and not told(45, "routers")
