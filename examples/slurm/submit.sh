@@ -64,13 +64,16 @@ single() {
 
 first=$(train stage1 '' "$stage1" --set "output=$folder/stage1" "$@")
 second=$(train stage2 "$first" "$stage2" --set "output=$folder/stage2" --set "model.load=$folder/stage1" "$@")
-third=$second
+third=$second exported=kept
 if [[ ! -e $folder/export ]]; then # it is written whole or not at all
     third=$(single export "$second" export "$folder/stage2" "$folder/export")
+    exported=$third
+else
+    echo "$folder/export is there already and stays as it is: delete it first if stage 2 is to go further" >&2
 fi
 # the recipe that stage 2 has written: with the words of this command, which its text is read by too
 recipe=$folder/stage2/recipe.yaml
 fourth=$(single evaluate "$third" evaluate "$folder/export" --recipe "$recipe" --name export --out "$folder/export.json")
 if [[ ! ${test_only[*]} ]]; then
-    echo "jobs: stage1 $first, stage2 $second, export $third, evaluate $fourth; their output is in $folder/logs"
+    echo "jobs: stage1 $first, stage2 $second, export $exported, evaluate $fourth; their output is in $folder/logs"
 fi

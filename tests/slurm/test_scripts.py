@@ -39,6 +39,24 @@ def test_slurm_would_take_the_chain(cluster, tmp_path):
         cluster.run(*words, **site | {"GPUS_PER_NODE": "8"})
 
 
+def test_an_export_that_is_there_is_kept_and_the_user_told(tmp_path):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/jobs\nwc -l < {tmp_path}/jobs\n')
+    sbatch.chmod(0o755)
+    words = ["bash", ROOT / "examples/slurm/submit.sh", "stage1.yaml", "stage2.yaml", tmp_path / "run"]
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    told = []
+    for _ in range(2):
+        done = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
+        told.append((done.stdout.split(";")[0], done.stderr))
+        (tmp_path / "run/export").mkdir(exist_ok=True)
+    kept = f"{tmp_path}/run/export is there already and stays as it is: delete it first if stage 2 is to go further\n"
+    assert told == [
+        ("jobs: stage1 1, stage2 2, export 3, evaluate 4", ""),
+        ("jobs: stage1 5, stage2 6, export kept, evaluate 7", kept),
+    ]
+
+
 @pytest.mark.parametrize("lines", ["", "# optimizer.lr=1\n", "optimizer.lr=1\n"])
 def test_a_sweep_without_that_line(tmp_path, lines):
     (tmp_path / "lines.txt").write_text(lines)
