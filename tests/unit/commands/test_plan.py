@@ -51,6 +51,15 @@ def test_for_programs(capsys):
 
 
 @pytest.mark.slow
+def test_of_micro_batches_with_one_bound_the_largest_that_fits_is_proposed(capsys):
+    one = ["--gpus", "1", "--json", "--set", "model.base=examples/plan/llama-3.2-1b", "--set", "parallel.expert=1"]
+    assert plan(*one, "--set", "model.num_experts=3") == 0
+    own, best = (tree := json.loads(capsys.readouterr().out))["own"], tree["layouts"][0]
+    assert best["seconds"]["total"] == pytest.approx(own["seconds"]["total"])
+    assert best["train"]["micro_batch_size"] == 16 > own["train"]["micro_batch_size"]
+
+
+@pytest.mark.slow
 def test_where_nothing_fits_the_first_kind_is_named(capsys):
     assert plan("--gpus", "8", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out
