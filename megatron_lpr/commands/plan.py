@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the run: one rank each")
     parser.add_argument("--gpu", metavar="NAME", default="h100", help="which: a100, h100 (default), h200, b200")
+    parser.add_argument("--memory", metavar="GB", type=float, help="of each, where it has not as much as that one")
     parser.add_argument(
         "--rehearse", action="store_true", help="build a rank on this machine too, with a step and without its memory"
     )
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     if options.rehearse and options.json:
         raise UserError("--rehearse --json: a rehearsal is printed for people only; give one of the two")
     warn_of_unread(options.set, READS)
-    plan = plan_run(typed_recipe(options), options.gpus, options.gpu)
+    plan = plan_run(typed_recipe(options), options.gpus, options.gpu, gigabytes=options.memory)
     print(json.dumps(tree(plan), indent=2) if options.json else text(plan), flush=True)
     if options.rehearse:
         print(f"\n{rehearsed(plan, options.rank)}")

@@ -12,7 +12,7 @@ Peaks, TFLOP/s in bf16 and in fp32 (without TF32, as torch computes): A100 312 a
 B200 2250 and 75; in fp8 (`fp8.recipe`) H100 and H200 1979, B200 4500, and the A100 has none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_lpr.errors import UserError, nearest
 
@@ -62,8 +62,17 @@ GPUS = {
 }
 
 
-def gpu_named(name: str) -> GPU:
-    """Raises UserError for one that the table lacks."""
+def gpu_named(name: str, gigabytes: float | None = None) -> GPU:
+    """One of the table, or the same with another memory.
+
+    Raises:
+        UserError: the table lacks it.
+    """
     if name not in GPUS:
-        raise UserError(f"--gpu {name}: not in the table{nearest(name, GPUS)}")
-    return GPUS[name]
+        instead = "name one like it, and give its GB with --memory"
+        raise UserError(f"--gpu {name}: not in the table; {instead}{nearest(name, GPUS)}")
+    if gigabytes is None:
+        return GPUS[name]
+    if not 0 < gigabytes < 10_000:
+        raise UserError(f"--memory {gigabytes:g}: no GB of a GPU")
+    return replace(GPUS[name], memory=round(gigabytes * 10**9))

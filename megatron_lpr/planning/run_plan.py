@@ -27,16 +27,19 @@ class RunPlan:
     found: Found
 
 
-def plan_run(recipe: Recipe, world_size: int, gpu_name: str, most: int = 10) -> RunPlan:
+def plan_run(
+    recipe: Recipe, world_size: int, gpu_name: str, *, gigabytes: float | None = None, most: int = 10
+) -> RunPlan:
     """From the recipe and the base's config.json alone.
 
     Args:
+        gigabytes: of a GPU, where it has not as much as the one of that name.
         most: layouts in the table.
 
     Raises:
         UserError: the recipe is wrong in any layout.
     """
-    gpu = gpu_named(gpu_name)
+    gpu = gpu_named(gpu_name, gigabytes)
     if world_size < 1:
         raise UserError(f"--gpus {world_size}: at least 1")
     if recipe.fp8.recipe != "none" and "fp8" not in gpu.flops:

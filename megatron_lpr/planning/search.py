@@ -24,6 +24,7 @@ from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 
 _CONTEXT_FROM = 4096  # tokens that a context-parallel rank keeps at least
 _MOST_SAMPLES = 16  # of a micro-batch
+_ROUNDING = 1e-6  # of a bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
             lacks = (layouts.least if layouts.least > gpu.usable else layouts.memory(train)[0].total) - gpu.usable
             if lacks <= 0:
                 layout = layouts.layout(train)
-                if found is None or layout.time.total < found.time.total:
+                if found is None or layout.time.total < found.time.total * (1 - _ROUNDING):
                     found = layout
             elif not best and (nearest is None or lacks < nearest[0]):
                 nearest = lacks, layouts, train
@@ -114,11 +115,14 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
 
 
 def batches(recipe: Recipe, arch: Architecture, world_size: int) -> Iterator[TrainConfig]:
-    """Micro-batches from one sample on, each with every mode of recomputation; the cheapest mode that fits will win."""
+    """Micro-batches, each with every mode of recomputation; the cheapest mode that fits will win.
+
+    The largest first: of two with one bound it wins, for what a bound leaves out, launching kernels, it has less of.
+    """
     assert recipe.train is not None
     train, sizes = recipe.train, recipe.parallel
     data = Place(sizes, world_size, 0).data
-    for samples in _divisors(max(1, train.global_batch_size // data), _MOST_SAMPLES):
+    for samples in reversed(_divisors(max(1, train.global_batch_size // data), _MOST_SAMPLES)):
         for recompute in ("none", "selective", "full"):
             batch = dataclasses.replace(train, micro_batch_size=samples, recompute=recompute)
             try:

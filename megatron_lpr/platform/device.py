@@ -16,7 +16,8 @@ from megatron_lpr.platform.transformer_engine import hide_kernels, kernels_run_h
 
 # What no user of this package can act on: optional packages that are missing, names of torch and of its own that
 # Megatron uses and that are deprecated, parts of it that nothing here uses and that are experimental, how it calls
-# torch's checkpointing, and outputs of sharded modules that are views, which Megatron does not write to.
+# torch's checkpointing, outputs of sharded modules that are views, which Megatron does not write to, and sequence
+# parallelism inside new experts, which are not cut by tensor parallelism: around them it is on.
 WARNED_NOISE = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
@@ -29,6 +30,7 @@ WARNED_NOISE = (
     "MimoModelConfig is experimental",
     "torch.distributed is disabled, unavailable or uninitialized",
     "The argument order of [a-z]+ has been changed",
+    "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
 )
 # The same of what is logged: a subclass of MoELayer, the model that Megatron 0.19 would have renamed, a layout of
 # gradients that it then finds by itself, and CUDA's compiler on a machine without a GPU.

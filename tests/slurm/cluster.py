@@ -3,6 +3,7 @@
 By hand: `python tests/slurm/cluster.py FOLDER` starts one and says which variable makes it yours; Ctrl-C ends it.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -198,11 +199,13 @@ def _free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
-def main(words: Iterable[str]) -> int:
-    (folder,) = words
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a new one, of everything that it writes")
+    folder = parser.parse_args(words).folder
     if reason := why_not():
         sys.exit(reason)
-    cluster = Cluster(Path(folder).resolve())
+    cluster = Cluster(folder.resolve())
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # only now: the daemons would inherit it
     print(f"export SLURM_CONF={cluster.folder}/slurm.conf", flush=True)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_slurm_takes_it(cluster, script):
     if script.name != "command.sbatch":
         with pytest.raises(subprocess.CalledProcessError):
             cluster.run("sbatch", "--test-only", script, "recipe.yaml")
+
+
+def test_who_asks_a_cluster_for_help_starts_none(tmp_path):
+    script = Path(__file__).with_name("cluster.py")
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "usage: cluster.py" in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_slurm_would_take_the_chain(cluster, tmp_path):

@@ -44,6 +44,7 @@ def test_for_programs(capsys):
     assert printed.err.startswith("warning: --set optimizer.lr=1: has no effect here, where model, data,")
     tree = json.loads(printed.out)
     assert tree["own"]["fits"] and tree["own"]["parallel"]["expert"] == 8
+    assert tree["gpu"]["memory"] == 80 * 10**9
     memory = tree["own"]["memory"]
     assert memory["total"] == sum(held for kind, held in memory.items() if kind != "total")
     seconds = [layout["seconds"]["total"] for layout in tree["layouts"]]
@@ -51,9 +52,19 @@ def test_for_programs(capsys):
 
 
 @pytest.mark.slow
+def test_of_micro_batches_with_one_bound_the_largest_that_fits_is_proposed(capsys):
+    one = ["--gpus", "1", "--json", "--set", "model.base=examples/plan/llama-3.2-1b", "--set", "parallel.expert=1"]
+    assert plan(*one, "--set", "model.num_experts=3") == 0
+    own, best = (tree := json.loads(capsys.readouterr().out))["own"], tree["layouts"][0]
+    assert best["seconds"]["total"] == pytest.approx(own["seconds"]["total"])
+    assert best["train"]["micro_batch_size"] == 16 > own["train"]["micro_batch_size"]
+
+
+@pytest.mark.slow
 def test_where_nothing_fits_the_first_kind_is_named(capsys):
-    assert plan("--gpus", "8", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
+    assert plan("--gpus", "8", "--memory", "79.5", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("8 x h100: 79.50 GB each, of which 71.55 GB are planned with")
     assert "no layout fits; the nearest, " in printed
     assert "the first that does not fit is " in printed.split("no layout fits")[1]
 
@@ -62,7 +73,10 @@ def test_where_nothing_fits_the_first_kind_is_named(capsys):
     "words, message",
     [
         (["--gpus", "0"], "--gpus 0: at least 1"),
-        (["--gpus", "8", "--gpu", "h10"], "--gpu h10: not in the table; did you mean 'h100'?"),
+        (["--gpus", "8", "--gpu", "h10"], "--gpu h10: not in the table; "),
+        (["--gpus", "8", "--gpu", "h10"], "and give its GB with --memory; did you mean 'h100'?"),
+        (["--gpus", "8", "--memory", "0"], "--memory 0: no GB of a GPU"),
+        (["--gpus", "8", "--memory", "nan"], "--memory nan: no GB of a GPU"),
         (["--gpus", "8", "--set", "model.topk=99"], "model.topk: 99 of 9 experts"),
     ],
 )
