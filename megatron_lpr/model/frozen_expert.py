@@ -106,7 +106,8 @@ def add_frozen_experts(
     of_experts = zip(experts, counts_J.read().tolist(), probs_TJ.split(1, dim=1), chosen_TJ.unbind(1), strict=True)
     for expert, count, probs_T1, chosen_T in of_experts:
         # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows
-        # beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
+        # beyond them are of tokens that did not, whose weight is zero: no copy is made to pad. No token is there twice,
+        # so that a GPU, which adds in no order, gives the same sums each time.
         rows = expert.rows_for(count, x_TH)
         tokens = chosen_T.to(torch.uint8).argsort(descending=True, stable=True)[:rows]
         weight_T1 = probs_T1.index_select(0, tokens).to(x_TH.dtype)
