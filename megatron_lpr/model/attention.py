@@ -4,7 +4,10 @@ Megatron's local attention materialises all scores [batch, heads, seq, seq]; tor
 It also refuses context parallelism; here a rank gathers the keys and values of the whole sequence for its own queries.
 Shapes: S positions, B sequences, N heads and G key/value groups of this tensor-parallel rank, D head size; with
 context parallelism S are the positions of this rank (see `context_parallel`), K those of a prefix of the sequence.
+Document numbers are those of the whole sequence in any case: [B, K], and of the prefix the first of them.
 """
+
+from collections.abc import MutableMapping
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_lpr.platform.context_parallel import in_order, rank_chunks
 
@@ -66,8 +70,7 @@ class SDPACoreAttention(MegatronModule):
         outputs = []
         for chunk, queries in zip(rank_chunks(self.cp_group.rank(), self.cp_group.size()), query.chunk(2), strict=True):
             visible = (chunk + 1) * len(queries)
-            seen_BK = None if documents_BK is None else documents_BK[:, :visible]
-            outputs.append(self._attend(queries, key[:visible], value[:visible], seen_BK))
+            outputs.append(self._attend(queries, key[:visible], value[:visible], documents_BK))
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents_BK: Tensor | None) -> Tensor:
@@ -82,7 +85,7 @@ class SDPACoreAttention(MegatronModule):
             # torch's own causal mask is aligned at the first query and the first key
             mask: Tensor | None = None if len(query) == len(key) else causal_lower_right(len(query), len(key))
             if documents_BK is not None:
-                mask = _within_documents(documents_BK, len(query))
+                mask = _within_documents(documents_BK, len(query), len(key), query.dtype)
             out_BNSD = F.scaled_dot_product_attention(
                 q_BNSD, k_BGKD, v_BGKD, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
             )
@@ -121,8 +124,20 @@ class SDPACoreAttention(MegatronModule):
         return key, value
 
 
-def _within_documents(documents_BK: Tensor, num_queries: int) -> Tensor:
-    """Whether each of the last S of K positions sees each position: bool [B, 1, S, K]."""
-    earlier = documents_BK.shape[1] - num_queries
-    same_BSK = documents_BK[:, earlier:, None] == documents_BK[:, None, :]
-    return same_BSK.tril(earlier).unsqueeze(1)
+# by document numbers, for as long as somebody has these
+_masks: MutableMapping[Tensor, dict[tuple[int, int, torch.dtype], Tensor]] = WeakTensorKeyDictionary()
+
+
+def _within_documents(documents_BK: Tensor, queries: int, visible: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores that the last S of K positions give to all: 0, or -inf where they shall not look.
+
+    [B, 1, S, K] in the dtype of the queries, which torch would make of any other in each layer. All layers of a
+    micro-batch get the same tensor, for each keeps it until the backward pass.
+    """
+    masks = _masks.setdefault(documents_BK, {})
+    if (queries, visible, dtype) not in masks:
+        first = visible - queries
+        sees_BSK = (documents_BK[:, first:visible, None] == documents_BK[:, None, :visible]).tril(first)
+        added_BSK = torch.zeros(sees_BSK.shape, dtype=dtype, device=sees_BSK.device)
+        masks[queries, visible, dtype] = added_BSK.masked_fill_(sees_BSK.logical_not(), -torch.inf).unsqueeze(1)
+    return masks[queries, visible, dtype]

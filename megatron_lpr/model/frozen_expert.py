@@ -2,7 +2,7 @@
 
 It needs no gradient buffer, no optimizer state and no weight gradient, so that a replica on every rank costs its
 weights alone, and its tokens never enter the dispatcher: expert-parallel ranks stay balanced when the review sends
-every original-language token here. Shapes: T tokens of this rank, H hidden, F FFN width.
+every original-language token here. Shapes: T tokens of this rank, R those of an expert, H hidden, F FFN width.
 """
 
 from collections.abc import Iterable
@@ -106,9 +106,28 @@ def add_frozen_experts(
     of_experts = zip(experts, counts_J.read().tolist(), probs_TJ.split(1, dim=1), chosen_TJ.unbind(1), strict=True)
     for expert, count, probs_T1, chosen_T in of_experts:
         # Those that chose it, in their order; `nonzero` would wait for the device to tell how many there are. Rows
-        # beyond them are of tokens that did not, whose weight is zero: no copy is made to pad.
+        # beyond them are of tokens that did not, whose weight is zero: no copy is made to pad. No token is there twice,
+        # so that a GPU, which adds in no order, gives the same sums each time.
         rows = expert.rows_for(count, x_TH)
         tokens = chosen_T.to(torch.uint8).argsort(descending=True, stable=True)[:rows]
-        weight_T1 = probs_T1.index_select(0, tokens).to(x_TH.dtype)
-        output_TH.index_add_(0, tokens, expert(x_TH.index_select(0, tokens)) * weight_T1)
+        weight_R1 = probs_T1.index_select(0, tokens).to(x_TH.dtype)
+        output_TH = _AddRows.apply(output_TH, tokens, expert(x_TH.index_select(0, tokens)), weight_R1)
     return output_TH
+
+
+class _AddRows(torch.autograd.Function):
+    """sums[tokens] += weight * y, in place: torch's index_add keeps what it adds, of which it needs the shape only."""
+
+    @staticmethod
+    def forward(ctx: Any, sums_TH: Tensor, tokens: Tensor, y_RH: Tensor, weight_R1: Tensor) -> Tensor:
+        ctx.mark_dirty(sums_TH)
+        ctx.save_for_backward(tokens, y_RH, weight_R1)
+        return sums_TH.index_add_(0, tokens, y_RH * weight_R1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [grad_TH], (tokens, y_RH, weight_R1) = gradients, ctx.saved_tensors
+        grad_RH = grad_TH.index_select(0, tokens)
+        of_y = grad_RH * weight_R1 if ctx.needs_input_grad[2] else None
+        of_weight = (grad_RH * y_RH).sum(1, keepdim=True) if ctx.needs_input_grad[3] else None
+        return grad_TH, None, of_y, of_weight

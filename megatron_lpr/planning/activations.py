@@ -170,7 +170,7 @@ class Activations:
     def frozen_experts(self, below_learns: bool) -> int:
         """Of the tokens that go there; only their outputs where nothing below learns."""
         slots, arch = self.slots(frozen=True), self.arch
-        found = slots * (self.itemsize + 2 * arch.hidden_size * self.itemsize)
+        found = slots * (self.itemsize + arch.hidden_size * self.itemsize)
         found += self.recipe.model.num_frozen_experts * self.tokens * _INDEX  # the order in which tokens are chosen
         learns = self.learns(".mlp.frozen_experts.")
         if below_learns or learns:

@@ -136,6 +136,11 @@ def _check_training(recipe: Recipe, train: TrainConfig, data: DataConfig) -> Non
             f"optimizer.router_lr: {optimizer.router_lr:g} beside optimizer.lr, but nothing learns but the "
             "routers (train.trainable: routers); set optimizer.lr alone"
         )
+    if train.trainable == "routers" and recipe.model.topk == 1 and not recipe.lpr.coeff and not recipe.balance.coeff:
+        raise UserError(
+            "model.topk: 1 gives a token's only expert the weight 1 whatever the routers say: they learn nothing of "
+            "the next tokens, and nothing else learns (train.trainable: routers); set lpr.coeff, or topk: 2"
+        )
     if train.on_not_finite == "stop" and train.max_skipped_steps != TrainConfig.max_skipped_steps:
         raise UserError(
             f"train.max_skipped_steps: {train.max_skipped_steps} has no effect with train.on_not_finite: stop; set "

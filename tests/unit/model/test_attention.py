@@ -120,6 +120,29 @@ def test_documents_are_kept_apart(megatron, monkeypatch, tensors, size):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_layers_share_the_mask_of_documents(megatron, monkeypatch, tensors, size):
+    """It has as many numbers as the scores of one head, and each layer keeps it for the backward pass."""
+    from megatron_lpr.model import attention
+
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 4 and tensor.shape[:2] == (BATCH, 1):
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    of_micro_batch = documents()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = [in_parts(tensors, size, monkeypatch, documents_BS=of_micro_batch) for _ in range(3)]
+    assert torch.equal(outputs[0], outputs[2])
+    lengths = {1: [(24, 24)], 2: [(6, 6), (6, 24), (6, 12), (6, 18)]}[size]
+    assert sorted(mask.shape[2:] for mask in kept.values()) == sorted(lengths)
+    assert of_micro_batch in attention._masks
+    del of_micro_batch
+    assert not attention._masks
+
+
 def test_a_rank_reads_no_key_behind_its_last_query(megatron, monkeypatch, tensors):
     """Each chunk of queries gets the keys up to its own end, not a masked whole."""
     from megatron_lpr.model.attention import SDPACoreAttention

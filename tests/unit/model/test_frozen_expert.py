@@ -52,6 +52,25 @@ def test_sum_over_the_experts_that_a_token_chose(experts):
     torch.testing.assert_close(probs_grad, probs_expected * chosen)
 
 
+def test_of_what_it_adds_up_an_expert_keeps_its_output_alone(experts):
+    """The gradient of the weights needs it; not the product with them too, which torch's index_add would keep."""
+    from megatron_lpr.model.frozen_expert import add_frozen_experts
+
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([[True, True], [True, False], [False, True], [False, False], [True, False]])
+    probs = chosen.double().requires_grad_()
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = add_frozen_experts(experts, ToHost(chosen.sum(0)), x, probs, chosen)
+    assert sorted(shape for shape in kept.values() if shape[-1] == 8 and shape[0] < 5) == [(2, 8), (3, 8)]
+    assert output.requires_grad
+
+
 def test_fused_swiglu_is_the_same_and_keeps_its_input_only(experts, monkeypatch):
     expert, x = experts[0], torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     found, kept = [], []

@@ -131,6 +131,7 @@ def test_a_later_mixture_may_bring_the_original_languages(arch):
         (1, {"model": {"num_experts": 0}, "balance": {"coeff": 0.1}}, "balance.coeff: 0.1 has no effect"),
         (1, {"model": {"num_experts": 0}, "optimizer": {"router_lr": 0.1}}, "optimizer.router_lr: 0.1 has no effect"),
         (1, {"train": {"trainable": "routers"}, "optimizer": {"router_lr": 0.1}}, "set optimizer.lr alone"),
+        (1, {"model": {"topk": 1}, "train": {"trainable": "routers"}}, "model.topk: 1 gives a token's only expert the"),
         (2, {"model": {"num_experts": 0}, "parallel": {"expert": 2}}, "parallel.expert: 2 has no effect"),
         (1, {"model": {"num_experts": 0, "mlp_only_layers": [1]}}, "model.mlp_only_layers: (1,) has no effect"),
         (1, {"data": None}, "data: missing"),
