@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sampler_oracle import place_of_subset
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
 from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
-from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.data.sampler.replay_sampler import Pick, ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry
 
@@ -114,6 +115,26 @@ def test_a_share_of_the_tokens(manifest):
     first = min(first for first, _ in sampler.spans(sampler.pick(0)))
     offsets = np.cumsum([0, *LENGTHS])
     assert first in offsets or sampler.pick(0).window > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_subset_lies_where_it_always_has(manifest, seed):
+    """A run that goes on after an update reads the documents that it has begun with."""
+    documents = make(manifest, seed=seed, replay=ReplayConfig(documents={"original": 4}))
+    tokens = make(manifest, seed=seed, replay=ReplayConfig(tokens={"original": 0.25}))
+    offsets = np.cumsum([0, *LENGTHS])
+    for number, corpus in enumerate(manifest.corpora[1:], start=1):
+        stream, first = int(corpus.digest[:16], 16), Pick(corpus=number, window=0, epoch=0)
+        assert documents.spans(first)[0][0] == offsets[place_of_subset(seed, stream, corpus.documents - 2 + 1)]
+        token = place_of_subset(seed, stream, corpus.tokens - tokens.num_tokens(number) + 1)
+        assert tokens.spans(first)[0][0] == max(offset for offset in offsets if offset <= token)
+
+
+def test_whole_epochs_are_counted_at_once(manifest):
+    """Visited one by one, so many samples would take years."""
+    sampler = make(manifest, windows="document", mixture={"expanded": 1})
+    per_epoch = sum(min(S, length - 1) for length in LENGTHS)
+    assert sampler.count(0, 10**15 * len(LENGTHS)).tokens == 10**15 * per_epoch
 
 
 @pytest.mark.parametrize(
