@@ -130,6 +130,15 @@ def test_a_subset_lies_where_it_always_has(manifest, seed):
         assert tokens.spans(first)[0][0] == max(offset for offset in offsets if offset <= token)
 
 
+def test_tokens_that_end_with_a_document_read_none_of_the_next(write_corpus):
+    prefix = write_corpus("even", [[number] * 10 for number in range(10)], vocab_size=60_000)
+    even = Corpus(name="even", prefix=prefix, language="hu", role="expanded", digest="1" * 64, documents=10, tokens=100)
+    tokenizer = TokenizerRecord(name="toy", vocab_size=60_000, sha256="0" * 64, eod_id=EOD)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(even,))
+    replay = ReplayConfig(tokens={"hu": 0.3})
+    assert make(manifest, windows="document", mixture={"expanded": 1}, replay=replay).num_windows(0) == 3
+
+
 def test_whole_epochs_are_counted_at_once(manifest):
     """Visited one by one, so many samples would take years."""
     sampler = make(manifest, windows="document", mixture={"expanded": 1})

@@ -205,6 +205,7 @@ def test_state_names_what_changed(manifest, sampler):
     refused("order of the corpora", changed(manifest, corpora=(*rest, hu)))
     tokenizer = changed(manifest.tokenizer, sha256="1" * 64)
     refused("tokenizer was 000", changed(manifest, tokenizer=tokenizer))
+    refused("eod_id was 2, is 3", changed(manifest, tokenizer=changed(manifest.tokenizer, eod_id=3)))
 
 
 def test_a_run_in_another_order_is_not_resumed(sampler):
