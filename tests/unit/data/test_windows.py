@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sampler_oracle import place_of_subset
 
-from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.indexed import IndexedCorpus, IndexedWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
 from megatron_lpr.data.sampler.inspect_data import short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import Pick, ReplaySampler
@@ -55,6 +55,23 @@ def test_one_document_per_sample(manifest):
         np.testing.assert_array_equal(batch.loss_mask_BS[row], np.arange(S) < valid)
         np.testing.assert_array_equal(batch.tags_BS[row] != 0, np.arange(S) < valid)
         np.testing.assert_array_equal(batch.documents_BS[row], np.where(np.arange(S) < valid, 0, -1))
+
+
+def test_documents_of_an_index_of_many_blocks(tmp_path):
+    """More blocks than are kept in memory (csrc/load.h): one takes another's place."""
+    lengths = np.tile(np.array([2, 3, 4], np.int32), 100_000)
+    with IndexedWriter(str(tmp_path / "large"), 1000) as writer:
+        writer.add_documents(np.zeros(lengths.sum(), writer.dtype), lengths)
+    sizes = {"documents": len(lengths), "tokens": int(lengths.sum())}
+    large = Corpus(
+        name="large", prefix=str(tmp_path / "large"), language="hu", role="expanded", digest="1" * 64, **sizes
+    )
+    tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=EOD)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(large,))
+    sampler = make(manifest, windows="document", mixture={"expanded": 1})
+    starts = np.cumsum(lengths) - lengths
+    for pick in map(sampler.pick, range(2000)):
+        assert sampler.spans(pick) == [(starts[pick.window], lengths[pick.window] - 1)]
 
 
 def test_documents_are_numbered_within_each_sample(manifest):
@@ -106,6 +123,14 @@ def test_a_number_of_documents_per_language(manifest, windows):
             assert len(documents) <= 2 and max(documents) - min(documents) <= 1
         chosen.add(tuple(map(min, en)))
     assert len(chosen) > 10
+
+
+def test_the_least_that_is_read_of_a_corpus(manifest):
+    """A document, or two tokens: none would mean all."""
+    replay = ReplayConfig(documents={"original": 1}, tokens={"hu": 1e-6})
+    sampler = make(manifest, windows="document", replay=replay)
+    assert sampler.num_tokens(0) == 2
+    assert [sampler.num_windows(corpus) for corpus in (1, 2)] == [1, 1]
 
 
 def test_a_share_of_the_tokens(manifest):
