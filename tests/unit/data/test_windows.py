@@ -133,6 +133,13 @@ def test_the_least_that_is_read_of_a_corpus(manifest):
     assert [sampler.num_windows(corpus) for corpus in (1, 2)] == [1, 1]
 
 
+def test_a_limit_of_a_language_goes_before_that_of_its_role(manifest):
+    documents = make(manifest, windows="document", replay=ReplayConfig(documents={"original": 17, "en": 2}))
+    assert [documents.num_windows(corpus) for corpus in (1, 2)] == [1, 1]
+    tokens = make(manifest, replay=ReplayConfig(tokens={"expanded": 0.1, "hu": 0.5}))
+    assert tokens.num_tokens(0) == round(manifest.corpora[0].tokens * 0.5)
+
+
 def test_a_share_of_the_tokens(manifest):
     sampler = make(manifest, replay=ReplayConfig(tokens={"original": 0.25, "hu": 0.5}))
     for corpus, share in ((0, 0.5), (1, 0.25), (2, 0.25)):
