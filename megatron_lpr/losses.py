@@ -35,9 +35,9 @@ def next_token_loss(token_loss_BS: Tensor, loss_mask_BS: Tensor, counts: GlobalC
     return (token_loss_BS.float() * loss_mask_BS).sum() / counts.tokens
 
 
-def token_loss_sums(token_loss_BS: Tensor, loss_mask_BS: Tensor, tags_BS: Tensor, num_languages: int) -> Tensor:
-    """Sum of the token losses of each language, [L] in fp64; a position counts for the language of its tag."""
-    tags_BS = torch.where(loss_mask_BS > 0, tags_BS, 0)
+def token_loss_sums(token_loss_BS: Tensor, tags_BS: Tensor, num_languages: int) -> Tensor:
+    """Sum of the token losses of each language, [L] in fp64; a position counts for the language of its tag, which is 0
+    where there is no label."""
     is_language_TL = one_hot_languages(tags_BS, num_languages)
     return torch.where(is_language_TL, token_loss_BS.reshape(-1, 1), 0.0).sum(0, dtype=torch.float64)
 

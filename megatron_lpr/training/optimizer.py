@@ -148,7 +148,6 @@ def build_optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> tu
     if bf16:
         _in_one_pass(optimizer)
     refuse_gradients_that_are_not_finite(optimizer)
-    chunks[0].config.grad_scale_func = optimizer.scale_loss
     scheduler = LearningRates(
         optimizer,
         routers=None if settings.router_lr is None else settings.router_lr / settings.lr,

@@ -106,7 +106,7 @@ def _loss(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(loss to differentiate, token count that Megatron shall not use, share and sums [L] to report)."""
     loss = next_token_loss(token_loss_BS, loss_mask_BS, counts)
-    sums_L = token_loss_sums(token_loss_BS.detach(), loss_mask_BS, tags_BS, counts.num_languages)
+    sums_L = token_loss_sums(token_loss_BS.detach(), tags_BS, counts.num_languages)
     share = loss.detach().clone()
     # A factor of one; of a loss that is not finite NaN, so that its gradient is not finite either, and all ranks know
     # of it by the gradient's norm, before a weight has changed and without a collective for it.

@@ -69,6 +69,11 @@ def epoch_shift(seq_length: int, seed: int, stream: int, epoch: int) -> int:
     return mix(key_hash(seed, stream, epoch) ^ GOLDEN) * seq_length >> 64 if epoch else 0
 
 
+def place_of_subset(seed: int, stream: int, places: int) -> int:
+    """Which document, or token, the part of a corpus that is read begins at."""
+    return mix((key_hash(seed, stream, 0) + 1) & MASK) * places >> 64
+
+
 def order_in_role(weights: Sequence[int], length: int) -> list[int]:
     """The two lightest subtrees are joined until one is left; it hands its samples on in the proportion of the two."""
     subtrees = [(weight, number, None) for number, weight in enumerate(weights)]

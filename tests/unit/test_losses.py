@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from megatron_lpr.losses import GlobalCounts, balance_loss, lpr_loss, lpr_token_loss, next_token_loss
+from megatron_lpr.losses import (
+    GlobalCounts,
+    balance_loss,
+    lpr_loss,
+    lpr_token_loss,
+    next_token_loss,
+    token_loss_sums,
+)
 
 
 def alone(counts):
@@ -72,6 +79,12 @@ def test_next_token_loss_sums_labelled_positions_over_the_global_number():
     losses = torch.tensor([[1.0, 2.0], [4.0, 8.0]], dtype=torch.bfloat16)
     share = next_token_loss(losses, torch.tensor([[1.0, 0.0], [1.0, 1.0]]), GlobalCounts(tokens=26))
     assert share.dtype == torch.float32 and share.item() == 0.5
+
+
+def test_token_losses_are_summed_by_language_in_fp64():
+    losses = torch.tensor([[2.0**24, 1.0, 5.0], [4.0, torch.nan, 8.0]])  # 2^24 + 1 is no fp32 number
+    sums = token_loss_sums(losses, torch.tensor([[-2, -2, 1], [1, 0, 3]]), 4)
+    assert sums.tolist() == [9.0, 2.0**24 + 1, 8.0, 0.0]
 
 
 def one_sequence(probabilities, chosen, valid=None):

@@ -4,11 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from sampler_oracle import place_of_subset
 
-from megatron_lpr.data.corpus.indexed import IndexedCorpus
+from megatron_lpr.data.corpus.indexed import IndexedCorpus, IndexedWriter
 from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
 from megatron_lpr.data.sampler.inspect_data import repeated, short_windows, unshuffled
-from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
+from megatron_lpr.data.sampler.replay_sampler import Pick, ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import ReplayConfig, ScheduleEntry, TrainConfig
 
@@ -54,6 +55,23 @@ def test_one_document_per_sample(manifest):
         np.testing.assert_array_equal(batch.loss_mask_BS[row], np.arange(S) < valid)
         np.testing.assert_array_equal(batch.tags_BS[row] != 0, np.arange(S) < valid)
         np.testing.assert_array_equal(batch.documents_BS[row], np.where(np.arange(S) < valid, 0, -1))
+
+
+def test_documents_of_an_index_of_many_blocks(tmp_path):
+    """More blocks than are kept in memory (csrc/load.h): one takes another's place."""
+    lengths = np.tile(np.array([2, 3, 4], np.int32), 100_000)
+    with IndexedWriter(str(tmp_path / "large"), 1000) as writer:
+        writer.add_documents(np.zeros(lengths.sum(), writer.dtype), lengths)
+    sizes = {"documents": len(lengths), "tokens": int(lengths.sum())}
+    large = Corpus(
+        name="large", prefix=str(tmp_path / "large"), language="hu", role="expanded", digest="1" * 64, **sizes
+    )
+    tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=EOD)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(large,))
+    sampler = make(manifest, windows="document", mixture={"expanded": 1})
+    starts = np.cumsum(lengths) - lengths
+    for pick in map(sampler.pick, range(2000)):
+        assert sampler.spans(pick) == [(starts[pick.window], lengths[pick.window] - 1)]
 
 
 def test_documents_are_numbered_within_each_sample(manifest):
@@ -107,6 +125,21 @@ def test_a_number_of_documents_per_language(manifest, windows):
     assert len(chosen) > 10
 
 
+def test_the_least_that_is_read_of_a_corpus(manifest):
+    """A document, or two tokens: none would mean all."""
+    replay = ReplayConfig(documents={"original": 1}, tokens={"hu": 1e-6})
+    sampler = make(manifest, windows="document", replay=replay)
+    assert sampler.num_tokens(0) == 2
+    assert [sampler.num_windows(corpus) for corpus in (1, 2)] == [1, 1]
+
+
+def test_a_limit_of_a_language_goes_before_that_of_its_role(manifest):
+    documents = make(manifest, windows="document", replay=ReplayConfig(documents={"original": 17, "en": 2}))
+    assert [documents.num_windows(corpus) for corpus in (1, 2)] == [1, 1]
+    tokens = make(manifest, replay=ReplayConfig(tokens={"expanded": 0.1, "hu": 0.5}))
+    assert tokens.num_tokens(0) == round(manifest.corpora[0].tokens * 0.5)
+
+
 def test_a_share_of_the_tokens(manifest):
     sampler = make(manifest, replay=ReplayConfig(tokens={"original": 0.25, "hu": 0.5}))
     for corpus, share in ((0, 0.5), (1, 0.25), (2, 0.25)):
@@ -114,6 +147,35 @@ def test_a_share_of_the_tokens(manifest):
     first = min(first for first, _ in sampler.spans(sampler.pick(0)))
     offsets = np.cumsum([0, *LENGTHS])
     assert first in offsets or sampler.pick(0).window > 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_subset_lies_where_it_always_has(manifest, seed):
+    """A run that goes on after an update reads the documents that it has begun with."""
+    documents = make(manifest, seed=seed, replay=ReplayConfig(documents={"original": 4}))
+    tokens = make(manifest, seed=seed, replay=ReplayConfig(tokens={"original": 0.25}))
+    offsets = np.cumsum([0, *LENGTHS])
+    for number, corpus in enumerate(manifest.corpora[1:], start=1):
+        stream, first = int(corpus.digest[:16], 16), Pick(corpus=number, window=0, epoch=0)
+        assert documents.spans(first)[0][0] == offsets[place_of_subset(seed, stream, corpus.documents - 2 + 1)]
+        token = place_of_subset(seed, stream, corpus.tokens - tokens.num_tokens(number) + 1)
+        assert tokens.spans(first)[0][0] == max(offset for offset in offsets if offset <= token)
+
+
+def test_tokens_that_end_with_a_document_read_none_of_the_next(write_corpus):
+    prefix = write_corpus("even", [[number] * 10 for number in range(10)], vocab_size=60_000)
+    even = Corpus(name="even", prefix=prefix, language="hu", role="expanded", digest="1" * 64, documents=10, tokens=100)
+    tokenizer = TokenizerRecord(name="toy", vocab_size=60_000, sha256="0" * 64, eod_id=EOD)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(even,))
+    replay = ReplayConfig(tokens={"hu": 0.3})
+    assert make(manifest, windows="document", mixture={"expanded": 1}, replay=replay).num_windows(0) == 3
+
+
+def test_whole_epochs_are_counted_at_once(manifest):
+    """Visited one by one, so many samples would take years."""
+    sampler = make(manifest, windows="document", mixture={"expanded": 1})
+    per_epoch = sum(min(S, length - 1) for length in LENGTHS)
+    assert sampler.count(0, 10**15 * len(LENGTHS)).tokens == 10**15 * per_epoch
 
 
 @pytest.mark.parametrize(

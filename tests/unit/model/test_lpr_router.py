@@ -71,7 +71,7 @@ def test_a_step_below_the_precision_of_bf16_changes_a_router(megatron, toy_base,
     assert torch.equal(before.bfloat16(), weight.bfloat16()) and 0 < (weight - before).abs().max() <= 1.1e-6
 
 
-def test_a_route_below_the_precision_of_bf16(megatron, toy_base):
+def test_a_route_and_a_gradient_below_the_precision_of_bf16(megatron, toy_base):
     from megatron_lpr.evaluation.megatron_model import MegatronModel
     from megatron_lpr.model.builder import routers
 
@@ -83,6 +83,11 @@ def test_a_route_below_the_precision_of_bf16(megatron, toy_base):
         _, chosen = router(torch.ones(4, 1, 32, dtype=torch.bfloat16))
     assert chosen.nonzero()[:, 1].tolist() == [2] * 4
 
+    router.weight.requires_grad_()
+    logits_SBE = router.gating(torch.ones(4, 1, 32, dtype=torch.bfloat16))
+    logits_SBE.backward(torch.full_like(logits_SBE, 1 + 2**-12))  # in bf16 that is 1
+    assert router.weight.grad.unique().tolist() == [4 * (1 + 2**-12)]
+
 
 def test_all_routers_share_the_trainers_counts(megatron, toy_base, tmp_path):
     trainer = make_trainer(toy_base, tmp_path)
@@ -93,7 +98,12 @@ def test_all_routers_share_the_trainers_counts(megatron, toy_base, tmp_path):
 
 @pytest.mark.parametrize("group, expected", [("sequence", 4), ("micro_batch", 2)])
 def test_counts_of_a_step(megatron, toy_base, tmp_path, group, expected):
-    trainer = make_trainer(toy_base, tmp_path, balance={"group": group}, train={"micro_batch_size": 2})
-    trainer.train_step()
+    balance = {"group": group, "coeff": 0.1}
+    trainer = make_trainer(toy_base, tmp_path, balance=balance, train={"micro_batch_size": 2})
+    with torch.no_grad():
+        for router in trainer.routers:
+            router.weight.zero_()  # every expert is as likely as any other: the loss of each group is its floor, 1
+    metrics = trainer.train_step()
     counts = trainer.counts
     assert (counts.tokens, counts.original_tokens, counts.balance_groups) == (44, 23, expected)
+    assert metrics["balance_loss"] == pytest.approx(1, rel=1e-6)

@@ -62,6 +62,15 @@ def test_bf16_is_as_close_as_the_whole(megatron):
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_a_weights_gradient_is_summed_in_fp32(megatron):
+    """Over many chunks: in bfloat16 a sum of ones stays at 256."""
+    weight = torch.zeros(COLUMNS, 1, dtype=torch.bfloat16, requires_grad=True)
+    chunked(
+        torch.ones(600, 1, dtype=torch.bfloat16), weight, torch.zeros(600, dtype=torch.int64), rows=1
+    ).sum().backward()
+    assert weight.grad[0].item() == pytest.approx(600 * (1 / TRUE - 1), rel=2**-8)
+
+
 @pytest.mark.parametrize("base", ["toy_base", "toy_tied"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_in_chunks_is_the_same_step(megatron, request, tmp_path, monkeypatch, base, stage):

@@ -35,6 +35,12 @@ def test_sums_by_language():
     assert sums[:, SLOTS:].tolist() == [[1, 2, 1], [1, 1, 0]]
 
 
+def test_frozen_experts_have_their_probabilities_together():
+    stats = collector()
+    stats.add(*routed((1, 0.5, 0.3, 0.2)), partial(lpr_token_loss, num_frozen=2))
+    torch.testing.assert_close(stats.take()[0][0, P_FROZEN].item(), 0.8, rtol=1e-6, atol=0)
+
+
 def test_take_starts_again():
     stats = collector()
     stats.add(*routed((1, 0.5, 0.4, 0.1)), TOKEN_LOSS)

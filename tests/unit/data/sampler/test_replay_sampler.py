@@ -174,6 +174,14 @@ def test_reads_every_integer_type(make_manifest, tmp_path, dtype, code):
     np.testing.assert_array_equal(IndexedCorpus(str(tmp_path / "hu")).document(0), tokens)
 
 
+def test_a_window_of_more_tokens_than_are_read_at_once(make_manifest):
+    manifest = make_manifest(("hu", "hu", "expanded", 1, 20_000))
+    batch = ReplaySampler(manifest, seq_length=19_999, seed=0, mixture={"expanded": 1}).fill(0, 1)
+    tokens = IndexedCorpus(manifest.corpora[0].prefix).document(0)
+    np.testing.assert_array_equal(batch.tokens_BS[0], tokens[:-1])
+    np.testing.assert_array_equal(batch.labels_BS[0], tokens[1:])
+
+
 def test_state_is_plain_and_accepted(sampler):
     state = json.loads(json.dumps(sampler.state(640)))
     assert state["consumed_samples"] == 640
@@ -205,6 +213,7 @@ def test_state_names_what_changed(manifest, sampler):
     refused("order of the corpora", changed(manifest, corpora=(*rest, hu)))
     tokenizer = changed(manifest.tokenizer, sha256="1" * 64)
     refused("tokenizer was 000", changed(manifest, tokenizer=tokenizer))
+    refused("eod_id was 2, is 3", changed(manifest, tokenizer=changed(manifest.tokenizer, eod_id=3)))
 
 
 def test_a_run_in_another_order_is_not_resumed(sampler):
