@@ -6,7 +6,7 @@ import time
 import pytest
 from rank_functions import describe_rank, fail_on, hang_on, vanish_on
 
-from megatron_lpr.testing.run_distributed import RankProcesses, run_distributed
+from megatron_lpr.testing.run_distributed import RankProcesses, free_port, run_distributed
 
 
 def test_results_come_in_the_order_of_ranks():
@@ -45,3 +45,9 @@ def test_processes_serve_calls_of_more_and_of_fewer_ranks():
             processes.run(vanish_on, 2, 1)
         fresh = processes.run(describe_rank, 1, "x")
         assert fresh[0]["process"] not in {result["process"] for result in three}
+
+
+def test_no_port_is_given_twice():
+    """Ranks that have been told of one do not listen at it for seconds."""
+    ports = [free_port() for _ in range(500)]
+    assert len(set(ports)) == 500 and 20_000 <= min(ports) <= max(ports) < 32_000
