@@ -2,7 +2,9 @@
 
     preprocess_slowly.py TEXT TOKENIZER OUTPUT WORKERS BLOCK_BYTES [SECONDS per block]
 
-With SECONDS the last block does not come: whoever is to end it may be as late as a busy machine makes it. Prints the larger peak resident set size of this process and of its workers, in KiB. Ends with 130 at Ctrl-C.
+With SECONDS the last block does not come: whoever is to end it may be as late as a busy machine makes it.
+
+Prints the larger peak resident set size of this process and of its workers, in KiB. Ends with 130 at Ctrl-C.
 """
 
 import resource

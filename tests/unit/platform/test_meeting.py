@@ -182,7 +182,7 @@ def run_script(script):
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(3)
     ]
-    printed = [rank.communicate(timeout=60)[0] for rank in ranks]
+    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
     return [rank.returncode for rank in ranks], printed
 
 
