@@ -56,8 +56,8 @@ class Watchdog:
             now, expected = time.monotonic(), self._expected
             if expected is not seen:
                 seen, asleep = expected, 0.0
-            elif now - last > _ASLEEP_SECONDS:
-                asleep += now - last
+            if expected and now - last > _ASLEEP_SECONDS:
+                asleep += now - max(last, expected.since)
             last = now
             if expected is None:
                 continue

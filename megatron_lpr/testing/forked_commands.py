@@ -118,7 +118,9 @@ class ForkedCommand:
         left = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-                if process.pid not in self.pids and os.getsid(process.pid) in self.pids:
+                if process.pid in self.pids or os.getsid(process.pid) not in self.pids:
+                    continue
+                if process.status() != psutil.STATUS_ZOMBIE:  # a container's first process may reap none
                     left.append(process)
         return left
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -131,13 +132,17 @@ def _serve(environment: dict[str, str], pipe: Connection) -> None:
         gc.freeze()  # what is imported stays: collections in the next call need not look at it
 
 
+# each process begins elsewhere, and gives none twice: whoever has one may not listen at it yet
+_PORTS = itertools.count(random.SystemRandom().randrange(12_000))
+
+
 def free_port() -> int:
     """A port that nobody listens at, for ranks that take seconds until they do.
 
     The kernel gives none of these (it begins at 32768) to whoever asks for any port in the meantime.
     """
     while True:
-        port = random.SystemRandom().randrange(20000, 32000)
+        port = 20_000 + next(_PORTS) % 12_000
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

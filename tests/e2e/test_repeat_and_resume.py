@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from megatron_lpr.reporting.metrics_log import TIMING, read_metrics
+
+HELD = Path(__file__).parents[1] / "helpers/train_held.py"
 
 
 def numbers(folder):
@@ -43,9 +46,9 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     project.run("train", "stage1", *settings(again, 18))
     assert len(numbers(whole)) == 18 and numbers(whole) == numbers(again)
 
-    arguments = ["train", str(project.recipes["stage1"]), *settings(killed, 18, every=6)]
+    arguments = ["17", killed / "never", str(project.recipes["stage1"]), *settings(killed, 18, every=6)]
     latest = killed / "checkpoints/latest"
-    kill_after_first_checkpoint([sys.executable, "-m", "megatron_lpr.cli", *arguments], latest)
+    kill_after_first_checkpoint([sys.executable, HELD, *arguments], latest)
     step = int(latest.read_text().removeprefix("step_"))
     assert 6 <= step < 18
     printed = project.run("train", "stage1", *settings(killed, 18, every=6))

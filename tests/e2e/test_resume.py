@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,12 +236,15 @@ def test_run_json_of_a_newer_version(run, monkeypatch):
 def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):
     """One is refused with the other's process, and neither a line nor a checkpoint is lost."""
     settings = changed(f"output={tmp_path}/run", "train.steps=12", "checkpoint.every=3", "checkpoint.keep=0")
-    command = [sys.executable, "-m", "megatron_lpr.cli", "train", str(project.recipes["stage1"]), *settings]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [str(project.recipes["stage1"]), *settings]
+    held = [sys.executable, Path(__file__).parents[1] / "helpers/train_held.py", "6", tmp_path / "go"]
+    first = subprocess.Popen([*held, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run/run.lock").exists():
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
+    command = [sys.executable, "-m", "megatron_lpr.cli", "train", *words]
     second = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "go").touch()
     first.communicate()
     assert (first.returncode, second.returncode) == (0, 2)
     assert f"is in use by another run (host {os.uname().nodename}, pid {first.pid}" in second.stderr

@@ -16,13 +16,15 @@ from megatron_lpr.testing.equal_runs import differences
 from megatron_lpr.testing.run_distributed import free_port
 
 STEPS = 12
+HELD = Path(__file__).parents[1] / "helpers/train_held.py"
 LIMITS = ("cluster.watchdog=1", "cluster.watchdog_floor_seconds=8")
 
 
-def train(project, output, *assignments, ranks=1):
-    """A run of stage 1, as one process for each rank."""
+def train(project, output, *assignments, ranks=1, held_at=None):
+    """A run of stage 1, as one process for each rank; the step after `held_at` waits until it is asked to stop."""
     settings = [f"output={output}", f"train.steps={STEPS}", "parallel.distributed_optimizer=true", *assignments]
-    command = [sys.executable, "-m", "megatron_lpr.cli", "train", str(project.recipes["stage1"])]
+    program = ["-m", "megatron_lpr.cli", "train"] if held_at is None else [HELD, str(held_at), output / "never"]
+    command = [sys.executable, *program, str(project.recipes["stage1"])]
     command += [word for assignment in settings for word in ("--set", assignment)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if ranks > 1:
@@ -153,7 +155,7 @@ def test_the_time_is_over(outcomes):
 
 
 def test_what_goes_on_ends_with_the_same_bytes(project, tmp_path):
-    [process] = train(project, tmp_path / "stopped")
+    [process] = train(project, tmp_path / "stopped", held_at=STEPS - 4)
     with process:
         read_until(process, r"step +2/")
         process.send_signal(signal.SIGTERM)

@@ -2,6 +2,8 @@
 
     preprocess_slowly.py TEXT TOKENIZER OUTPUT WORKERS BLOCK_BYTES [SECONDS per block]
 
+With SECONDS the last block does not come: whoever is to end it may be as late as a busy machine makes it.
+
 Prints the larger peak resident set size of this process and of its workers, in KiB. Ends with 130 at Ctrl-C.
 """
 
@@ -22,9 +24,15 @@ def main(text: str, tokenizer: str, output: str, workers: str, block_bytes: str,
     read_blocks = make_corpus.read_blocks
 
     def slow_blocks(*arguments, **options):
-        for block in read_blocks(*arguments, **options):
+        blocks = iter(read_blocks(*arguments, **options))
+        last = next(blocks)
+        for block in blocks:
             time.sleep(float(seconds))
-            yield block
+            yield last
+            last = block
+        if float(seconds):
+            time.sleep(600)
+        yield last
 
     make_corpus.read_blocks = slow_blocks
     source = SourceConfig(name="hu", files=(text,), language="hu", role="expanded")

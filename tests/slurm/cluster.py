@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_lpr.testing.run_distributed import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # only looked at, never opened: Slurm wants character devices
 PRETENDED_GPUS = ("/dev/null", "/dev/zero")
@@ -91,7 +93,7 @@ class Cluster:
             raise
 
     def _write_conf(self) -> None:
-        ports = _free_ports(1 + self.nodes)
+        ports = [free_port() for _ in range(1 + self.nodes)]
         conf = CONF.format(
             host=socket.gethostname().split(".")[0],
             folder=self.folder,
@@ -189,14 +191,6 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not within {seconds:.0f} s; {self.run('squeue', '-a')}")
             time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def main(words: Sequence[str]) -> int:

@@ -1,5 +1,6 @@
 """Training under Slurm on two nodes with two ranks each: whatever happens to a run, it ends in a quiet one's bytes."""
 
+import contextlib
 import json
 import re
 import signal
@@ -127,9 +128,10 @@ def kill_rank(number: str, rank: int) -> None:
     """As the kernel does when memory is short."""
     mine = {"SLURM_JOB_ID": number, "SLURM_PROCID": str(rank)}
     for process in psutil.process_iter():
-        if process.name() == "megatron-lpr" and mine.items() <= process.environ().items():
-            process.send_signal(signal.SIGKILL)
-            return
+        with contextlib.suppress(psutil.NoSuchProcess):  # others come and go
+            if process.name() == "megatron-lpr" and mine.items() <= process.environ().items():
+                process.send_signal(signal.SIGKILL)
+                return
     raise AssertionError(f"no rank {rank} of job {number}")
 
 

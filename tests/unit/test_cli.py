@@ -136,7 +136,8 @@ def test_help_shows_the_settings_that_a_command_reads(capsys, command):
         assert "--dry-run" in printed and "--set KEY=VALUE" in printed
 
 
-def test_help_of_one_command_is_not_that_of_all(capsys):
+def test_help_of_one_command_is_not_that_of_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     assert "optimizer.lr:" in help_of("train", capsys)
     printed = help_of("export", capsys)
     assert "export.dtype:" in printed and "optimizer" not in printed and len(printed.splitlines()) < 60

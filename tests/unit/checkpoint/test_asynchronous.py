@@ -97,12 +97,13 @@ def test_buffers_are_used_again_and_hold_the_next_moment(make_trainer):
     assert values(trainer.save()) == values(folder)
 
 
-def test_one_at_a_time(make_trainer, slow_disk, capsys):
+def test_one_at_a_time(make_trainer, slow_disk, monkeypatch, capsys):
     trainer = make_trainer()
     trainer.train_step()
     first = trainer.save(wait=False)
     trainer.train_step()
-    threading.Timer(0.2, slow_disk.set).start()
+    finish_save = trainer.finish_save
+    monkeypatch.setattr(trainer, "finish_save", lambda: (slow_disk.set(), finish_save())[1])
     second = trainer.save()
     assert "waits for the checkpoint of step 1, which is still being written" in capsys.readouterr().out
     for folder in (first, second):

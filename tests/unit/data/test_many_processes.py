@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from preprocessing import preprocess
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.preprocess import entries as entries_module
 from megatron_lpr.data.preprocess import preprocess as module
 from megatron_lpr.data.preprocess.entries import PendingEntries
 from megatron_lpr.errors import UserError
@@ -159,15 +161,18 @@ def test_a_file_system_without_locks_is_warned_of(write_text, options, monkeypat
 def test_thousands_of_entries_are_not_written_one_by_one(make_manifest, tmp_path, monkeypatch):
     manifest, saves = make_manifest(("c", "c", "expanded", 1.0, 50)), []
 
+    now = [0.0]
+
     def save(self):
         saves.append(len(self.corpora))
-        time.sleep(0.05)
+        now[0] += 0.05
 
     monkeypatch.setattr(Manifest, "save", save)
+    monkeypatch.setattr(entries_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     (entry,) = manifest.corpora
     with FolderLocks(str(tmp_path)) as locks:
         with PendingEntries(lambda: manifest, locks) as entries:
-            for number in range(300):
+            for number in range(3000):
                 entries.add([dataclasses.replace(entry, name=f"c{number}")])
-                time.sleep(0.001)
-    assert saves[0] == 2 and len(saves) <= 5
+                now[0] += 0.001
+    assert saves[0] == 2 and 2 < len(saves) <= 2 + 0.1 * now[0] / 0.05

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_lpr.families.mappings import QKV, Copy, GateUp, fill, take_apart
@@ -85,7 +85,7 @@ def test_a_parameter_of_another_size_is_refused(shape):
         filled(shape, [randn(8, HIDDEN)], Copy(split=0), rank=0, size=2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([1, 2, 4]))
 def test_slices_of_all_ranks_together_are_the_whole(groups, per_group, size):
     parts = [randn(groups * n * HEAD_DIM, HIDDEN) + n for n in (per_group, 1, 1)]

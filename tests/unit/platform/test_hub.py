@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,9 +32,15 @@ class Rank:
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    monkeypatch.setattr(hub_module, "_FIRST_HAND_SECONDS", 0.3)
-    monkeypatch.setattr(hub_module, "_STACKS_SECONDS", 0.5)
+def jump(monkeypatch):
+    """Seconds to add to what the hub's clock says."""
+    seconds = [0.0]
+    monkeypatch.setattr(hub_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + seconds[0]))
+    return seconds
+
+
+@pytest.fixture
+def ranks(jump):
     hub = Hub("t")
     hub.start()
     there = [Rank(hub, rank) for rank in range(3)]
@@ -88,12 +96,17 @@ def test_who_has_left_in_good_order_has_not_died(ranks):
     assert ranks[0].hears() == {"kind": "signal", "rank": 2, "what": "SIGTERM"}
 
 
-def test_silence_is_named(ranks):
+def test_silence_is_named(ranks, jump):
     ranks[1].say("overdue", why="step 3 takes too long", folder="f")
     ranks[2].say("overdue", why="step 3 takes too long, also", folder="f")
     assert verdicts(ranks) == [{"kind": "stacks", "folder": "f"}] * 3
     for rank in ranks[:2]:
         rank.say("dumped")
+        rank.say("signal", what="none")
+        assert ranks[0].hears()["kind"] == "signal"  # both have been heard
+    jump[0] = 3600
+    ranks[0].say("signal", what="none")  # the hub looks at the clock
+    assert ranks[0].hears()["kind"] == "signal"
     heard = verdicts(ranks)
     assert heard[0]["status"] == 1 and heard[0]["why"] == (
         "step 3 takes too long; no answer from rank 2 (process 102 on here): stopped, or its machine is gone"

@@ -161,9 +161,9 @@ def test_a_spot_check_of_a_large_file(tmp_path):
     with open(path, "wb") as file:
         file.truncate(1 << 40)
     key = "5" * 64
-    start = time.perf_counter()
+    start = time.process_time()
     recorded = spot_check.spot_digest(path, key)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert spot_check.spot_digest(path, key) == recorded
     for place in (0, (1 << 40) - 1):
         flip(path, place)

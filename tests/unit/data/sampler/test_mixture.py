@@ -45,7 +45,7 @@ def assert_exact_prefixes(sampler: ReplaySampler, length: int):
         assert abs(expanded - k * expanded_share) <= Fraction(1, 2)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(expanded=weights, original=weights, share=shares)
 def test_every_prefix_is_within_the_bound_of_its_share(sampler_of, expanded, original, share):
     sampler = sampler_of(expanded, original, {"expanded": share, "original": 1 - share})
@@ -135,7 +135,7 @@ tree_weights = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     weights=tree_weights,
     share=st.one_of(st.sampled_from([0.5, 0.999, 1.0]), shares),

@@ -36,7 +36,7 @@ def test_schedule_neither_repeats_nor_skips(sampler_of):
         assert sampler.picks(first, 1000 - first).tolist() == picks[first:]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     expanded=weights,
     original=weights,
