@@ -82,16 +82,16 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     A rank that fails among several does not wait for the others on its way out: its exit ends the run.
 
     Raises:
-        UserError: it is a rank of a run already.
+        UserError: it is a rank of a run already, or Megatron-Core cannot be used here.
     """
     if dist.is_initialized():
         raise UserError(
             "this process is a rank of a run already, and does one thing at a time: leave the `with session` block "
             "first, or end a process group of your own with torch.distributed.destroy_process_group()"
         )
+    prepare()  # first: who leaves a group needs Megatron
     ranks = join(timeout_minutes)
     try:
-        prepare()
         with callers_torch_set_aside(), torch.random.fork_rng(_generators()):
             yield ranks
     except BaseException:

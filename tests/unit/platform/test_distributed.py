@@ -69,6 +69,23 @@ def test_a_process_can_join_again_after_an_error(ranks):
         assert not dist.is_initialized()
 
 
+def test_a_megatron_that_cannot_be_used_is_told(ranks, monkeypatch):
+    """Leaving a process group takes Megatron, and would fail in its place."""
+    import torch.distributed as dist
+
+    from megatron_lpr.platform import distributed
+
+    def refuse():
+        raise UserError("Transformer Engine does not load")
+
+    ranks()
+    monkeypatch.setattr(distributed, "prepare", refuse)
+    monkeypatch.setattr(distributed, "leave", lambda: pytest.fail("there is nothing to leave"))
+    with pytest.raises(UserError, match="does not load"), distributed.megatron():
+        pass
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
