@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from pathlib import Path
 
 
@@ -14,8 +15,8 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     path = Path(os.path.realpath(path))
-    # of this process alone: two that write one file at once replace it in turn
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # of this call alone: two that write one file at once replace it in turn; in two containers both may be process 1
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -111,10 +111,12 @@ class SafetensorsReader:
         if file not in self._headers:
             path = self.folder / file
             try:
-                safe_open(str(path), framework="pt")  # the library knows best whether a file is sound
-                with open(path, "rb") as opened:
+                with open(path, "rb") as opened:  # first: to the library one without that right is missing
+                    safe_open(str(path), framework="pt")  # the library knows best whether a file is sound
                     (size,) = struct.unpack("<Q", opened.read(8))
                     header = json.loads(opened.read(size))
+            except PermissionError:
+                raise
             except (SafetensorError, OSError) as error:
                 raise UserError(f"'{path}' is damaged or truncated ({error}): download it again") from error
             header.pop("__metadata__", None)

@@ -18,6 +18,7 @@ from megatron_lpr.model.router_stats import NotYetSummed
 from megatron_lpr.model.transformer_config import transformer_config
 from megatron_lpr.model.vocabulary import TrueVocabGPTModel
 from megatron_lpr.platform import on_leave
+from megatron_lpr.platform.distributed import gloo_told
 from megatron_lpr.platform.fp8 import fp8_state_manager
 from megatron_lpr.recipe.checks import use_transformer_engine
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
@@ -30,21 +31,22 @@ def init_model_parallel(sizes: ParallelConfig, timeout_minutes: float = 30.0) ->
         timeout_minutes: of the collectives in these groups.
 
     Raises:
-        UserError: there is no default group, or another model is there already.
+        UserError: there is no default group, another model is there already, or gloo cannot make the groups.
     """
     if not torch.distributed.is_initialized():
         raise UserError("this process is no rank of a run: make a Trainer in `with session(plan)`, or call train(plan)")
     if parallel_state.model_parallel_is_initialized():
         raise UserError("this session has a Trainer already, and a process can have one: make a session for each")
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor,
-        pipeline_model_parallel_size=sizes.pipeline,
-        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
-        context_parallel_size=sizes.context,
-        expert_model_parallel_size=sizes.expert,
-        expert_tensor_parallel_size=sizes.expert_tensor,
-        distributed_timeout_minutes=timeout_minutes,
-    )
+    with gloo_told():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor,
+            pipeline_model_parallel_size=sizes.pipeline,
+            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline if sizes.virtual_pipeline > 1 else None,
+            context_parallel_size=sizes.context,
+            expert_model_parallel_size=sizes.expert,
+            expert_tensor_parallel_size=sizes.expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
+        )
     model_parallel_cuda_manual_seed(0)  # nothing here draws numbers: no dropout, no random initialisation
 
 

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import tempfile
 import threading
 import warnings
 
@@ -63,7 +64,8 @@ def prepare() -> None:
     """Make Megatron-Core importable, and runnable in this thread. Call it before anything of Megatron is imported.
 
     Raises:
-        UserError: an importable `apex` is not NVIDIA's or has no kernels, or Transformer Engine is half installed.
+        UserError: there is no temporary folder, an importable `apex` is not NVIDIA's or has no kernels, or Transformer
+            Engine is half installed.
     """
     _prepare_process()
     if getattr(_this_thread, "is_prepared", False):
@@ -78,6 +80,7 @@ def prepare() -> None:
 
 @functools.cache
 def _prepare_process() -> None:
+    _refuse_no_temporary_folder()
     if kernels_run_here():
         _refuse_wrong_apex()
     else:
@@ -106,6 +109,17 @@ def _leave_out_noise() -> None:
 
 def _is_no_noise(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(LOGGED_NOISE[record.name])
+
+
+def _refuse_no_temporary_folder() -> None:
+    """As in a read-only container: Megatron's import fails without one, and so would every save."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError(
+            "no folder for temporary files can be written to (/tmp, /var/tmp and the current one were tried): set "
+            "TMPDIR to one, or mount one at /tmp"
+        ) from None
 
 
 def _refuse_wrong_apex() -> None:

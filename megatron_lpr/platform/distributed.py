@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import gc
 import os
 import sys
@@ -82,16 +83,16 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     A rank that fails among several does not wait for the others on its way out: its exit ends the run.
 
     Raises:
-        UserError: it is a rank of a run already.
+        UserError: it is a rank of a run already, or Megatron-Core cannot be used here.
     """
     if dist.is_initialized():
         raise UserError(
             "this process is a rank of a run already, and does one thing at a time: leave the `with session` block "
             "first, or end a process group of your own with torch.distributed.destroy_process_group()"
         )
+    prepare()  # first: who leaves a group needs Megatron
     ranks = join(timeout_minutes)
     try:
-        prepare()
         with callers_torch_set_aside(), torch.random.fork_rng(_generators()):
             yield ranks
     except BaseException:
@@ -117,7 +118,7 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
     """
     global _excepthook
     ranks, _excepthook = Ranks.from_environment(), sys.excepthook
-    try:
+    with gloo_told():
         dist.init_process_group(
             backend(),
             # alone: no port to find or to fight over
@@ -127,15 +128,24 @@ def join(timeout_minutes: float = 30.0) -> Ranks:
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=device() if device().type == "cuda" else None,
         )
+    return ranks
+
+
+@contextlib.contextmanager
+def gloo_told() -> Iterator[None]:
+    """UserError for what gloo cannot have of this machine, where process groups are made inside."""
+    try:
+        yield
     except RuntimeError as error:
-        if "enforce fail" not in str(error):  # that is gloo's word for what it cannot have of this machine
+        # gloo's word for it, and C++'s where there can be no further thread
+        if "enforce fail" not in str(error) and str(error) != os.strerror(errno.EAGAIN):
             raise
         missed = str(error).splitlines()[0].rpartition("] ")[2]
         raise UserError(
             f"gloo cannot be started here ({missed}): it needs a network, if only lo (ip link set lo up), "
-            "GLOO_SOCKET_IFNAME unset or right, and `ulimit -n` of 256 or more"
+            "GLOO_SOCKET_IFNAME unset or right, `ulimit -n` of 256 or more with few ranks, and some threads for each "
+            "group (ulimit -u, the container's limit of processes)"
         ) from error
-    return ranks
 
 
 def group_store() -> dist.Store:

@@ -10,9 +10,11 @@ import pytest
 from megatron_lpr.files import durable
 
 _WRITES = """
+import os
 import sys
 from pathlib import Path
 from megatron_lpr.files import durable
+os.getpid = lambda: 1  # as in two containers
 for number in range(150):
     durable.write_text(Path(sys.argv[1]), sys.argv[2] * 200_000)
 """

@@ -1,6 +1,8 @@
 """Reader and writer against safetensors' own functions, and damaged inputs."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files import safetensors_io
 from megatron_lpr.files.new_folder import complete_folder
 from megatron_lpr.files.safetensors_io import SafetensorsReader, ShardedWriter, torch_dtype
 
@@ -106,6 +109,18 @@ def test_truncated_file(tmp_path):
     path = write(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="damaged or truncated"):
+        SafetensorsReader(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    """As another user's, in a container: the library takes it for missing."""
+
+    def refused(path, mode):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    write(tmp_path)
+    monkeypatch.setattr(safetensors_io, "open", refused, raising=False)  # to root every file is readable
+    with pytest.raises(PermissionError, match="model.safetensors"):
         SafetensorsReader(tmp_path)
 
 

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, TensorStorageMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_lpr.errors import UserError
+from megatron_lpr.platform.device import _prepare_process
 
 # Apex is looked at only where there is a GPU for its kernels
 PREPARE = (
@@ -31,6 +35,14 @@ def test_apex_without_its_kernels_is_refused(tmp_path):
     (tmp_path / "apex/__init__.py").touch()
     result = subprocess.run([sys.executable, "-c", PREPARE.format(str(tmp_path))], capture_output=True, text=True)
     assert "Apex in" in result.stderr and "without its CUDA extensions" in result.stderr
+
+
+def test_no_temporary_folder_is_told(monkeypatch):
+    """Megatron's import would fail with a traceback."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    with pytest.raises(UserError, match="no folder for temporary files can be written to"):
+        _prepare_process.__wrapped__()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the shims are for machines without CUDA")

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform import Ranks
+from megatron_lpr.recipe.settings import ParallelConfig
 from megatron_lpr.signals import among_ranks
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,6 +70,23 @@ def test_a_process_can_join_again_after_an_error(ranks):
         assert not dist.is_initialized()
 
 
+def test_a_megatron_that_cannot_be_used_is_told(ranks, monkeypatch):
+    """Leaving a process group takes Megatron, and would fail in its place."""
+    import torch.distributed as dist
+
+    from megatron_lpr.platform import distributed
+
+    def refuse():
+        raise UserError("Transformer Engine does not load")
+
+    ranks()
+    monkeypatch.setattr(distributed, "prepare", refuse)
+    monkeypatch.setattr(distributed, "leave", lambda: pytest.fail("there is nothing to leave"))
+    with pytest.raises(UserError, match="does not load"), distributed.megatron():
+        pass
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
@@ -103,3 +121,25 @@ def test_a_network_that_gloo_cannot_have(ranks, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nothing0")
     with pytest.raises(UserError, match=r"gloo cannot be started here \(.*nothing0\.?\)"):
         distributed.join()
+
+
+@pytest.mark.megatron
+@pytest.mark.parametrize(
+    "missed", ["[enforce fail at loop.cc:48] rv != -1. pipe: Too many open files", "Resource temporarily unavailable"]
+)
+def test_groups_of_megatron_that_gloo_cannot_make(ranks, monkeypatch, missed):
+    """Those come after the first, and take more open files and threads."""
+    from megatron_lpr.platform import megatron
+
+    def refuse(**sizes):
+        raise RuntimeError(missed)
+
+    ranks()
+    with megatron():
+        from megatron.core import parallel_state
+
+        from megatron_lpr.model.builder import init_model_parallel
+
+        monkeypatch.setattr(parallel_state, "initialize_model_parallel", refuse)
+        with pytest.raises(UserError, match=rf"gloo cannot be started here \(.*{missed[-20:]}\)"):
+            init_model_parallel(ParallelConfig())
