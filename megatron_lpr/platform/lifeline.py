@@ -188,7 +188,10 @@ def _connect(rank: int, store: dist.Store) -> Lifeline | None:
         hub = Hub(token)
         hub.start()
         store.set(key, json.dumps({"host": _own_address(), "port": hub.port, "token": token}))
-    found = json.loads(store.get(key))
+    try:
+        found = json.loads(store.get(key))
+    except dist.DistNetworkError:
+        raise UserError("rank 0 has ended before the ranks had agreed; look at what it printed last") from None
     try:
         connection = socket.create_connection((found["host"], found["port"]), timeout=_CONNECT_SECONDS)
     except OSError as error:

@@ -159,6 +159,12 @@ def _leave_gloo_out_where_a_rank_is_alone() -> None:
     )
 
 
+def _gather_bytes(output: torch.Tensor, input: torch.Tensor, **kwargs: Any) -> Any:
+    """An interleaved pipeline gathers a chunk's bfloat16 weights and fp32 routers in one call, of which gloo makes one
+    dtype; both get the wrong numbers, without a word."""
+    return dist.all_gather_into_tensor(output.view(torch.uint8), input.view(torch.uint8), **kwargs)
+
+
 def mend_megatron(on_cpu: bool) -> None:
     """Patch the imported Megatron-Core; `on_cpu` adds what only a machine without CUDA needs."""
     from megatron.core.distributed import param_and_grad_buffer
@@ -181,7 +187,7 @@ def mend_megatron(on_cpu: bool) -> None:
         # bound at import too, which may have been before `stand_in_for_cuda`
         _replace(
             param_and_grad_buffer,
-            dist_all_gather_func=dist.all_gather_into_tensor,
+            dist_all_gather_func=_gather_bytes,
             dist_reduce_scatter_func=dist.reduce_scatter_tensor,
         )
 

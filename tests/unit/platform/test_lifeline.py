@@ -42,6 +42,25 @@ sys.exit(status_of("x", command, resumes=True))
 """
 
 
+def test_a_rank_that_comes_when_rank_0_has_been_stopped_says_so():
+    """As where SIGTERM ends rank 0 between their meeting and its lifeline: the store has gone with it."""
+    import torch.distributed as dist
+
+    from megatron_lpr.errors import UserError
+    from megatron_lpr.platform import Ranks
+    from megatron_lpr.platform.lifeline import connected
+
+    port = free_port()
+    stores = [
+        dist.TCPStore("127.0.0.1", port, is_master=is_master, wait_for_workers=False) for is_master in (True, False)
+    ]
+    there = stores.pop()
+    stores.clear()
+    inside = connected(Ranks(rank=1, local_rank=1, world_size=2), lambda: there)
+    with pytest.raises(UserError, match="rank 0 has ended before the ranks had agreed"), inside:
+        raise AssertionError("it connected")
+
+
 @dataclass(frozen=True)
 class Case:
     """What each of two ranks does, which signals which rank gets when both are ready, and how they end.
