@@ -117,13 +117,15 @@ def test_stops_and_names_rank_documents_and_ways_out(make_trainer, poison, docum
 
 @pytest.mark.parametrize("policy", ["skip", "skip_and_mark"])
 def test_a_step_is_skipped_and_leaves_what_learns_untouched(make_trainer, poison, documents, tmp_path, capsys, policy):
-    trainer = make_trainer(train={"on_not_finite": policy, "max_skipped_steps": 1, "trainable": "all"})
-    trainer.finite_step()
+    train = {"on_not_finite": policy, "max_skipped_steps": 1, "trainable": "all"}
+    trainer = make_trainer(train=train, balance={"coeff": 0.1})
+    assert trainer.finite_step()["balance_loss"]
     before, consumed = state_of(trainer), trainer.consumed_samples
     poison(trainer, 2)
     metrics = trainer.finite_step()
     assert_same(state_of(trainer), before)
     assert metrics["skipped"] == f"the loss of rank 0 ({socket.gethostname()}) is nan"
+    assert metrics["balance_loss"] is metrics["lpr_loss"] is None
     assert (metrics["step"], metrics["skipped_steps"]) == (2, 1) and trainer.consumed_samples == 2 * consumed
     assert (
         f"step 2 is skipped (1 of at most 1): {metrics['skipped']}; it read qab document 7" in capsys.readouterr().err

@@ -99,8 +99,8 @@ def test_steps_that_log_nothing_of_routers_reduce_nothing_of_them(megatron, toy_
     reduced = []
     monkeypatch.setattr(step_metrics, "ToHost", lambda packed: reduced.append(packed.numel()) or ToHost(packed))
     trainer = make_trainer(toy_base, tmp_path, logging={"router_every": 2}, train={"steps": 6})
-    for _ in range(3):
-        trainer.train_step()
+    losses = [trainer.train_step()["lpr_loss"] for _ in range(3)]
+    assert losses[0] and losses[1] and losses[2] is None  # it is not trained with, and not measured there
     layers, experts = len(trainer.routers), trainer.recipe.model.num_experts
     of_routers = layers * len(trainer.plan.manifest.languages) * (3 + experts)
     assert [size - min(reduced) for size in reduced] == [of_routers, of_routers, 0]
