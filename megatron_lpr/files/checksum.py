@@ -11,6 +11,8 @@ from typing import Any
 
 import xxhash
 
+from megatron_lpr.errors import UserError
+
 _CHUNK_BYTES = 8 << 20
 
 
@@ -85,6 +87,9 @@ def fault_of_file(path: Path, expected: Checksum, *, contents: bool = True) -> s
     """What is wrong with a file, as `is missing`; None where it is what it must be.
 
     contents: read it, and not only ask for its size.
+
+    Raises:
+        UserError: there is no right to read it, which says nothing of its bytes.
     """
     try:
         size = path.stat().st_size
@@ -94,6 +99,8 @@ def fault_of_file(path: Path, expected: Checksum, *, contents: bool = True) -> s
             return "is damaged: its bytes are not those that were written"
     except FileNotFoundError:
         return "is missing"
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; ask its owner for the right to") from None
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None

@@ -12,6 +12,7 @@ from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, read_run_state, write_run_state
 from megatron_lpr.checkpoint.verification import faults_of_all, has_checksums, refuse_damaged, verify_files
 from megatron_lpr.errors import UserError
+from megatron_lpr.files import checksum
 from megatron_lpr.files.checksum import ChecksummedFile
 
 CONTENT = {"metadata.json": b"{}", ".metadata": b"\x80", "__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"abc"}
@@ -68,6 +69,17 @@ def test_damage_is_one_sentence_that_names_the_file(folder, name, damage):
     with pytest.raises(UserError, match="^checkpoint .*another checkpoint of the run$") as error:
         refuse_damaged(folder, contents=True)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_may_not_be_read_is_not_damaged(folder, monkeypatch):
+    """Its run would be set back to the checkpoint before it, by somebody else who goes on with it."""
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checksum, "file_checksum", refused)
+    with pytest.raises(UserError, match=r"^cannot read .*/__0_0.distcp: Permission denied; ask its owner"):
+        verify_files(folder)
 
 
 @pytest.mark.parametrize("name", ["run.json", "manifest.json"])
