@@ -26,10 +26,13 @@ def test_what_is_held_is_planned_to_the_byte(rows):
 
 
 def test_the_most_is_planned_within_a_few_percent(rows):
-    """What is more or less than a third of a GPU, that is: small models have gaps of a few hundred MB."""
+    """What is more or less than a third of a GPU, that is: small models have gaps of a few hundred MB.
+
+    Up to 0.4% of what was measured is the second copy of a frozen expert's output, which was kept that day.
+    """
     for row in rows:
         planned, measured = row.peak
-        assert -0.02 < planned / measured - 1 < 0.12 or measured < 10e9, row.line()
+        assert -0.024 < planned / measured - 1 < 0.12 or measured < 10e9, row.line()
 
 
 def test_no_step_is_faster_than_its_bound(rows):
