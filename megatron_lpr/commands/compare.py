@@ -16,4 +16,4 @@ def run(options: argparse.Namespace) -> None:
     print(comparison(options.files))
 
 
-COMMAND = Command("compare", "table of several evaluation results, with retention", add_arguments, run, place=7)
+COMMAND = Command("compare", "table of several evaluation results, with retention", add_arguments, run, place=9)

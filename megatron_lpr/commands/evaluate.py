@@ -136,7 +136,7 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=(*READS, "model.dtype"),
-    place=6,
+    place=8,
     spelling=SPELLING,
     distributed=True,
 )

@@ -72,6 +72,6 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=READS,
-    place=8,
+    place=11,
     spelling=SPELLING,
 )

@@ -129,5 +129,5 @@ COMMAND = Command(
     "pictures: losses of runs; of evaluated models retention against gain, and where they send the tokens of each text",
     add_arguments,
     run,
-    place=10,
+    place=13,
 )

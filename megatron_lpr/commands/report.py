@@ -42,5 +42,5 @@ COMMAND = Command(
     "a page of HTML of one run or several: curves, languages, routing, data, settings",
     add_arguments,
     run,
-    place=10,
+    place=14,
 )

@@ -78,6 +78,6 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=READS,
-    place=7,
+    place=10,
     spelling=SPELLING,
 )

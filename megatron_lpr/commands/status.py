@@ -45,5 +45,5 @@ COMMAND = Command(
     "how runs do, from their files: state, step, ETA, losses, last checkpoint",
     add_arguments,
     run,
-    place=5,
+    place=7,
 )

@@ -51,7 +51,7 @@ COMMAND = Command(
         *("name", "output", "model", "data", "train", "parallel", "fp8", "balance", "lpr", "optimizer", "checkpoint"),
         *("logging", "cluster", "evaluation", "preprocess.bos", "preprocess.parse_special_tokens"),
     ),
-    place=5,
+    place=6,
     distributed=True,
     resumes=True,
 )

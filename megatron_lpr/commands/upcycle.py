@@ -42,6 +42,6 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=("output", "model", "parallel", "export"),
-    place=4,
+    place=5,
     distributed=True,
 )

@@ -120,6 +120,6 @@ COMMAND = Command(
     add_arguments,
     run,
     reads=READS,
-    place=9,
+    place=12,
     spelling=SPELLING,
 )

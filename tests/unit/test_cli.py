@@ -114,7 +114,10 @@ def test_without_a_command_help_is_printed(capsys):
     assert printed == "" and cli.main(["--help"]) == 0
     assert capsys.readouterr() == (told, "")
     assert all(f"\n  {command.name} " in told for command in COMMANDS)
-    places = [told.index(f"\n  {word} ") for word in ("preprocess", "train", "evaluate", "export", "verify")]
+    places = [
+        told.index(f"\n  {word} ")
+        for word in ("preprocess", "train", "status", "evaluate", "route", "export", "verify", "plot", "report")
+    ]
     assert places == sorted(places)
 
 
