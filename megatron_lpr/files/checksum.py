@@ -100,7 +100,7 @@ def fault_of_file(path: Path, expected: Checksum, *, contents: bool = True) -> s
     except FileNotFoundError:
         return "is missing"
     except PermissionError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; ask its owner for the right to") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; ask its owner for the right to read it") from None
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
