@@ -57,7 +57,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
                 layout = layouts.layout(train)
                 if found is None or layout.time.total < found.time.total * (1 - _ROUNDING):
                     found = layout
-            elif not best and (nearest is None or lacks < nearest[0]):
+            elif not best and (nearest is None or lacks <= nearest[0]):  # where weights are too much, the last batch
                 nearest = lacks, layouts, train
         if found:
             best = sorted([*best, found], key=lambda layout: layout.time.total)[:most]

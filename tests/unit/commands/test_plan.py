@@ -65,7 +65,8 @@ def test_where_nothing_fits_the_first_kind_is_named(capsys):
     assert plan("--gpus", "8", "--memory", "79.5", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out
     assert printed.startswith("8 x h100: 79.50 GB each, of which 71.55 GB are planned with")
-    assert "no layout fits; the nearest, " in printed
+    nearest = printed.split("no layout fits; the nearest, ")[1].splitlines()[0]
+    assert "micro batch 1, recompute full: does not fit: " in nearest
     assert "the first that does not fit is " in printed.split("no layout fits")[1]
 
 
