@@ -84,12 +84,8 @@ class ReportedRun:
         assert self.log.last is not None
         whole = train.steps * train.global_batch_size
         so_far = min(self.log.last.get("consumed_samples", 0), whole)
-        read = zip(sampler.samples_before(so_far), sampler.samples_before(whole), strict=True)
-        windows = [sampler.num_windows(number) for number in range(len(self.manifest.corpora))]
-        return {
-            corpus.name: (now / windows[number], end / windows[number])
-            for number, (corpus, (now, end)) in enumerate(zip(self.manifest.corpora, read, strict=True))
-        }
+        passes = zip(sampler.epochs_before(so_far), sampler.epochs_before(whole), strict=True)
+        return {corpus.name: its for corpus, its in zip(self.manifest.corpora, passes, strict=True)}
 
     @property
     def roles(self) -> dict[str, str]:

@@ -85,12 +85,9 @@ def repeated(train: TrainConfig, sampler: ReplaySampler) -> list[str]:
     """A warning where a run reads the same text again and again; routers alone, of a review, learn little by heart."""
     if train.trainable == "routers":
         return []
-    read = sampler.samples_before(train.steps * train.global_batch_size)
-    epochs = {
-        corpus.name: samples / sampler.num_windows(number)
-        for number, (corpus, samples) in enumerate(zip(sampler.manifest.corpora, read, strict=True))
-        if samples > _MOST_EPOCHS * sampler.num_windows(number)
-    }
+    passes = sampler.epochs_before(train.steps * train.global_batch_size)
+    names = (corpus.name for corpus in sampler.manifest.corpora)
+    epochs = {name: its for name, its in zip(names, passes, strict=True) if its > _MOST_EPOCHS}
     if not epochs:
         return []
     most = sorted(epochs, key=lambda name: epochs[name], reverse=True)[:_SHOWN_CORPORA]
@@ -151,7 +148,7 @@ def _mixtures(train: TrainConfig, sampler: ReplaySampler) -> Iterator[str]:
 def _tree(sampler: ReplaySampler, samples: int, counts: BatchCounts) -> Iterator[tuple[str, ...]]:
     manifest = sampler.manifest
     per_language, total = counts.tokens_per_language, max(counts.tokens, 1)
-    read = sampler.samples_before(samples)
+    read, epochs = sampler.samples_before(samples), sampler.epochs_before(samples)
     # of a document an epoch of such samples has the first positions alone
     there = "tokens of the documents" if sampler.windows == "document" else "tokens in an epoch"
     yield "data", "tokens", "share", "samples", "epochs", there
@@ -169,8 +166,7 @@ def _tree(sampler: ReplaySampler, samples: int, counts: BatchCounts) -> Iterator
                 corpus = manifest.corpora[i]
                 mixed = f" ({', '.join(corpus.languages)})" if corpus.languages else ""
                 name = f"{stem}{_branch(place, len(corpora))}{corpus.name}{mixed}"
-                epochs = f"{read[i] / sampler.num_windows(i):.3f}"
-                yield name, "", "", f"{read[i]:,}", epochs, f"{sampler.num_tokens(i):,}"
+                yield name, "", "", f"{read[i]:,}", f"{epochs[i]:.3f}", f"{sampler.num_tokens(i):,}"
 
 
 def _table(tree: Iterator[tuple[str, ...]]) -> Iterator[str]:

@@ -181,6 +181,10 @@ class ReplaySampler:
         """Samples of each corpus among the run's first k."""
         return self._sampler.samples_before(k)
 
+    def epochs_before(self, k: int) -> list[float]:
+        """How often the run's first k samples pass over each corpus, or over what is read of it."""
+        return [samples / self.num_windows(corpus) for corpus, samples in enumerate(self.samples_before(k))]
+
     def picks(self, first: int, count: int) -> np.ndarray:
         """Corpus, window and epoch of samples first, ..., first + count - 1: uint64 [count, 3]."""
         return self._sampler.picks(first, count)
