@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import (
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import FAMILIES, family_of, read_architecture
 from megatron_lpr.families.export_config import CARRIED_OVER, export_config
+from megatron_lpr.families.table import FIELDS
 
-FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 PHI = {
@@ -91,7 +92,7 @@ REFUSED = {
 
 def folder(tmp_path, sizes, fields):
     common = {"max_position_embeddings": 4096, "vocab_size": 1000, "torch_dtype": "bfloat16"}
-    config = {**common, **dict(zip(FIELDS, sizes, strict=bool(sizes))), **fields}
+    config = {**common, **dict(zip(SIZES, sizes, strict=bool(sizes))), **fields}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -134,10 +135,40 @@ def test_every_class_that_transformers_has(tmp_path):
         assert architecture in str(refused.value) and "\n" not in str(refused.value)
 
 
+CLASSES = {each.model_type: each for family in FAMILIES.values() for each in (family.dense, family.moe)}
+# What no config may leave out: every default number of query groups divides these heads.
+LEAST = {
+    "hidden_size": 1280, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 160, "vocab_size": 10**6,
+}  # fmt: skip
+LEAST_OF = {"qwen2_moe": {"shared_expert_intermediate_size": 8}, "qwen3_moe": {"num_experts": 8}}
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path, model_type):
+    hf_class = CLASSES[model_type]
+    least = {**LEAST, **LEAST_OF.get(model_type, {})}
+    taken = CONFIG_MAPPING[model_type](**least)
+    refused = [name for name, value in hf_class.required.items() if getattr(taken, name, value) != value]
+    read = {**least, "architectures": [hf_class.architecture], "model_type": model_type}
+    if refused:
+        (tmp_path / "config.json").write_text(json.dumps(read))
+        with pytest.raises(UserError, match=refused[0]):
+            read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(read | {name: hf_class.required[name] for name in refused}))
+    arch = read_architecture(tmp_path)
+    assert arch.rope_theta == taken.rope_parameters["rope_theta"]
+    assert arch.head_dim == (getattr(taken, "head_dim", None) or 8)
+    for attribute, names in {**FIELDS, **hf_class.fields}.items():
+        if attribute != "head_dim":
+            expected = next(getattr(taken, name) for name in names if hasattr(taken, name))
+            assert getattr(arch, attribute) == (() if expected == [] else expected), attribute
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_what_a_config_leaves_out_is_the_same_in_the_export(tmp_path, family):
     """Special tokens and dropout have other defaults in many a class with experts."""
-    sizes = dict(zip(FIELDS, (32, 24, 2, 4, 2), strict=True))
+    sizes = dict(zip(SIZES, (32, 24, 2, 4, 2), strict=True))
     dense = {"architectures": [family.dense.architecture], "model_type": family.dense.model_type, "vocab_size": 10**6}
     needed = {key: value for key, value in family.dense.required.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps({**needed, **dense, **sizes}))
