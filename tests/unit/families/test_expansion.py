@@ -8,7 +8,15 @@ from tiny_models import save_tiny
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
-from megatron_lpr.families.expansion import Expansion, check_upcycling, origins, router_rows, source_expert
+from megatron_lpr.families.expansion import (
+    Expansion,
+    check_upcycling,
+    origins,
+    router_rows,
+    source_expert,
+    with_layers_kept_dense,
+    with_shared_expert,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +82,26 @@ def test_what_it_can_become(dense):
     for asked in ((3, 1), (3, 2), (4, 3), (9, 3)):
         check_upcycling(with_experts(dense), Expansion(num_experts=asked[0], num_frozen=asked[1]))
     check_upcycling(dense, Expansion())
+    check_upcycling(dense, Expansion(num_experts=2, topk=2))
+
+
+@pytest.mark.parametrize("layers", [(-1,), (2,), (0, 1)])
+def test_layers_that_cannot_be_kept_dense(dense, layers):
+    with pytest.raises(UserError, match="some, not all, of the layers 0 to 1"):
+        with_layers_kept_dense(dense, layers)
+
+
+def test_layers_kept_dense_are_a_set(dense):
+    assert Expansion(num_experts=3, mlp_only_layers=(1, 0, 1)) == Expansion(num_experts=3, mlp_only_layers=(0, 1))
+    assert with_layers_kept_dense(dense, (1, 1)).moe_layers() == [0]
+
+
+def test_the_shared_expert_of_a_base_stays_as_wide(dense):
+    """A dense base gets one of any width, of none at all too."""
+    assert not [name for name in origins(with_shared_expert(dense, 0), 3) if "shared" in name and "gate." not in name]
+    moe = dataclasses.replace(with_experts(dense), shared_expert_size=8)
+    assert with_shared_expert(moe, 8) == moe
+    with pytest.raises(UserError, match="one of width 8 already"):
+        with_shared_expert(moe, 16)
+    with pytest.raises(UserError, match="at least 0"):
+        with_shared_expert(dense, -1)

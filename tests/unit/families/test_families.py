@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from tiny_models import LLAMA3_SCALING
+from transformers import AutoConfig
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
@@ -33,6 +34,12 @@ QWEN3_MOE = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
     "norm_topk_prob": True,
+}
+
+ERNIE_MOE = {
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "moe_num_shared_experts": 0,
+    "moe_layer_start_index": 0,
 }
 
 
@@ -108,6 +115,10 @@ def test_absent_fields_have_the_defaults_of_transformers(tmp_path):
         ({**QWEN3_MOE, "norm_topk_prob": "absent"}, "norm_topk_prob = False"),
         ({**QWEN3_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ({**QWEN3_MOE, "mlp_only_layers": [0]}, "another width"),
+        ({**QWEN3_MOE, "num_experts": 10**4, "num_hidden_layers": 101}, "at most 1000000 in all 101 layers"),
+        ({**QWEN3, "head_dim": 7}, "head_dim = 7: .* even size"),
+        ({"hidden_size": 28}, "num_attention_heads = 4: .* even size, not 7"),
+        ({**ERNIE_MOE, "moe_layer_interval": 2}, "moe_layer_interval = 2"),
         ({**QWEN3_MOE, "num_experts": "absent"}, "num_experts = None"),
         ({"architectures": ["MixtralForCausalLM"], "router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
     ],
@@ -142,6 +153,17 @@ def test_experts_of_a_model_that_has_them(tmp_path):
     assert read_architecture(folder(tmp_path, **version_5)) == arch
 
 
+def test_as_many_experts_as_a_token_goes_to_and_a_layer_without(tmp_path):
+    fields = {**QWEN3_MOE, "num_experts_per_tok": 4, "mlp_only_layers": [1], "intermediate_size": 8}
+    arch = read_architecture(folder(tmp_path, **fields))
+    assert (arch.num_experts, arch.topk, arch.moe_layers()) == (4, 4, [0])
+
+
+def test_heads_that_do_not_make_up_the_hidden_size(tmp_path):
+    arch = read_architecture(folder(tmp_path, **QWEN3, hidden_size=30, head_dim=16))
+    assert (arch.hidden_size, arch.shape("Q")) == (30, (64,))
+
+
 def test_a_mixtral_is_read_with_its_window(tmp_path):
     mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 3, "sliding_window": 16}
     arch = read_architecture(folder(tmp_path, **mixtral))
@@ -150,6 +172,8 @@ def test_a_mixtral_is_read_with_its_window(tmp_path):
 
 def test_a_window_that_the_config_leaves_out_is_mistrals(tmp_path):
     assert read_architecture(folder(tmp_path, architectures=["MistralForCausalLM"])).sliding_window == 4096
+    layers = {"layer_types": ["sliding_attention"] * 2}
+    assert read_architecture(folder(tmp_path, architectures=["MistralForCausalLM"], **layers)).sliding_window == 4096
 
 
 def test_the_dtype_that_the_config_leaves_out_is_the_one_on_disk(tmp_path, llama_bf16):
@@ -157,3 +181,8 @@ def test_the_dtype_that_the_config_leaves_out_is_the_one_on_disk(tmp_path, llama
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "dtype"}))
     assert read_architecture(base).dtype == "bfloat16"
+
+
+def test_of_two_dtypes_that_of_transformers(tmp_path):
+    config = folder(tmp_path, model_type="llama", dtype="float32", torch_dtype="bfloat16")
+    assert read_architecture(config).dtype == str(AutoConfig.from_pretrained(config).dtype).removeprefix("torch.")
