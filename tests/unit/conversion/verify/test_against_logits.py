@@ -21,11 +21,11 @@ def check(monkeypatch):
     return functools.partial(checked, monkeypatch)
 
 
-def checked(monkeypatch, change, *, num_experts=3, gap_at=None, tolerance="EXACT"):
+def checked(monkeypatch, change, *, num_experts=3, gap_at=None, tolerance="EXACT", scale=1.0, topk=2):
     """The check of a stock model that computes `change` beside the Megatron model's logits."""
-    logits_TV = torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits_TV = torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(0)) * scale
     recipe = SimpleNamespace(model=SimpleNamespace(num_experts=num_experts))
-    router = Router(gap_at or {})
+    router = Router(gap_at or {}, scale, topk)
 
     def logits(row):
         router(row)
@@ -42,13 +42,13 @@ def checked(monkeypatch, change, *, num_experts=3, gap_at=None, tolerance="EXACT
 class Router(torch.nn.Module):
     """Two of three experts: 5 and 4, and 3 but for the positions that have another gap to the second."""
 
-    topk = 2
-
-    def __init__(self, gap_at):
+    def __init__(self, gap_at, scale, topk):
         super().__init__()
+        self.topk = topk
         self.logits = torch.tensor([4.0, 3.0, 5.0]).repeat(POSITIONS, 1, 1)
         for position, gap in gap_at.items():
             self.logits[position, 0, 1] = 4 - gap
+        self.logits *= scale
 
     def forward(self, row):
         return row
@@ -75,6 +75,16 @@ def at(positions, value):
 )
 def test_a_few_positions_may_differ(check, change, ok):
     assert check(change).ok == ok
+
+
+def test_rounding_and_ties_are_relative_to_the_largest(check):
+    assert check(at(POSITIONS, 5e-3), scale=500.0).ok
+    assert check(behind(90), gap_at={90: 1e-6}, scale=500.0).ok  # 5e-4 of 2500
+
+
+def test_where_all_experts_are_chosen_there_are_no_ties(check):
+    assert "at or behind a tie" in check(behind(90), gap_at={90: 1e-6}).detail
+    assert not check(behind(90), gap_at={90: 1e-6}, topk=3).ok
 
 
 def test_without_experts_there_are_no_ties(check):
