@@ -169,18 +169,48 @@ def test_an_instruct_model_of_another_architecture(run, base, tmp_path, fields, 
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_an_instruct_model_with_another_tokenizer(run, base, instruct, tmp_path):
-    other = shutil.copytree(instruct, tmp_path / "other")
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
+def swap_two_tokens(tokenizer):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_two_tokens,
+        lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}),
+        lambda tokenizer: tokenizer["added_tokens"].append({"id": 256, "content": "<|other|>"}),
+    ],
+)
+def test_an_instruct_model_with_another_tokenizer(run, base, instruct, tmp_path, change):
+    other = shutil.copytree(instruct, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    change(tokenizer)
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="give other ids to the same text"):
         graft(run, base, other, tmp_path / "out")
 
 
-def test_an_instruct_model_that_lacks_a_tensor(run, base, instruct, tmp_path):
-    other = rewritten(instruct, tmp_path / "other", lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(UserError, match="no tensor 'model.norm.weight'"):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "no tensor 'model.norm.weight'"),
+        (lambda tensors: tensors["model.norm.weight"].unsqueeze_(0), "'model.norm.weight' .* shape"),
+    ],
+)
+def test_an_instruct_model_that_lacks_a_tensor(run, base, instruct, tmp_path, change, message):
+    other = rewritten(instruct, tmp_path / "other", change)
+    with pytest.raises(UserError, match=message):
         graft(run, base, other, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_frozen_tensors_that_training_rounded(toy_base, tmp_path):
+    """A base in float32 that was trained in bfloat16: its frozen tensors are the base's all the same."""
+    instruct = write_toy_model(tmp_path / "instruct", seed=1)
+    trained = toy_parameters(toy_base, dtype="bfloat16")
+    recipe = {"model": {"base": str(toy_base), "num_experts": 3, "dtype": "bfloat16"}}
+    write_run(toy_base, tmp_path / "run", parameters=trained, recipe=recipe)
+    got = load_file(graft(tmp_path / "run", toy_base, instruct, tmp_path / "out") / "model.safetensors")
+    new = load_file(instruct / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(got["model.norm.weight"], new.to(got["model.norm.weight"].dtype))
