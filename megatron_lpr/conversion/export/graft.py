@@ -120,8 +120,8 @@ def check_own_base(base_dir: str | Path, model_base: str | Path) -> None:
     if Path(base_dir).resolve() == Path(model_base).resolve():
         return
     given, own = SafetensorsReader(base_dir), SafetensorsReader(model_base)
-    names = set(given.keys()) & set(own.keys())
-    if set(given.keys()) == set(own.keys()) and all(torch.equal(given.get(n), own.get(n)) for n in sorted(names)):
+    names = set(given.keys())
+    if names == set(own.keys()) and all(torch.equal(given.get(name), own.get(name)) for name in sorted(names)):
         return
     raise UserError(
         f"--graft-delta: '{base_dir}' is not the base of this model, which is '{model_base}': their weights differ"
