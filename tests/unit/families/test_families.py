@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
+from megatron_lpr.families.export_config import export_config
 from megatron_lpr.families.weights import open_weights
 
 V4_LLAMA = {
@@ -186,3 +187,9 @@ def test_the_dtype_that_the_config_leaves_out_is_the_one_on_disk(tmp_path, llama
 def test_of_two_dtypes_that_of_transformers(tmp_path):
     config = folder(tmp_path, model_type="llama", dtype="float32", torch_dtype="bfloat16")
     assert read_architecture(config).dtype == str(AutoConfig.from_pretrained(config).dtype).removeprefix("torch.")
+
+
+def test_a_dense_export_in_another_dtype_says_so_to_transformers_4_and_5(tmp_path):
+    arch = read_architecture(folder(tmp_path))
+    written = export_config(arch, V4_LLAMA, num_experts=0, topk=0, dtype="float32")
+    assert written["torch_dtype"] == written["dtype"] == "float32"
