@@ -174,3 +174,25 @@ def test_settings_of_the_export_reach_the_record(made_here, tmp_path):
     out = export_checkpoint(made_here / "run", tmp_path / "out", base_dir=made_here / "base", settings=settings)
     assert read_record(out).dtype == "bfloat16" and read_record(out).frozen_sha256 is None
     assert verify_export(out, made_here / "base").ok
+
+
+def test_frozen_tensors_that_training_rounded(made_here, tmp_path):
+    """Trained in bfloat16 on a base in float32, and written in float32 again."""
+    base = made_here / "base"
+    recipe = {"model": {"base": str(base), "num_experts": 3, "dtype": "bfloat16"}}
+    write_run(base, tmp_path / "run", parameters=toy_parameters(base, dtype="bfloat16"), recipe=recipe)
+    settings = ExportConfig(dtype="float32")
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=base, settings=settings)
+    report = verify_export(out, base)
+    assert report.ok and "21 of 21 equal" in str(report), str(report)
+
+
+@pytest.mark.parametrize("change", ["one more", "one less"])
+def test_a_base_with_other_files_than_the_export_was_made_of(made_here, copy, tmp_path, change):
+    base = shutil.copytree(made_here / "base", tmp_path / "base")
+    if change == "one more":
+        (base / "generation_config.json").write_text("{}")
+    else:
+        (base / "tokenizer.json").unlink()
+    name = "generation_config.json" if change == "one more" else "tokenizer.json"
+    assert f"not the model that the export was made with: {name} differ" in str(verify_export(copy, base))

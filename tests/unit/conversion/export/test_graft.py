@@ -211,6 +211,7 @@ def test_frozen_tensors_that_training_rounded(toy_base, tmp_path):
     trained = toy_parameters(toy_base, dtype="bfloat16")
     recipe = {"model": {"base": str(toy_base), "num_experts": 3, "dtype": "bfloat16"}}
     write_run(toy_base, tmp_path / "run", parameters=trained, recipe=recipe)
-    got = load_file(graft(tmp_path / "run", toy_base, instruct, tmp_path / "out") / "model.safetensors")
-    new = load_file(instruct / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(got["model.norm.weight"], new.to(got["model.norm.weight"].dtype))
+    settings, reports = ExportConfig(dtype="float32"), []
+    out = graft(tmp_path / "run", toy_base, instruct, tmp_path / "out", settings=settings, on_verified=reports.append)
+    got, new = (load_file(folder / "model.safetensors") for folder in (out, instruct))
+    assert torch.equal(got["model.norm.weight"], new["model.norm.weight"]) and reports[0].ok, str(reports[0])
