@@ -1,6 +1,6 @@
 """What run.json and manifest.json of a checkpoint hold, as far as it is read entry by entry, and what does not fit.
 
-Their digests find what a disk has done to them. Old versions wrote none, and somebody may write another one.
+Their digests find what a disk has done to them; but somebody may write another one.
 """
 
 import types
@@ -82,20 +82,20 @@ class _Source(TypedDict):
 
 
 class RunJson(TypedDict):
-    """Of a run.json what every version has, and of what later ones have added what is there."""
+    """Of a run.json what is read of it, as a run writes it."""
 
     step: int
     consumed_samples: int
     has_optimizer: bool
     recipe: _Recipe
-    data_state: NotRequired[_Data | None]
-    tokens_per_language: NotRequired[dict[str, int] | None]
-    skipped_steps: NotRequired[int]
-    base: NotRequired[_Base | None]
-    source: NotRequired[_Source | None]
-    content: NotRequired[Content]
-    manifest: NotRequired[str | None]
-    version: NotRequired[int]
+    data_state: _Data | None
+    tokens_per_language: dict[str, int] | None
+    skipped_steps: int
+    base: _Base | None
+    source: _Source | None
+    content: Content
+    manifest: str
+    version: int
 
 
 class _File(TypedDict):
