@@ -40,10 +40,10 @@ class RunState:
     consumed_samples: int
     has_optimizer: bool
     recipe: dict[str, Any]  # resolved
+    base: dict[str, Any]  # identity of the base model (same_run.py), and its files (base_files.py)
     data_state: dict[str, Any] | None = None  # of the replay sampler
     tokens_per_language: dict[str, int] | None = None  # since the start of the run
     skipped_steps: int = 0  # the same
-    base: dict[str, Any] | None = None  # identity of the base model (same_run.py), and its files (base_files.py)
     source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (source.py)
     content: Content = "whole"  # what the checkpoint holds (holding.py)
     manifest: str | None = None  # SHA-256 of manifest.json; None before that is written

@@ -16,8 +16,8 @@ class _Model(TypedDict):
     num_frozen_experts: int
     topk: int
     dtype: str
-    mlp_only_layers: NotRequired[list[int]]
-    load: NotRequired[str | None]
+    mlp_only_layers: list[int]
+    load: str | None
 
 
 class _Train(TypedDict):
@@ -31,16 +31,16 @@ class _Loss(TypedDict):
 
 
 class _Preprocess(TypedDict):
-    bos: NotRequired[Literal["auto", "true", "false"]]
+    bos: Literal["auto", "true", "false"]
 
 
 class _Recipe(TypedDict):
     name: str
     model: _Model
-    train: NotRequired[_Train | None]
-    balance: NotRequired[_Loss]
-    lpr: NotRequired[_Loss]
-    preprocess: NotRequired[_Preprocess]
+    train: _Train | None
+    balance: _Loss
+    lpr: _Loss
+    preprocess: _Preprocess
 
 
 class _Mixture(TypedDict):
@@ -56,7 +56,7 @@ class _Corpus(TypedDict):
     languages: NotRequired[dict[str, str]]
 
 
-class _Data(TypedDict, total=False):
+class _Data(TypedDict):
     version: int
     consumed_samples: int
     schedule: list[_Mixture]
@@ -71,8 +71,8 @@ class _BaseFile(TypedDict):
 class _Base(TypedDict):
     architecture: dict[str, Any]
     weights: str | None
-    tokenizer: NotRequired[str | None]
-    files: NotRequired[dict[str, _BaseFile] | None]
+    tokenizer: str | None
+    files: NotRequired[dict[str, _BaseFile]]
 
 
 class _Source(TypedDict):
@@ -91,7 +91,7 @@ class RunJson(TypedDict):
     data_state: _Data | None
     tokens_per_language: dict[str, int] | None
     skipped_steps: int
-    base: _Base | None
+    base: _Base
     source: _Source | None
     content: Content
     manifest: str

@@ -6,15 +6,19 @@ from pathlib import Path
 from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.files.checksum import file_checksum
+from megatron_lpr.recipe.reading import from_tree, to_tree
+from megatron_lpr.recipe.settings import Recipe
 
-RECIPE = {"name": "é", "model": {"num_experts": 3, "num_frozen_experts": 1, "topk": 2, "dtype": "float32"}}
+MODEL = {"base": "b", "num_experts": 3, "dtype": "float32"}
+RECIPE = to_tree(from_tree(Recipe, {"name": "é", "output": "o", "model": MODEL}, where="test"))
+BASE = {"architecture": {}, "weights": None, "tokenizer": None}  # none that is another than any other
 
 
 def write_fake_checkpoint(root: Path, step: int, **state) -> Path:
     """<root>/step_<step>; `state` replaces entries of its run.json."""
     folder = root / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    fields = {"step": step, "consumed_samples": 4 * step, "has_optimizer": True, "recipe": RECIPE} | state
+    fields = {"step": step, "consumed_samples": 4 * step, "has_optimizer": True, "recipe": RECIPE, "base": BASE} | state
     for name in ("metadata.json", ".metadata", "__0_0.distcp"):
         (folder / name).touch()
     seal(folder, RunState(**fields))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from dist_checkpoints import write_dist_checkpoint
-from fake_checkpoints import seal
+from fake_checkpoints import BASE, seal
 
 from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.families import read_architecture
@@ -82,7 +82,7 @@ def write_run(base, output: Path, /, *, parameters=None, recipe=(), **state) -> 
     folder = output / "checkpoints" / "step_00000004"
     folder.parent.mkdir(parents=True)
     write_dist_checkpoint(folder, stacked(parameters))
-    run = {"step": 4, "consumed_samples": 8, "has_optimizer": False, "recipe": resolved} | state
+    run = {"step": 4, "consumed_samples": 8, "has_optimizer": False, "recipe": resolved, "base": BASE} | state
     seal(folder, RunState(**run))
     (folder.parent / "latest").write_text(folder.name)
     return folder

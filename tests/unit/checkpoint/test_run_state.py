@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from edited import changed
-from fake_checkpoints import RECIPE, write_fake_checkpoint
+from fake_checkpoints import BASE, RECIPE, write_fake_checkpoint
 
 from megatron_lpr.checkpoint.manifest import sealed, write_manifest
 from megatron_lpr.checkpoint.run_state import (
@@ -23,7 +23,9 @@ from megatron_lpr.checkpoint.run_state import (
 )
 from megatron_lpr.errors import UserError
 
-STATE = RunState(step=7, consumed_samples=28, has_optimizer=True, recipe=RECIPE, tokens_per_language={"hu": 3})
+STATE = RunState(
+    step=7, consumed_samples=28, has_optimizer=True, recipe=RECIPE, base=BASE, tokens_per_language={"hu": 3}
+)
 
 
 @pytest.fixture
@@ -186,8 +188,13 @@ def test_an_entry_of_another_kind_is_named(run, entry, value):
     tree = json.loads(file.read_text())
     tree["recipe"] |= {"train": {"trainable": "all", "steps": 9, "global_batch_size": 4}, "preprocess": {"bos": "true"}}
     corpus = {"digest": "d", "language": "hu", "role": "expanded", "tokens": 5}
-    data = {"schedule": [{"from_sample": 0, "shares": {"hu": "1"}}], "corpora": {"hu": corpus}}
-    base = {"architecture": {}, "weights": None, "files": {"a": {"bytes": 5, "sha256": "s"}}}
+    data = {
+        "version": 3,
+        "consumed_samples": 28,
+        "schedule": [{"from_sample": 0, "shares": {"hu": "1"}}],
+        "corpora": {"hu": corpus},
+    }
+    base = BASE | {"files": {"a": {"bytes": 5, "sha256": "s"}}}
     tree |= {"data_state": data, "base": base, "source": {"folder": "f", "run": "r", "tokens": None}}
     tree["tokens_per_language"] = {"hu": 3}
     file.write_text(sealed(tree))

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from fake_checkpoints import RECIPE, seal
+from fake_checkpoints import BASE, RECIPE, seal
 
 from megatron_lpr.checkpoint import run_state, verification
 from megatron_lpr.checkpoint.run_state import RunState, find_checkpoint, read_run_state
@@ -22,7 +22,7 @@ def write_checkpoint(root, step):
     for name, content in CONTENT.items():
         (folder / name).write_bytes(content)
     recipe = {**RECIPE, "lr": 1e-4}
-    seal(folder, RunState(step=step, consumed_samples=4 * step, has_optimizer=True, recipe=recipe))
+    seal(folder, RunState(step=step, consumed_samples=4 * step, has_optimizer=True, recipe=recipe, base=BASE))
     return folder
 
 

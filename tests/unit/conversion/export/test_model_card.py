@@ -38,7 +38,7 @@ def two_stages(toy_base, tmp_path):
     stage1 = {"name": "stage1", "model": first, **train("new_experts_and_routers"), **ALPHA}
     write_run(
         toy_base, tmp_path / "stage1", recipe=stage1, tokens_per_language={"hu": 4000, "en": 0},
-        data_state={"corpora": corpora},
+        data_state={"version": 3, "consumed_samples": 8, "schedule": [], "corpora": corpora},
     )  # fmt: skip
     second = model | {"load": str(tmp_path / "stage1")}
     write_run(toy_base, tmp_path / "stage2", recipe={"name": "stage2", "model": second, **train("routers"), **GAMMA})
