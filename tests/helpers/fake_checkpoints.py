@@ -6,11 +6,16 @@ from pathlib import Path
 from megatron_lpr.checkpoint.manifest import write_manifest
 from megatron_lpr.checkpoint.run_state import RunState, write_run_state
 from megatron_lpr.files.checksum import file_checksum
-from megatron_lpr.recipe.reading import from_tree, to_tree
-from megatron_lpr.recipe.settings import Recipe
 
-MODEL = {"base": "b", "num_experts": 3, "dtype": "float32"}
-RECIPE = to_tree(from_tree(Recipe, {"name": "é", "output": "o", "model": MODEL}, where="test"))
+MODEL = {"num_experts": 3, "num_frozen_experts": 1, "topk": 2, "dtype": "float32", "mlp_only_layers": [], "load": None}
+RECIPE = {  # no more than is read of it
+    "name": "é",
+    "model": MODEL,
+    "train": None,
+    "balance": {"coeff": 0.0},
+    "lpr": {"coeff": 0.0},
+    "preprocess": {"bos": "auto"},
+}
 BASE = {"architecture": {}, "weights": None, "tokenizer": None}  # none that is another than any other
 
 
