@@ -58,7 +58,7 @@ class FixedSampler:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
-    def samples_before(self, samples: int) -> list[int]:
+    def epochs_before(self, samples: int) -> list[float]:
         return []
 
     def count(self, first: int, count: int) -> BatchCounts:
