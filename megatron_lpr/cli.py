@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_lpr import __version__
 from megatron_lpr.commands.command import Command, all_commands
@@ -31,13 +31,12 @@ _MENDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program of several commands. gone: commands of an older spelling, and what is typed now."""
+    """A program of several commands."""
 
     name: str
     about: str
     commands: Sequence[Command]
     more: str = ""
-    gone: dict[str, str] = field(default_factory=dict)
 
     def main(self, words: Sequence[str], *, ends: bool = False) -> int:
         """Run one command; returns the exit status (2: what the user can put right, in one sentence).
@@ -52,9 +51,7 @@ class Program:
             return 0
         commands = {command.name: command for command in self.commands}
         if words[0] not in commands:
-            now = self.gone.get(words[0])
-            hint = f"; that is now {now}" if now else nearest(words[0], commands)
-            _report(self.name, UserError(f"no command '{words[0]}'{hint}"))
+            _report(self.name, UserError(f"no command '{words[0]}'{nearest(words[0], commands)}"))
             return 2
         command, name = commands[words[0]], f"{self.name} {words[0]}"
         command_line = shlex.join([self.name, *words])
@@ -140,8 +137,8 @@ def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namesp
         if first.startswith("-") and "--" in words[: words.index(first)]:
             raise UserError(f"'{first}' stands behind --, where all words are names: put it before")
         if first.startswith("-"):
-            shown = (action for action in parser._actions if action.help != argparse.SUPPRESS)
-            valid = [option for action in shown for option in action.option_strings if option.startswith("--")]
+            known = (option for action in parser._actions for option in action.option_strings)
+            valid = [option for option in known if option.startswith("--")]
             raise UserError(f"no option '{first}'{nearest(first.partition('=')[0], valid)}")
         overrides = getattr(options, "set", ())
         cut = any(word.count(opened) > word.count(shut) for word in overrides for opened, shut in ("{}", "[]"))

@@ -199,16 +199,11 @@ DOORS = (
         run=for_llama_cpp,
     ),
 )
-GONE = {
-    "upcycle": "hf-to-hf",
-    "export": "megatron-to-hf CHECKPOINT OUT, or `megatron-lpr export CHECKPOINT OUT`",
-    "verify": "`megatron-lpr verify EXPORT --base BASE`",
-}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Goes through one door; returns the exit status."""
-    program = Program(name="convert_hf.py", about=(__doc__ or "").strip(), commands=DOORS, gone=GONE)
+    program = Program(name="convert_hf.py", about=(__doc__ or "").strip(), commands=DOORS)
     return program.main(list(sys.argv[1:] if words is None else words))
 
 

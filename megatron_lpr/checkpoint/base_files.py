@@ -99,7 +99,7 @@ def sizes(folder: str | Path) -> dict[str, int]:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
-def check_base_sizes(folder: str | Path, recorded: Mapping[str, Any] | None, checkpoint: Path) -> Files:
+def check_base_sizes(folder: str | Path, recorded: Mapping[str, Any], checkpoint: Path) -> Files:
     """The files that `checkpoint` was written over, all of which `folder` has, in their sizes.
 
     Args:
@@ -108,7 +108,7 @@ def check_base_sizes(folder: str | Path, recorded: Mapping[str, Any] | None, che
     Raises:
         UserError: it is another base.
     """
-    files: Files = (recorded or {}).get("files") or {}
+    files: Files = recorded.get("files") or {}
     if not files:
         raise _another(folder, checkpoint, "its run.json does not name the files")
     here = sizes(folder)
@@ -120,7 +120,7 @@ def check_base_sizes(folder: str | Path, recorded: Mapping[str, Any] | None, che
     return files
 
 
-def check_base_files(folder: str | Path, recorded: Mapping[str, Any] | None, checkpoint: Path, *memories: Path) -> None:
+def check_base_files(folder: str | Path, recorded: Mapping[str, Any], checkpoint: Path, *memories: Path) -> None:
     """As `check_base_sizes`, and every byte of the files; collective, where there are ranks."""
     files = check_base_sizes(folder, recorded, checkpoint)
     digests = BaseFiles(folder, *memories).digests()

@@ -29,8 +29,6 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.files.file_tensor import FileTensor, Shape
 
 Span = tuple[int, int]  # first and last but one
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?(\w+)\.(.+)")  # the prefixes are older ones
-_NOT_WEIGHTS = re.compile(r"(.*\.)?(optimizer|rng_state|opt_param_scheduler)([./].*)?")
 _ONE_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _ALL_LAYERS = re.compile(r"decoder\.layers\.(.+)")
 _ALL_EXPERTS = re.compile(r"mlp\.experts\.experts\.(.+)")
@@ -46,12 +44,10 @@ class _Place(NamedTuple):
 class DistCheckpoint(Mapping[str, "StoredParameter"]):
     """The weights of a checkpoint folder by global parameter name, in the model's order; reading one is up to the user.
 
-    Optimizer and generator states are passed over. UserError when the folder is no torch_dist checkpoint.
+    The optimizer's state is passed over. UserError when the folder is no torch_dist checkpoint.
 
     Attributes:
         metadata: what `read_metadata` has found.
-        optimizer_keys: the tensors of the optimizer's state, by what each is (exp_avg, exp_avg_sq, param) and of which
-            tensor of the weights.
     """
 
     def __init__(self, folder: str | Path):
@@ -67,11 +63,8 @@ class DistCheckpoint(Mapping[str, "StoredParameter"]):
         self._places = {
             name: place
             for key, tensor in self._tensors.items()
-            if not _NOT_WEIGHTS.fullmatch(key)
+            if not key.startswith("optimizer.state.")
             for name, place in _unstack(key, tuple(tensor.size))
-        }
-        self.optimizer_keys = {
-            (found[1], found[2]): key for key in self._tensors if (found := _OPTIMIZER.fullmatch(key))
         }
         self._chunks: dict[tuple[str, int], dict[Shape, list[ChunkStorageMetadata]]] = {}
 

@@ -57,9 +57,9 @@ def frozen_is_base(
     """
     if not recipe.model.num_experts or (recipe.train is not None and recipe.train.trainable == "all"):
         return False
-    if below is None:
+    if below is None or there is None:
         return True
-    if not (there or {}).get("files"):
+    if not there.get("files"):
         return False
     # weights that were rounded on the way are not those that come of the base at once
     return below["model"]["dtype"] in ("float32", recipe.model.dtype, base_dtype)

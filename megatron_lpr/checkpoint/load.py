@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_lpr.checkpoint.content import Chunks, model_state
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
 from megatron_lpr.checkpoint.holding import holds
-from megatron_lpr.checkpoint.optimizer_state import load_masters, load_state
+from megatron_lpr.checkpoint.optimizer_state import load_state
 from megatron_lpr.checkpoint.run_state import read_run_state, refuse_gone
 from megatron_lpr.errors import UserError
 from megatron_lpr.platform.shards import is_sharded
@@ -64,9 +64,7 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
             )
         # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
         scheduler.load_state_dict(loaded["scheduler"])
-        content = model_state(chunks, held)
-        load_masters(content, stored)
-        load_state(optimizer, content, stored, step=scheduler.num_steps)
+        load_state(optimizer, model_state(chunks, held), stored, step=scheduler.num_steps)
 
 
 def _check_common_state(folder: Path, metadata: Metadata) -> None:

@@ -48,10 +48,5 @@ def sealed(tree: Mapping[str, Any]) -> str:
     return _text(tree | {SEAL: hashlib.sha256(_text(tree).encode()).hexdigest()})
 
 
-def is_sealed(tree: Mapping[str, Any]) -> bool:
-    """Whether a run.json is one that must have the digest of itself: those of older versions have none."""
-    return SEAL in tree or tree.get("manifest") is not None
-
-
 def _text(tree: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=1, ensure_ascii=False)

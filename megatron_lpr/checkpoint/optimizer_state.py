@@ -70,20 +70,6 @@ def load_state(optimizer: MegatronOptimizer, content: Mapping[str, Any], checkpo
                 group["step"] = step
 
 
-@torch.no_grad()
-def load_masters(content: Mapping[str, Any], checkpoint: DistCheckpoint) -> None:
-    """Fill the weights that are fp32 in the model and were rounded to bfloat16 in an older version's: its routers.
-
-    They are what the optimizer had in fp32; all ranks read them whole. UserError: the checkpoint is damaged.
-    """
-    for entry in nested_values(content):
-        key = checkpoint.optimizer_keys.get(("param", getattr(entry, "key", "")))
-        # with Megatron's own form of the state there is a copy of every weight
-        if key and entry.data.dtype is torch.float32 and checkpoint.tensor(entry.key).dtype is not torch.float32:
-            stored = checkpoint.tensor(key, entry.global_offset[: entry.prepend_axis_num])
-            entry.data.copy_(stored.read([(0, size) for size in stored.shape]))
-
-
 class _Part(NamedTuple):
     """A box of a tensor of the checkpoint, and the values there.
 
@@ -104,20 +90,24 @@ class _Part(NamedTuple):
     def sizes(self) -> Shape:
         return (1,) * self.lead + tuple(self.values.shape)
 
+    @property
+    def key(self) -> str:
+        return f"optimizer.state.{self.state}.{self.weight}"
+
     def item(self) -> WriteItem:
         """As torch's planner describes what is written."""
         offsets, properties = torch.Size(self.offsets), TensorProperties(dtype=self.values.dtype)
         chunk = ChunkStorageMetadata(offsets, torch.Size(self.sizes))
         return WriteItem(
-            MetadataIndex(f"optimizer.state.{self.state}.{self.weight}", offsets),
+            MetadataIndex(self.key, offsets),
             WriteItemType.SHARD,
             tensor_data=TensorWriteData(chunk, properties, torch.Size(self.shape)),
         )
 
     def load(self, checkpoint: DistCheckpoint) -> None:
         """Fill the values; those of padding, which a checkpoint of another layout may not have, stay."""
-        key = checkpoint.optimizer_keys.get((self.state, self.weight))
-        stored = key and checkpoint.tensor(key, self.offsets[: self.lead])
+        has_it = self.key in checkpoint.metadata.state_dict_metadata
+        stored = checkpoint.tensor(self.key, self.offsets[: self.lead]) if has_it else None
         if not stored or (stored.shape != self.shape[self.lead :] and not self.may_be_padded):
             raise UserError(
                 f"checkpoint {checkpoint.folder}: has no optimizer state of {self.weight} in the shape "

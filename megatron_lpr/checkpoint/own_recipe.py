@@ -38,5 +38,5 @@ def with_experts_of(recipe: Recipe, checkpoint: Path) -> Recipe:
     """A recipe of the model in a checkpoint: experts and dtype are the checkpoint's, whatever the recipe says."""
     saved = read_run_state(checkpoint).recipe["model"]
     kept = {key: saved[key] for key in ("num_experts", "num_frozen_experts", "topk", "dtype")}
-    kept["mlp_only_layers"] = tuple(saved.get("mlp_only_layers", ()))  # the first version did not have it
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **kept))
+    layers = tuple(saved["mlp_only_layers"])
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **kept, mlp_only_layers=layers))

@@ -51,7 +51,7 @@ class Provenance:
 
 def read_provenance(checkpoint: Path) -> Provenance:
     """Of a checkpoint, and of those that its run and the runs before it started from, as far as they are there."""
-    stages = [_stage(folder, state) for folder, state in _lineage(checkpoint) if state.recipe.get("train")]
+    stages = [_stage(folder, state) for folder, state in _lineage(checkpoint) if state.recipe["train"]]
     return Provenance(stages=tuple(reversed(stages)))
 
 
@@ -62,7 +62,7 @@ def _lineage(checkpoint: Path) -> Iterator[tuple[Path, RunState]]:
         seen.add(folder.resolve())
         state = read_run_state(folder)
         yield folder, state
-        load = state.recipe["model"].get("load")
+        load = state.recipe["model"]["load"]
         try:
             folder = checkpoint_folder(load) if load else None
         except UserError:
@@ -94,7 +94,7 @@ def _stage(folder: Path, state: RunState) -> Stage:
 def _objective(recipe: dict[str, Any]) -> str:
     terms = ["NTP"]
     for section, name in (("balance", "balance"), ("lpr", "LPR")):
-        if coefficient := recipe.get(section, {}).get("coeff"):
+        if coefficient := recipe[section]["coeff"]:
             terms.append(f"{coefficient:g} · {name}")
     return " + ".join(terms)
 

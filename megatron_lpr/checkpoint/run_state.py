@@ -6,8 +6,7 @@
     <output>/checkpoints/damaged/         checkpoints that the run has passed over; the same
 
 A checkpoint is complete when its run.json and its manifest are what was written, and every file of the manifest is
-there; one of an older version, when its run.json can be read and Megatron's two metadata files are there. Whether the
-files hold what was written is the business of verification.py.
+there. Whether the files hold what was written is the business of verification.py.
 """
 
 import dataclasses
@@ -16,22 +15,20 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from megatron_lpr.checkpoint.holding import Content
-from megatron_lpr.checkpoint.manifest import MANIFEST, is_sealed, read_manifest, sealed
+from megatron_lpr.checkpoint.manifest import MANIFEST, read_manifest, sealed
 from megatron_lpr.checkpoint.shape import RunJson, misfit
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 
-# of run.json; 1 had no version, base and source; checkpoints of 1 and 2 are whole; up to 3 Megatron wrote the optimizer
-VERSION = 4
+VERSION = 4  # of run.json
 _STEP = re.compile(r"step_([0-9]{1,18})")
-_MEGATRON_FILES = ("metadata.json", ".metadata")
 NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
 
 
@@ -43,13 +40,13 @@ class RunState:
     consumed_samples: int
     has_optimizer: bool
     recipe: dict[str, Any]  # resolved
+    base: dict[str, Any]  # identity of the base model (same_run.py), and its files (base_files.py)
     data_state: dict[str, Any] | None = None  # of the replay sampler
     tokens_per_language: dict[str, int] | None = None  # since the start of the run
     skipped_steps: int = 0  # the same
-    base: dict[str, Any] | None = None  # identity of the base model (same_run.py), and its files (base_files.py)
     source: dict[str, Any] | None = None  # the checkpoint of model.load that the run started from (source.py)
     content: Content = "whole"  # what the checkpoint holds (holding.py)
-    manifest: str | None = None  # SHA-256 of manifest.json; None: of an older version, without checksums
+    manifest: str | None = None  # SHA-256 of manifest.json; None before that is written
     version: int = VERSION
 
 
@@ -139,20 +136,17 @@ def fault_of(folder: Path, damaged: Mapping[str, str]) -> str | None:
 def what_is_missing(folder: Path) -> str | None:
     """What makes a checkpoint incomplete, as `no .metadata`; None for a complete one. No file but two is opened."""
     try:
-        digest = _tree(folder).get("manifest")
+        digest = _tree(folder)["manifest"]
     except UserError:
         return "no readable run.json" if (folder / "run.json").is_file() else "no run.json"
-    files: Iterable[str] = _MEGATRON_FILES
-    if digest:
-        listed = read_manifest(folder, digest)
-        if listed is None:
-            return f"a damaged {MANIFEST}" if (folder / MANIFEST).is_file() else f"no {MANIFEST}"
-        files = listed
+    listed = read_manifest(folder, digest)
+    if listed is None:
+        return f"a damaged {MANIFEST}" if (folder / MANIFEST).is_file() else f"no {MANIFEST}"
     try:
         there = set(os.listdir(folder))
     except FileNotFoundError:  # its run has just deleted it
         return "no run.json"
-    return next((f"no {name}" for name in files if name not in there), None)
+    return next((f"no {name}" for name in listed if name not in there), None)
 
 
 def read_run_state(folder: Path) -> RunState:
@@ -161,7 +155,7 @@ def read_run_state(folder: Path) -> RunState:
     Raises:
         UserError: it is missing, damaged, or of a newer version.
     """
-    tree = {"version": 1} | _tree(folder)
+    tree = _tree(folder)
     if tree["version"] > VERSION:
         raise UserError(
             f"checkpoint {folder}: run.json was written by a newer megatron-lpr (format {tree['version']}, this one "
@@ -181,9 +175,9 @@ def _tree(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / "run.json").read_text(encoding="utf-8")
         tree = json.loads(text)
-        if (is_sealed(tree) or (folder / MANIFEST).exists()) and text != sealed(tree):
+        if text != sealed(tree):
             raise ValueError("it is not what was written")
-        version = tree.get("version", 1)
+        version = tree.get("version")
         unfit = misfit(int, version, "version")
         if not unfit and version <= VERSION:
             unfit = misfit(RunJson, tree)

@@ -38,7 +38,7 @@ def resumed_state(folder: Path) -> RunState:
         UserError: it counts otherwise than the run did, which would go on with other samples.
     """
     state = read_run_state(folder)
-    train, data = state.recipe.get("train"), state.data_state or {}
+    train, data = state.recipe["train"], state.data_state or {}
     samples = state.step * train["global_batch_size"] if train else state.consumed_samples
     counted = {
         "step": (state.step, step_of(folder)),
@@ -62,7 +62,7 @@ def check_resumed(recipe: Recipe, state: RunState, base: Mapping[str, Any]) -> N
     """
     train = recipe.train
     assert train is not None
-    if not state.recipe.get("train"):
+    if not state.recipe["train"]:
         raise UserError(
             f"output: {recipe.output} holds a converted model, not a training run; choose another folder, and name "
             "this one in model.load"
@@ -168,13 +168,11 @@ def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, An
             raise UserError(f"{field}: {new[field]}, but {what} has {old[field]}; {mend}")
 
 
-def _check_base(recipe: Recipe, there: Mapping[str, Any] | None, here: Mapping[str, Any], what: str) -> None:
-    if there is None:
-        return
+def _check_base(recipe: Recipe, there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
     differing = _differing(there["architecture"], here["architecture"])
     if not differing and there["weights"] and here["weights"] and there["weights"] != here["weights"]:
         differing = ["other weights"]
-    tokenizers = [base.get("tokenizer") for base in (there, here)]  # an older version did not name it
+    tokenizers = [base["tokenizer"] for base in (there, here)]
     if not differing and all(tokenizers) and tokenizers[0] != tokenizers[1]:
         differing = ["another tokenizer"]
     if differing:
@@ -191,15 +189,13 @@ def check_config_and_tokenizer(base: str | Path, arch: Architecture, checkpoint:
     rows are other tokens'.
     """
     there = read_run_state(checkpoint).base
-    if not there:
-        return
     mend = "restore it, or name the folder that has it (model.base, --base)"
     if differing := _differing(there["architecture"], to_tree(arch)):
         raise UserError(
             f"model.base: the config.json of {base} is not the one that the run of {checkpoint} had "
             f"({', '.join(differing)}); {mend}"
         )
-    old = there.get("tokenizer")  # an older version did not name it
+    old = there["tokenizer"]
     if old and (new := _tokenizer_digest(base)) != old:
         is_now = f"now {new[:12]}" if new else "there is none"
         raise UserError(
@@ -214,8 +210,7 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _check_load(recipe: Recipe, state: RunState) -> None:
     """Another name in `model.load` is accepted where it leads to the same checkpoint."""
-    # an empty name was taken for none once
-    old, new = state.recipe["model"].get("load") or None, recipe.model.load
+    old, new = state.recipe["model"]["load"], recipe.model.load
     if old == new:
         return
     if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:

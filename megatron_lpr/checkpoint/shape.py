@@ -1,6 +1,6 @@
 """What run.json and manifest.json of a checkpoint hold, as far as it is read entry by entry, and what does not fit.
 
-Their digests find what a disk has done to them. Old versions wrote none, and somebody may write another one.
+Their digests find what a disk has done to them; but somebody may write another one.
 """
 
 import types
@@ -16,8 +16,8 @@ class _Model(TypedDict):
     num_frozen_experts: int
     topk: int
     dtype: str
-    mlp_only_layers: NotRequired[list[int]]
-    load: NotRequired[str | None]
+    mlp_only_layers: list[int]
+    load: str | None
 
 
 class _Train(TypedDict):
@@ -31,16 +31,16 @@ class _Loss(TypedDict):
 
 
 class _Preprocess(TypedDict):
-    bos: NotRequired[Literal["auto", "true", "false"]]
+    bos: Literal["auto", "true", "false"]
 
 
 class _Recipe(TypedDict):
     name: str
     model: _Model
-    train: NotRequired[_Train | None]
-    balance: NotRequired[_Loss]
-    lpr: NotRequired[_Loss]
-    preprocess: NotRequired[_Preprocess]
+    train: _Train | None
+    balance: _Loss
+    lpr: _Loss
+    preprocess: _Preprocess
 
 
 class _Mixture(TypedDict):
@@ -56,7 +56,7 @@ class _Corpus(TypedDict):
     languages: NotRequired[dict[str, str]]
 
 
-class _Data(TypedDict, total=False):
+class _Data(TypedDict):
     version: int
     consumed_samples: int
     schedule: list[_Mixture]
@@ -71,8 +71,8 @@ class _BaseFile(TypedDict):
 class _Base(TypedDict):
     architecture: dict[str, Any]
     weights: str | None
-    tokenizer: NotRequired[str | None]
-    files: NotRequired[dict[str, _BaseFile] | None]
+    tokenizer: str | None
+    files: NotRequired[dict[str, _BaseFile]]
 
 
 class _Source(TypedDict):
@@ -82,20 +82,20 @@ class _Source(TypedDict):
 
 
 class RunJson(TypedDict):
-    """Of a run.json what every version has, and of what later ones have added what is there."""
+    """Of a run.json what is read of it, as a run writes it."""
 
     step: int
     consumed_samples: int
     has_optimizer: bool
     recipe: _Recipe
-    data_state: NotRequired[_Data | None]
-    tokens_per_language: NotRequired[dict[str, int] | None]
-    skipped_steps: NotRequired[int]
-    base: NotRequired[_Base | None]
-    source: NotRequired[_Source | None]
-    content: NotRequired[Content]
-    manifest: NotRequired[str | None]
-    version: NotRequired[int]
+    data_state: _Data | None
+    tokens_per_language: dict[str, int] | None
+    skipped_steps: int
+    base: _Base
+    source: _Source | None
+    content: Content
+    manifest: str
+    version: int
 
 
 class _File(TypedDict):

@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_lpr.checkpoint.run_state import RunState, gone, locate, read_run_state
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.settings import Recipe
 
 
 def source_identity(folder: Path) -> dict[str, Any]:
@@ -24,21 +23,11 @@ def source_identity(folder: Path) -> dict[str, Any]:
     }
 
 
-def source_of(recipe: Recipe, state: RunState) -> dict[str, Any] | None:
-    """What a resumed run remembers of its source; looked up where its checkpoint is from before that was written."""
-    if state.source or not recipe.model.load:
-        return state.source
-    try:
-        return source_identity(locate(recipe.model.load).folder)
-    except UserError:
-        return None  # it need not be there any more
-
-
 def find_source(state: RunState, load: str | None = None) -> Path | None:
     """Where the source of a run's checkpoint is now, known by its digest; None: not where it was, nor at `load`."""
     if not state.source:
         return None
-    for place in (load, state.source["folder"], state.recipe["model"].get("load")):
+    for place in (load, state.source["folder"], state.recipe["model"]["load"]):
         with contextlib.suppress(UserError):
             if place and source_identity(folder := locate(str(place)).folder)["run"] == state.source["run"]:
                 return folder

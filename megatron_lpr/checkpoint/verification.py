@@ -35,7 +35,7 @@ def verify_files(folder: Path, *, contents: bool = True) -> str:
 
 def _faults(folder: Path, contents: bool = True, rank: int = 0, ranks: int = 1) -> list[str]:
     """Of this rank's share of the files."""
-    listed = listed_files(folder)
+    listed = _listed_files(folder)
     own = sorted(listed, key=lambda name: (-listed[name].size, name))[rank::ranks]
 
     def look(name: str) -> str | None:
@@ -92,22 +92,16 @@ def faults_of_all(path: Path, told: Callable[[str], object]) -> int:
 
 
 def _good(folder: Path) -> str:
-    listed = listed_files(folder)
-    if not listed:
-        return "complete; it is from before there were checksums, so its bytes cannot be compared"
+    listed = _listed_files(folder)
     return f"{len(listed) + 2} files, {sum(file.size for file in listed.values()):,} bytes: as they were written"
 
 
-def listed_files(folder: Path) -> dict[str, Checksum]:
-    """The files of a complete checkpoint's manifest; none where it is from before there were manifests."""
+def _listed_files(folder: Path) -> dict[str, Checksum]:
+    """The files of a complete checkpoint's manifest."""
     digest = read_run_state(folder).manifest
-    listed = read_manifest(folder, digest) if digest else {}
+    assert digest is not None
+    listed = read_manifest(folder, digest)
     if listed is None:
         refuse_gone(folder)
     assert listed is not None, f"{folder} is not complete"
     return listed
-
-
-def has_checksums(folder: Path) -> bool:
-    """Whether a checkpoint is of a version that wrote them."""
-    return read_run_state(folder).manifest is not None

@@ -17,7 +17,7 @@ class Command:
     add_arguments: gives a parser its arguments; `run` gets what it has parsed, and the words in `command_line`.
     reads: settings of a recipe, as describe(only=...) takes them: `--help` shows these.
     place: in the list of commands, which is the order of the work.
-    spelling: how its arguments go, for those who know an older spelling.
+    spelling: how its arguments go, for whoever has typed a word too many.
     distributed: runs on several ranks, all of which stop when one does.
     resumes: started again it goes on where it was, so that to be stopped is no failure.
     """

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import (
-    add_gone,
     add_own_recipe,
     found_checkpoint,
     recipe_of,
@@ -46,8 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = f"benchmarks by lm-evaluation-harness in place of bits per byte, of an export: {','.join(BENCHMARKS)}"
     parser.add_argument("--tasks", metavar="NAME[,NAME...]", help=what)
     add_own_recipe(parser)
-    for option in ("--checkpoint", "--hf"):
-        add_gone(parser, option, SPELLING)
 
 
 def run(options: argparse.Namespace) -> None:

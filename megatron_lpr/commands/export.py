@@ -5,7 +5,6 @@ import json
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.commands.options import (
-    add_gone,
     add_graft_delta,
     add_own_recipe,
     found_checkpoint,
@@ -32,8 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_graft_delta(parser, "add INSTRUCT - BASE (delta grafting)")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not check the folder first")
     add_own_recipe(parser)
-    for option in ("--checkpoint", "--out"):
-        add_gone(parser, option, SPELLING)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -48,16 +48,6 @@ def add_graft_delta(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--graft-delta", nargs=2, metavar=("BASE", "INSTRUCT"), help=what)
 
 
-def add_gone(parser: argparse.ArgumentParser, option: str, now: str) -> None:
-    """An option of an older spelling: whoever types it is told the new one."""
-
-    class Gone(argparse.Action):
-        def __call__(self, *_: object) -> None:
-            raise UserError(f"{option} is gone: {now}")
-
-    parser.add_argument(option, action=Gone, nargs="?", help=argparse.SUPPRESS)
-
-
 def typed_recipe(options: argparse.Namespace, under: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe that was typed, with --set; all of it lies over `under`.
 

@@ -165,9 +165,9 @@ def check_trained_alike(recipe: Recipe, checkpoint: Path, tokenizer: Tokenizer) 
     model = with_experts_of(recipe, checkpoint).model
     check_config_and_tokenizer(model.base, architecture_of(model), checkpoint)
     saved = read_run_state(checkpoint).recipe
-    if not saved.get("train"):
+    if not saved["train"]:
         return
-    bos = saved.get("preprocess", {}).get("bos", "false")  # runs from before the setting had no BOS token
+    bos = saved["preprocess"]["bos"]
     trained = load_tokenizer(recipe.model.base, special=SpecialTokens(bos=bos)).bos_id
     if trained != tokenizer.bos_id:
         raise UserError(

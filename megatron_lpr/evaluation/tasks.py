@@ -33,11 +33,11 @@ class TaskScore:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """All scores of one model; `bos` whether a token opened each prompt, None in a result of an older version."""
+    """All scores of one model; `bos` whether a token opened each prompt."""
 
     model: str
     tasks: tuple[TaskScore, ...]
-    bos: bool | None = None
+    bos: bool
 
     def save(self, path: str | Path) -> None:
         """Write the result as JSON. UserError as `check_file`."""
@@ -135,7 +135,7 @@ def task_rows(results: Sequence[TaskResult]) -> list[list[str]]:
                 f"results of {base.model} and {result.model} are not of the same tasks: evaluate both with the same "
                 "--tasks and languages"
             )
-        if None not in (base.bos, result.bos) and base.bos != result.bos:
+        if base.bos != result.bos:
             raise UserError(
                 f"results of {base.model} and {result.model} are of prompts that open otherwise, one with a BOS token "
                 "and one without: evaluate both with the same preprocess.bos"

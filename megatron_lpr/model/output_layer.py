@@ -50,27 +50,18 @@ class OutputLayer(ColumnParallelLinear):
         shard = VocabularyShard(first=first, true=max(0, self.true_vocab_size - first), group=self.tp_group)
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, group=self.tp_group)
-        losses_SB = ChunkedLoss.apply(
-            input_.flatten(0, 1),
-            weight_VH,
-            self.labels_BS.t().flatten(),
-            shard,
-            rows,
-            torch.is_grad_enabled(),
-        ).view(input_.shape[:2])
-        return losses_SB.t().contiguous(), None
+        losses_T = ChunkedLoss.apply(input_.flatten(0, 1), weight_VH, self.labels_BS.t().flatten(), shard, rows)
+        return losses_T.view(input_.shape[:2]).t().contiguous(), None
 
 
 class ChunkedLoss(torch.autograd.Function):
     """(hidden states [T, H], weight [V, H], labels [T], ...) -> token losses [T] in fp32."""
 
     @staticmethod
-    def forward(
-        ctx, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, shard: VocabularyShard, rows: int, learns: bool
-    ) -> Tensor:
+    def forward(ctx, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, shard: VocabularyShard, rows: int) -> Tensor:
         ctx.shard, ctx.rows = shard, rows
         losses_T = torch.empty(len(x_TH), device=x_TH.device)
-        needs_x, ctx.needs_weight = (learns and needed for needed in ctx.needs_input_grad[:2])
+        needs_x, ctx.needs_weight = ctx.needs_input_grad[:2]
         grad_TH = torch.empty_like(x_TH) if needs_x and not ctx.needs_weight else None
         for part in _parts(len(x_TH), rows):
             chunk = _chunk(x_TH[part], weight_VH, labels_T[part], shard)
@@ -85,7 +76,7 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_T: Tensor):
         if not ctx.needs_weight:
             (grad_TH,) = ctx.saved_tensors
-            return (grad_TH * grad_T[:, None]).to(grad_TH.dtype), None, None, None, None, None
+            return (grad_TH * grad_T[:, None]).to(grad_TH.dtype), None, None, None, None
         x_TH, weight_VH, labels_T = ctx.saved_tensors
         grad_TH = torch.empty_like(x_TH)
         grad_VH = torch.zeros(weight_VH.shape, device=x_TH.device)  # the sum over many chunks, in fp32
@@ -95,7 +86,7 @@ class ChunkedLoss(torch.autograd.Function):
             torch.mm(grad_CV, weight_VH, out=grad_TH[part])
             grad_VH += grad_CV.t() @ x_TH[part]
             del chunk, grad_CV
-        return grad_TH, grad_VH.to(weight_VH.dtype), None, None, None, None
+        return grad_TH, grad_VH.to(weight_VH.dtype), None, None, None
 
 
 def _parts(tokens: int, rows: int) -> list[slice]:

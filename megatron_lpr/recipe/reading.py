@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lpr.errors import UserError, nearest, warn
+from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.files.json_lines import printable
 from megatron_lpr.files.yaml_io import parse_yaml, read_yaml
 from megatron_lpr.recipe.fields import Range
@@ -23,9 +23,6 @@ T = TypeVar("T")
 
 # Under a recipe for a command that needs neither a run nor its model: what the recipe may leave out.
 REST: dict[str, Any] = {"name": "", "output": ".", "model": {"base": ""}}
-# Settings that are no more, with the value that they had unless somebody chose another: older checkpoints and recipes
-# name them. (section, setting) -> (value, why it may be left out)
-_REMOVED = {("export", "processes"): (1, "one process writes as fast as several")}
 
 
 def load_recipe(
@@ -124,8 +121,6 @@ def from_tree(cls: type[T], tree: Any, where: str) -> T:
     Raises:
         UserError: unknown key (names the nearest), wrong type, missing required key, and as `check_section`.
     """
-    if cls is Recipe:
-        tree = _without_removed(tree, where)
     built: T = _build(cls, tree, where, "")
     try:
         check_section(built)
@@ -163,16 +158,6 @@ def _in_another_section(name: str, cls: type) -> str:
     found = [section for section, kind in sections.items() if name in {f.name for f in dataclasses.fields(kind)}]
     names = " or ".join(f"'{section}.{name}'" for section in found)
     return f"; did you mean {names}?" if found else ""
-
-
-def _without_removed(tree: Any, where: str) -> Any:
-    for (section, name), (value, why) in _REMOVED.items():
-        settings = tree.get(section) if isinstance(tree, dict) else None
-        if isinstance(settings, dict) and name in settings:
-            if settings[name] != value:
-                warn(f"{where}: {section}.{name} is no setting any more and does nothing: {why}")
-            tree = tree | {section: {key: settings[key] for key in settings if key != name}}
-    return tree
 
 
 def converted(hint: Any, value: Any, where: str, name: str) -> Any:

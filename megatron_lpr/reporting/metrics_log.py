@@ -78,11 +78,11 @@ class StepMetrics(TypedDict):
     """One optimizer step; losses are means over the global batch, in nats."""
 
     step: int  # 1 is the first
-    time: NotRequired[str]  # when the step had ended, UTC, ISO 8601; not in records of old versions
+    time: NotRequired[str]  # when the step had ended, UTC, ISO 8601; `MetricsLog` adds it
     steps: int  # of the whole run
     stage: str
     ntp_loss: float
-    ntp_loss_per_language: NotRequired[dict[str, float]]  # of the languages that the step read; not in old records
+    ntp_loss_per_language: dict[str, float]  # of the languages that the step read
     balance_loss: float | None  # mean over layers, without its coefficient; None where it is not computed
     lpr_loss: float | None  # the same
     grad_norm: float  # before clipping
@@ -98,7 +98,7 @@ class StepMetrics(TypedDict):
     validation: NotRequired[ValidationRecord]  # every `evaluation.every` steps
     validation_seconds: NotRequired[float]  # that it took; no part of `seconds`
     consumed_samples: int  # since the start of the run
-    skipped_steps: NotRequired[int]  # the same; not in old records
+    skipped_steps: int  # the same
     skipped: NotRequired[str]  # why this step has changed no weight, where it has not
     router_summary: NotRequired[dict[str, RouterSummary]]  # every `logging.router_every` steps
     router: NotRequired[dict[str, RouterMetrics]]  # every `logging.router_layers_every` steps, the first and the last
@@ -212,7 +212,7 @@ def scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
 def _scalars(metrics: StepMetrics) -> Iterator[tuple[str, float]]:
     groups: dict[str, Mapping[str, float | None]] = {
         "loss": {"ntp": metrics["ntp_loss"], "balance": metrics["balance_loss"], "lpr": metrics["lpr_loss"]},
-        "loss_per_language": metrics.get("ntp_loss_per_language", {}),
+        "loss_per_language": metrics["ntp_loss_per_language"],
         "optimizer": {name: metrics[name] for name in ("grad_norm", "lr", "router_lr") if name in metrics},
         "throughput": {key: metrics[key] for key in _THROUGHPUT if key in metrics},
         "data": {"tokens_per_step": metrics["tokens"], "consumed_samples": metrics["consumed_samples"]},

@@ -19,7 +19,7 @@ def sound_record(line: bytes, *, layers: bool = True) -> StepMetrics | None:
     """The record of a line as `StepMetrics` declares it; None: the line is no step's record.
 
     Numbers that are missing (null, NaN, infinity) are left out, and so is what needs them. Of the keys only `step` must
-    be there: old versions wrote fewer.
+    be there.
 
     Args:
         layers: whether `router` is wanted, which may be a thousand times as long as the rest, and is not parsed then.

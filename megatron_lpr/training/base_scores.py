@@ -47,7 +47,7 @@ def record(plan: Plan, scores: Scores) -> None:
 def base_is_at_hand(plan: Plan) -> bool:
     """Whether the model without its new experts is the base, when the run starts (model/frozen_path.py)."""
     below = plan.below
-    untouched = below is None or not below.recipe.get("train")
+    untouched = below is None or not below.recipe["train"]
     return untouched or (plan.frozen_is_base and not plan.arch.num_experts)
 
 

@@ -23,7 +23,7 @@ class NamedBase:
         self._files: BaseFiles | None = None
         if plan.frozen_is_base and plan.below is None:
             self._files = BaseFiles(plan.recipe.model.base, Path(plan.recipe.output))
-        elif plan.frozen_is_base and plan.below is not None and plan.below.base:
+        elif plan.frozen_is_base and plan.below is not None:
             self._identity = plan.base | {"files": plan.below.base["files"]}
 
     def identity(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_lpr.checkpoint.run_state import step_folders
 from megatron_lpr.checkpoint.source import chain
-from megatron_lpr.checkpoint.verification import has_checksums, refuse_damaged, verify_files
+from megatron_lpr.checkpoint.verification import refuse_damaged, verify_files
 from megatron_lpr.files.output_place import check_place, free_bytes
 from megatron_lpr.platform import same_on_all_ranks, together
 from megatron_lpr.recipe.dtype import check_same_dtype
@@ -35,13 +35,13 @@ def plan_on_good_checkpoint(recipe: Recipe, world_size: int) -> Plan:
             return plan
         if plan.resume is None:
             refuse_damaged(folder, contents=contents)
-            return _with_note(plan)
+            return plan
         fault = verify_files(folder, contents=contents)
         if not fault:
             if not plan.finished:
                 for below in chain(folder, recipe.model.load)[1:]:
                     refuse_damaged(below, contents=contents)
-            return _with_note(plan)
+            return plan
         damaged[folder.name] = fault
 
 
@@ -73,12 +73,3 @@ def largest_checkpoint(plan: Plan) -> int:
     size, settings = model_size(plan.recipe, plan.arch), plan.recipe.checkpoint
     last = size.weight_bytes[plan.content(finished=True)] + size.optimizer_bytes * settings.final_optimizer
     return max(last, size.checkpoint_bytes(plan.content(finished=False)))
-
-
-def _with_note(plan: Plan) -> Plan:
-    folder = plan.resume or plan.source
-    assert folder is not None
-    if has_checksums(folder):
-        return plan
-    note = f"checkpoint {folder} is from before there were checksums: whether its files are damaged is not known"
-    return dataclasses.replace(plan, notes=(*plan.notes, note))

@@ -19,7 +19,7 @@ from megatron_lpr.checkpoint.run_state import (
     read_run_state,
     what_is_missing,
 )
-from megatron_lpr.checkpoint.source import chain, find_source, source_identity, source_of
+from megatron_lpr.checkpoint.source import chain, find_source, source_identity
 from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
 from megatron_lpr.data.corpus.tokenizer_record import read_otherwise
@@ -156,7 +156,7 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
         if state.step < train.steps:  # nothing is read by a run that is finished
             sampler.check_state(state.data_state or {})
             _check_under(recipe, resume.folder)
-        source, origin = find_source(state, recipe.model.load), source_of(recipe, state)
+        source, origin = find_source(state, recipe.model.load), state.source
     elif start:
         source = start.folder
         same_run.check_source(recipe, source, base)

@@ -74,7 +74,7 @@ class RunFiles:
         tree = read_yaml(path, str(path)) if os.path.lexists(path) else None
         settings = sound_part(Recipe, {} if tree is None else tree, path.name, faults)
         start = sound_part(Start, newest_start(folder, faults), "starts.jsonl", faults)
-        its = [end for end in _records(folder / "ends.jsonl", faults) if _is_end_of(start.get("time"), end)]
+        its = [end for end in _records(folder / "ends.jsonl", faults) if start.get("time") in (None, end.get("start"))]
         ends = [sound_part(End, end, "ends.jsonl", faults) for end in its]
         told = [f if len(f) <= _LONGEST_FAULT else f"{f[:_LONGEST_FAULT]}…" for f in map(printable, faults)]
         return RunFiles(
@@ -90,12 +90,6 @@ class RunFiles:
 def newest_start(folder: Path, faults: list[str]) -> dict[str, Any]:
     """As it is written; {} where there is none. UserError: its file cannot be read."""
     return (_records(folder / "starts.jsonl", faults) or [{}])[-1]
-
-
-def _is_end_of(start: str | None, end: dict[str, Any]) -> bool:
-    """Of an older version, which did not name the start, by its time: clocks may be apart, or set back."""
-    named = end.get("start")
-    return start is None or (named == start if named else str(end["time"]) > start)
 
 
 def _records(path: Path, faults: list[str]) -> list[dict[str, Any]]:

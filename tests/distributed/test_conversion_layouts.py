@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_checkpoints import BASE
 from safetensors.torch import load_file
 from tiny_models import rewrite, save_tiny, train_a_little
 
@@ -97,7 +98,7 @@ def convert(root: Path, cases: list[tuple[str, str, str]]) -> None:
             poison(chunks)
             fill_weights(recipe, arch, chunks, None)
             assert_all_written(chunks)
-            state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe))
+            state = RunState(step=0, consumed_samples=0, has_optimizer=False, recipe=to_tree(recipe), base=BASE)
             if case[0] != WHOLE:
                 base = base_identity(recipe.model.base, arch) | {"files": BaseFiles(recipe.model.base).digests()}
                 state = dataclasses.replace(state, content="over base", base=base)

@@ -1,16 +1,21 @@
-"""The optimizer's state goes from layout to layout, number by number; so does that of an older version."""
+"""The optimizer's state is what Megatron itself would write, and goes from layout to layout, number by number."""
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from harness import make_plan, make_recipe, mixed_batch
-from old_checkpoints import routers_as_before, written_as_before
 from tiny_models import save_tiny
 
+from megatron_lpr.checkpoint import content, save
 from megatron_lpr.checkpoint.run_state import read_run_state
 from megatron_lpr.platform import leave_layout
+from megatron_lpr.platform.shims import cuda_type_names
 from megatron_lpr.testing.equal_runs import checkpoint_tensors
 
 ROUTE = [
@@ -22,22 +27,50 @@ ROUTE = [
     {"context": 2},
 ]
 ALL_TRAINS = {"model": {"num_experts": 5}, "train": {"trainable": "all", "micro_batch_size": 1}}
-ROUTER = "mlp.router.weight"
 # the second of two pipeline stages has a dense layer, and nothing that trains
 NOTHING_TRAINS = {
     "model": {"num_experts": 5, "mlp_only_layers": [1]},
     "train": {"trainable": "new_experts_and_routers", "micro_batch_size": 1},
     "balance": {"coeff": 0.1},
 }
-OLD = [("bfloat16", True), ("bfloat16", False), ("float32", True)]  # dtype, distributed optimizer
+STARTS = [("bfloat16", True), ("bfloat16", False), ("float32", True)]  # dtype, distributed optimizer
 ROUTES = {"bfloat16": ROUTE, "float32": ROUTE[:2]}
 
 
+@contextlib.contextmanager
+def of_one_dtype() -> Iterator[None]:
+    """Inside it routers have the model's dtype: with two of them Megatron's own form fails."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_lpr.model.lpr_router import LPRRouter
+
+    with (
+        patch.object(LPRRouter, "_apply", torch.nn.Module._apply),
+        patch.object(LPRRouter, "gating", TopKRouter.gating),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def written_by_megatron(optimizer) -> Iterator[None]:
+    """Inside it a save has this optimizer's state in Megatron's own form."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+    def with_optimizer(chunks, held):
+        state = content.model_state(chunks, held)
+        with cuda_type_names():
+            state["optimizer"] = optimizer.sharded_state_dict(state["model0"], is_loading=False, metadata=metadata)
+        return state
+
+    with patch.object(save, "model_state", with_optimizer), patch.object(save, "written_state", lambda *_: ([], [])):
+        yield
+
+
 def on_the_way(toy_base: Path, qwen: Path, root: Path) -> None:
-    """On each rank: train a step, save in the old form and the new one; load that and save it, layout after layout."""
+    """On each rank: train a step, save in our form and in Megatron's; load ours and save it, layout after layout."""
     from megatron_lpr.platform import megatron
 
-    def save(sections: dict, folder: Path, parallel: dict, resume: Path | None = None, *, old: bool = False) -> Path:
+    def save(sections: dict, folder: Path, parallel: dict, resume: Path | None = None, *, twice: bool = False) -> Path:
         from megatron_lpr.training.train import Trainer
 
         base = qwen if sections is NOTHING_TRAINS else toy_base
@@ -49,24 +82,22 @@ def on_the_way(toy_base: Path, qwen: Path, root: Path) -> None:
             trainer = Trainer(plan)
             trainer.train_step()
         saved = trainer.save()
-        if old:
+        if twice:
             trainer.step += 1
-            with written_as_before(trainer.optimizer):
-                saved = trainer.save()
+            with written_by_megatron(trainer.optimizer):
+                trainer.save()
         del trainer
         leave_layout()
         return saved
 
     with megatron():
-        for dtype, distributed in OLD:
+        for dtype, distributed in STARTS:
             sections = ALL_TRAINS | {"model": ALL_TRAINS["model"] | {"dtype": dtype}}
-            folder = root / f"{dtype}{distributed}"
-            with routers_as_before():
-                old = save(sections, folder / "first", {"distributed_optimizer": distributed}, old=True)
-            save(sections, folder / "old", {"tensor": 2}, old)
+            with of_one_dtype():
+                save(sections, root / f"{dtype}{distributed}", {"distributed_optimizer": distributed}, twice=True)
         for dtype, route in ROUTES.items():
             sections = ALL_TRAINS | {"model": ALL_TRAINS["model"] | {"dtype": dtype}}
-            at = root / f"{dtype}True/first/checkpoints/step_00000001"
+            at = save(sections, root / dtype, {})
             for number, parallel in enumerate(route):
                 at = save(sections, root / f"{dtype}{number}", parallel, at)
         at = None
@@ -83,17 +114,8 @@ def saved(on_ranks, toy_base, tmp_path_factory):
     return root
 
 
-def with_masters_of_routers(tensors: dict) -> dict:
-    """A checkpoint with routers in bfloat16 as one of today, which has them in fp32 and no copy in the optimizer."""
-    masters = {name: name.removeprefix("optimizer.state.param.") for name in tensors if name.endswith(ROUTER)}
-    masters = {name: weight for name, weight in masters.items() if name != weight}
-    for master, weight in masters.items():
-        assert tensors[weight].dtype == torch.bfloat16 and not torch.equal(tensors[weight].float(), tensors[master])
-    return {masters.get(name, name): tensor for name, tensor in tensors.items() if name not in masters.values()}
-
-
 def assert_same(run: Path, start: Path) -> None:
-    ours, expected = checkpoint_tensors(run), with_masters_of_routers(checkpoint_tensors(start))
+    ours, expected = checkpoint_tensors(run), checkpoint_tensors(start)
     assert ours.keys() == expected.keys()
     assert any(".exp_avg_sq." in key and expected[key].any() for key in expected)
     for key, tensor in expected.items():
@@ -103,18 +125,21 @@ def assert_same(run: Path, start: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ROUTES)
 def test_every_layout_reads_what_another_has_written(saved, dtype):
-    start = saved / f"{dtype}True/first/checkpoints/step_00000001"
+    start = saved / dtype
     for number in range(len(ROUTES[dtype])):
         assert_same(saved / f"{dtype}{number}", start)
     has_master = any("optimizer.state.param." in key for key in checkpoint_tensors(start))
     assert has_master == (dtype == "bfloat16")
 
 
-@pytest.mark.parametrize("dtype, distributed", OLD)
-def test_the_form_of_older_versions_loads(saved, dtype, distributed):
-    folder = saved / f"{dtype}{distributed}"
-    assert any("chained_0." in key for key in checkpoint_tensors(folder / "first"))
-    assert_same(folder / "old", folder / "first/checkpoints/step_00000001")
+@pytest.mark.parametrize("dtype, distributed", STARTS)
+def test_each_number_is_where_megatron_itself_has_it(saved, dtype, distributed):
+    ours, theirs = (checkpoint_tensors(saved / f"{dtype}{distributed}/checkpoints/step_0000000{n}") for n in (1, 2))
+    prefix = re.compile(r"(chained_\d+\.)?optimizer\.state\.(fp32_)?")
+    theirs = {prefix.sub("optimizer.state.", key): tensor for key, tensor in theirs.items()}
+    assert all(".param." in key for key in theirs.keys() - ours.keys())  # a copy of what is fp32 in the model too
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
 
 
 def test_a_pipeline_stage_in_which_nothing_trains(saved):

@@ -155,15 +155,6 @@ def test_finished_run_has_nothing_to_do(run, monkeypatch):
     assert "latest names step_00000008, which is not there: takes step_00000006, the newest complete" in printed
 
 
-def test_a_checkpoint_from_before_there_were_checksums_goes_on_with_a_note(run):
-    folder = run.checkpoints / "step_00000006"
-    state = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({k: v for k, v in state.items() if k not in ("digest", "manifest")}))
-    (folder / "manifest.json").unlink()
-    status, printed, _ = run("train.steps=7", "optimizer.schedule=constant", "optimizer.min_lr=0")
-    assert status == 0 and f"checkpoint {folder} is from before there were checksums" in printed
-
-
 def test_a_finished_run_that_read_in_another_order_has_nothing_to_do(run):
     file = run.checkpoints / "step_00000006/run.json"
     state = json.loads(file.read_text())

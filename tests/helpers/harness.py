@@ -58,7 +58,7 @@ class FixedSampler:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
-    def samples_before(self, samples: int) -> list[int]:
+    def epochs_before(self, samples: int) -> list[float]:
         return []
 
     def count(self, first: int, count: int) -> BatchCounts:
@@ -79,7 +79,7 @@ class FixedSampler:
             yield self.fill(first + i * stride, count)
 
     def state(self, consumed_samples: int) -> dict:
-        return {"consumed_samples": consumed_samples}
+        return {"version": 3, "consumed_samples": consumed_samples, "schedule": [], "corpora": {}}
 
     def _rows(self, first: int, count: int) -> Batch:
         rows = np.arange(first, first + count) % len(self.batch.tags_BS)

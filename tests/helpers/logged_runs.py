@@ -17,7 +17,8 @@ def log_run(folder: Path, name: str, steps: int = 30, languages=("hu", "en"), *,
     start = {"time": "2026-11-25T12:00:00.000Z", "step": 0, "hosts": ["n1"], "world_size": 8, "device": "cpu"}
     start |= {"command": "megatron-lpr train x.yaml", "versions": {"python": "3.11.7", "torch": "2.13.0"}}
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
-    (folder / "ends.jsonl").write_text(json.dumps({"time": "2026-11-25T13:00:00.000Z", "outcome": "finished"}) + "\n")
+    end = {"time": "2026-11-25T13:00:00.000Z", "start": start["time"], "outcome": "finished"}
+    (folder / "ends.jsonl").write_text(json.dumps(end) + "\n")
     roles = {language: "original" if place else "expanded" for place, language in enumerate(languages)}
     recipe = {
         "name": name.encode("utf-8", "replace").decode(),

@@ -1,11 +1,12 @@
 """The output folder of a run with one checkpoint, written by the formats and without Megatron."""
 
-import json
 from pathlib import Path
 
 import torch
 from dist_checkpoints import write_dist_checkpoint
+from fake_checkpoints import BASE, seal
 
+from megatron_lpr.checkpoint.run_state import RunState
 from megatron_lpr.families import read_architecture
 from megatron_lpr.families.expansion import Expansion
 from megatron_lpr.files.safetensors_io import SafetensorsReader, torch_dtype
@@ -71,7 +72,7 @@ def stacked(parameters):
 AXES = ("layers", "local_experts")
 
 
-def write_run(base, output: Path, *, parameters=None, recipe=(), **state) -> Path:
+def write_run(base, output: Path, /, *, parameters=None, recipe=(), **state) -> Path:
     """A run of 4 steps in `output`; `recipe` and `state` replace entries of its run.json. Returns its checkpoint."""
     tree = {"name": "toy", "output": str(output), "model": {"base": str(base), "num_experts": 3}} | dict(recipe)
     resolved = to_tree(from_tree(Recipe, tree, where="test"))
@@ -81,7 +82,7 @@ def write_run(base, output: Path, *, parameters=None, recipe=(), **state) -> Pat
     folder = output / "checkpoints" / "step_00000004"
     folder.parent.mkdir(parents=True)
     write_dist_checkpoint(folder, stacked(parameters))
-    run = {"step": 4, "consumed_samples": 8, "has_optimizer": False, "recipe": resolved} | state
-    (folder / "run.json").write_text(json.dumps(run))
+    run = {"step": 4, "consumed_samples": 8, "has_optimizer": False, "recipe": resolved, "base": BASE} | state
+    seal(folder, RunState(**run))
     (folder.parent / "latest").write_text(folder.name)
     return folder

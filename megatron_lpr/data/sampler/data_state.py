@@ -8,7 +8,7 @@ from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.sampler.mixture import Mixture, Subset
 from megatron_lpr.errors import UserError
 
-_VERSION = 3  # 2: before the samples of a role that has several corpora came in the order of csrc/mixture.h
+_VERSION = 3  # of the order of samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,11 @@ class DataState:
         Raises:
             UserError: naming everything that changed; or the samples come in another order by now.
         """
-        if saved.get("version") != _VERSION and not (saved.get("version") == 2 and _one_corpus_a_role(saved)):
+        if saved.get("version") != _VERSION:
             raise UserError(
                 f"the run began with another version of megatron_lpr, which reads samples in another order (version "
                 f"{saved.get('version')} of the data's state, here it is {_VERSION}): let that version finish the run, "
                 "or start a new run with its weights as model.load"
-            )
-        if lacking := [key for key in ("consumed_samples", "schedule", "corpora") if key not in saved]:
-            raise UserError(
-                f"the run cannot go on: its checkpoint does not say what it has read (data_state has no {lacking[0]}); "
-                "go on from another one, or start a new run with its weights as model.load"
             )
         own = self.to_tree(0)
         changes = [
@@ -88,12 +83,6 @@ def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
     return identity | {field: limit for field, limit in limits.items() if limit}
 
 
-def _one_corpus_a_role(saved: Mapping[str, Any]) -> bool:
-    corpora = saved["corpora"]
-    roles = [[corpora.get(name, {}).get("role") for name in mixture["shares"]] for mixture in saved["schedule"]]
-    return all(len(set(read)) == len(read) for read in roles)
-
-
 def _used(schedule: Sequence[Mapping[str, Any]], consumed: int) -> list[Mapping[str, Any]]:
     return [mixture for mixture in schedule if mixture["from_sample"] < consumed]
 
@@ -120,6 +109,6 @@ def _corpus_changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]
         f"{field} of corpus '{name}' was {before.get(field)}, is {now.get(field)}"
         for field in dict.fromkeys([*before, *now])
         if before.get(field) != now.get(field)
-        # which checkpoints, or manifests, of old have not
+        # which `verify-data --record` adds to a manifest
         and not (field == "index_digest" and (field in before) != (field in now))
     ]

@@ -88,6 +88,7 @@ RESULT = EvaluationResult(
 TASKS = TaskResult(
     model="it",
     tasks=(TaskScore(benchmark="b", language="en", role="original", name="t", metric="acc", shots=0, score=0.5),),
+    bos=True,
 )
 
 

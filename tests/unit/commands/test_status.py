@@ -19,9 +19,10 @@ def runs(tmp_path):
         record |= {"seconds": 2.0, "balance_loss": 1.003, "tflops_per_device": 312.4, "mfu": 0.316, "skipped_steps": 2}
         slowest = {"median": 1.0, "max": 1.31, "rank": 3, "host": "n2"}
         record["ranks"] = {"compute_seconds": slowest, "memory_gb": {"max": 61.0, "rank": 0, "host": "n1"}}
-        JsonLines(folder / "starts.jsonl").append({"time": "2026-11-25T12:00:00.000Z", "step": 0})
+        start = "2026-11-25T12:00:00.000Z"
+        JsonLines(folder / "starts.jsonl").append({"time": start, "step": 0})
         JsonLines(folder / "metrics.jsonl").append(record)
-        JsonLines(folder / "ends.jsonl").append({"time": now, "outcome": outcome, "reason": reason})
+        JsonLines(folder / "ends.jsonl").append({"time": now, "start": start, "outcome": outcome, "reason": reason})
     return tmp_path
 
 

@@ -46,15 +46,6 @@ def test_a_mistake_of_the_user_is_one_sentence(convert_hf, tmp_path, capsys):
     assert error.startswith("convert_hf.py hf-to-hf: error: model folder") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "word, now", [("upcycle", "hf-to-hf"), ("export", "megatron-to-hf"), ("verify", "--base BASE")]
-)
-def test_doors_that_are_gone(convert_hf, capsys, word, now):
-    assert convert_hf([word, "a", "b"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"convert_hf.py: error: no command '{word}'; that is now ") and now in error
-
-
 def test_an_export_for_llama_cpp(convert_hf, llama, tmp_path, capsys):
     """A Qwen2-MoE export becomes a folder; of any other the message says that it needs none."""
     base, export, out = (str(tmp_path / name) for name in ("base", "export", "out"))

@@ -122,11 +122,7 @@ def test_scores_and_their_table(harness, evaluate, tmp_path, capsys):
     assert cli.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "stage2.json")]) == 0
     table = capsys.readouterr().out
     assert "stage 2 vs base" in table and table.count(" 50.0% kept |") == 2 and " -0.060 |" in table
-    of_older_version = tree.pop("bos")
-    (tmp_path / "stage2.json").write_text(json.dumps(tree))
-    assert cli.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "stage2.json")]) == 0
-    capsys.readouterr()
-    tree["bos"] = not of_older_version
+    tree["bos"] = not tree["bos"]
     (tmp_path / "stage2.json").write_text(json.dumps(tree))
     assert cli.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "stage2.json")]) == 2
     assert "are of prompts that open otherwise" in capsys.readouterr().err

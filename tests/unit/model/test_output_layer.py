@@ -23,7 +23,7 @@ def chunked(x, weight, labels, *, rows):
 
     group = SimpleNamespace(size=lambda: 1)
     shard = VocabularyShard(first=0, true=TRUE, group=group)
-    return ChunkedLoss.apply(x, weight, labels, shard, rows, torch.is_grad_enabled())
+    return ChunkedLoss.apply(x, weight, labels, shard, rows)
 
 
 def numbers(*shape, seed, dtype=torch.float32, scale=1.0):

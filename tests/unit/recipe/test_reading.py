@@ -202,11 +202,3 @@ def test_a_part_of_the_settings_is_described():
     names = {line.split(":")[0].strip() for line in lines}
     assert names == {"name"} | {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
     assert [line for line in describe() if line in lines] == lines
-
-
-@pytest.mark.parametrize("value", [1, 4])
-def test_a_setting_that_is_no_more_is_passed_over(value, capsys):
-    """Older checkpoints name it in their run.json; only one that somebody chose is worth a word."""
-    tree = {"name": "x", "output": "o", "model": {"base": "b"}, "export": {"processes": value, "dtype": "bfloat16"}}
-    assert from_tree(Recipe, tree, where="old").export.dtype == "bfloat16"
-    assert ("old: export.processes is no setting any more" in capsys.readouterr().err) == (value != 1)

@@ -56,7 +56,7 @@ def test_description_is_what_differs_from_the_defaults_and_what_it_comes_to(plan
 def test_description_names_the_checkpoint_it_starts_from(plan, tmp_path):
     source = write_fake_checkpoint(tmp_path, 3)
     assert f"checkpoint {source}" in describe(dataclasses.replace(plan, source=source))
-    state = RunState(step=2, consumed_samples=8, has_optimizer=True, recipe={})
+    state = RunState(step=2, consumed_samples=8, has_optimizer=True, recipe={}, base={})
     resumed = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert "step 2 of this run" in describe(resumed) and resumed.first_step == 2
 
@@ -95,7 +95,7 @@ def test_languages_of_the_plan(plan):
 
 
 def test_description_of_a_finished_run(plan, tmp_path):
-    state = RunState(step=3, consumed_samples=12, has_optimizer=True, recipe={})
+    state = RunState(step=3, consumed_samples=12, has_optimizer=True, recipe={}, base={})
     done = dataclasses.replace(plan, resume=tmp_path, state=state)
     assert done.finished and not plan.finished
     assert describe(done).startswith("nothing to do: the run in ") and "\n" not in describe(done)

@@ -127,14 +127,14 @@ def test_silence(held, seconds_per_step, silence, state):
 )
 def test_ends(run, ends, expected):
     run.steps(1, 3)
-    run.append("ends", {"time": at(-5), "outcome": "failed", "reason": "of an earlier start"})
-    run.append("ends", *({"time": at(40 + i)} | end for i, end in enumerate(ends)))
+    run.append("ends", {"time": at(-5), "start": at(-9), "outcome": "failed", "reason": "of an earlier one"})
+    run.append("ends", *({"time": at(40 + i), "start": at(0)} | end for i, end in enumerate(ends)))
     status = run.status(100)
     assert (status.state, status.reason) == expected and status.eta_seconds is None
 
 
 def test_what_was_asked_to_stop_says_by_whom(run):
-    run.append("ends", {"time": at(40), "outcome": "stopped", "reason": None})
+    run.append("ends", {"time": at(40), "start": at(0), "outcome": "stopped", "reason": None})
     (run.folder / "stopped").write_text("stopped by SIGTERM after step 3\n")
     assert run.status(50).reason == "stopped by SIGTERM after step 3"
 
@@ -208,7 +208,7 @@ def test_a_last_line_that_a_killed_process_has_not_finished_is_said(held):
 
 def test_lines_of_starts_and_ends_that_are_none_are_counted(run):
     """A torn line gets its end when the next start writes."""
-    run.append("ends", {"time": at(40), "outcome": "finished"}, [1], {"outcome": "failed"})
+    run.append("ends", {"time": at(40), "start": at(0), "outcome": "finished"}, [1], {"outcome": "failed"})
     with (run.folder / "starts.jsonl").open("a") as file:
         file.write('{"step": 3, "ti\n')
     status = run.status(50)

@@ -10,7 +10,6 @@ from preprocessing import preprocess
 from tiny_models import rewrite_config
 from toy_run import write_run
 
-from megatron_lpr.checkpoint.run_state import RunState, read_run_state, write_run_state
 from megatron_lpr.conversion.export.export import export_checkpoint, upcycle_hf
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
@@ -39,7 +38,7 @@ def two_stages(toy_base, tmp_path):
     stage1 = {"name": "stage1", "model": first, **train("new_experts_and_routers"), **ALPHA}
     write_run(
         toy_base, tmp_path / "stage1", recipe=stage1, tokens_per_language={"hu": 4000, "en": 0},
-        data_state={"corpora": corpora},
+        data_state={"version": 3, "consumed_samples": 8, "schedule": [], "corpora": corpora},
     )  # fmt: skip
     second = model | {"load": str(tmp_path / "stage1")}
     write_run(toy_base, tmp_path / "stage2", recipe={"name": "stage2", "model": second, **train("routers"), **GAMMA})
@@ -147,12 +146,8 @@ def test_the_card_of_what_a_run_writes_today(toy_base, tmp_path):
         output=str(tmp_path / "data"),
     )
     sampler = ReplaySampler(manifest, seq_length=16, seed=0, mixture={"expanded": 1.0})
-    folder = write_run(toy_base, tmp_path / "run", recipe={"name": "stage1", **train("routers")})
-    state = RunState(
-        step=4, consumed_samples=8, has_optimizer=False, recipe=read_run_state(folder).recipe,
-        data_state=sampler.state(8), tokens_per_language={"hu": 10, "ro": 20, "en": 3},
-    )  # fmt: skip
-    write_run_state(folder, state)
+    read = {"data_state": sampler.state(8), "tokens_per_language": {"hu": 10, "ro": 20, "en": 3}}
+    folder = write_run(toy_base, tmp_path / "run", recipe={"name": "stage1", **train("routers")}, **read)
     card = (export_checkpoint(folder, tmp_path / "out", base_dir=toy_base) / "README.md").read_text()
     books, web = manifest.corpora
     assert f"| books | hu | expanded | {books.tokens:,} | 10 | `{books.digest}` |" in card

@@ -217,19 +217,10 @@ def test_state_names_what_changed(manifest, sampler):
 
 
 def test_a_run_in_another_order_is_not_resumed(sampler):
-    """Checkpoints of old say nothing of the order but the version of their data's state."""
     state = sampler.state(640) | {"version": 2}
     message = r"^the run began with another version of megatron_lpr, .* \(version 2 of the data's state, here it is 3\)"
     with pytest.raises(UserError, match=message):
         sampler.check_state(state)
-
-
-def test_the_order_of_single_corpora_is_the_one_of_before(make_manifest):
-    manifest = make_manifest(("hu", "hu", "expanded", 1, 500), ("en", "en", "original", 1, 500))
-    sampler = ReplaySampler(manifest, seq_length=S, seed=1, mixture=MIXTURE)
-    sampler.check_state(sampler.state(640) | {"version": 2})
-    with pytest.raises(UserError, match="version 1 of the data's state"):
-        sampler.check_state(sampler.state(640) | {"version": 1})
 
 
 def test_what_has_not_been_read_may_change(manifest, sampler):

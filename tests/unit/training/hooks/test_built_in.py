@@ -19,7 +19,7 @@ def test_a_script_can_write_a_hook_before_it_has_megatron():
 def metrics(step, **changes):
     record = {"step": step, "steps": 2, "stage": "x", "ntp_loss": 1.0, "balance_loss": None, "lpr_loss": None}
     numbers = dict.fromkeys(("grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "consumed_samples"), 1.0)
-    return record | numbers | {"tokens_per_language": {"hu": 1}} | changes
+    return record | numbers | {"ntp_loss_per_language": {}, "tokens_per_language": {"hu": 1}} | changes
 
 
 @pytest.fixture

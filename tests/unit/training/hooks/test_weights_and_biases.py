@@ -13,6 +13,7 @@ from megatron_lpr.training.hooks.weights_and_biases import WeightsAndBiases
 
 METRICS = {"step": 3, "ntp_loss": 1.5, "balance_loss": None, "lpr_loss": None, "grad_norm": 1.0, "lr": 0.1}
 METRICS |= {"tokens": 8, "tokens_per_second": 4.0, "seconds": 2.0, "consumed_samples": 9, "tokens_per_language": {}}
+METRICS["ntp_loss_per_language"] = {}
 
 
 class FakeWandb(SimpleNamespace):
