@@ -68,15 +68,16 @@ class GroupedExperts(SequentialMLP):
 
     def at_once(self, x_TH: Tensor, tokens_N: Tensor, probs_T: Tensor) -> Tensor:
         """probs * fc2(silu(gate) * up) with [gate; up] = fc1, each token with the weights of its expert."""
-        linears = [[getattr(expert, name) for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")]
+        linears = [(expert.linear_fc1, expert.linear_fc2) for expert in self.local_experts]
         for linear in itertools.chain(*linears):
-            # Megatron waits for the weights of its last step there (`overlap_param_gather`); nobody calls these modules
+            # Megatron waits for the weights of its last step there (`overlap_param_gather`), and has the next ones
+            # gathered, in this order; nobody calls these modules
             for hook in linear._forward_pre_hooks.values():
                 hook(linear, ())
         ends_N = tokens_N.cumsum(0).to(torch.int32)
         if x_TH.is_cuda:
             ends_N = ends_N.to(x_TH.device, non_blocking=True)
-        fc1, fc2 = ([linear.weight for linear in of_experts] for of_experts in linears)
+        fc1, fc2 = ([linear.weight for linear in of_experts] for of_experts in zip(*linears, strict=True))
         hidden_T2F, probs_T1 = ExpertLinear.apply(x_TH, ends_N, *fc1), probs_T[:, None]
         if self.config.bias_activation_fusion:  # one kernel, which keeps its input only
             hidden_TF = weighted_bias_swiglu_impl(hidden_T2F, None, probs_T1)

@@ -81,9 +81,9 @@ class Activations:
 
     def computed_again(self, *, has_experts: bool) -> int:
         """What recomputation of a layer holds, while its backward pass runs."""
-        return self.layer(has_experts=has_experts, below_learns=True) - self.saved(
-            has_experts=has_experts, below_learns=True
-        )
+        kept = self.saved(has_experts=has_experts, below_learns=True)
+        mask = self._mask_of_documents() if self.train.recompute == "full" else 0
+        return self.layer(has_experts=has_experts, below_learns=True) - kept + mask
 
     def norm(self, below_learns: bool, tokens: int | None = None, width: int | None = None) -> int:
         """An RMSNorm keeps its input and the inverse of its root mean square."""
@@ -105,8 +105,7 @@ class Activations:
         # queries, keys, values, the output, the logarithm of each softmax's sum
         core = wide // tensor * (2 * queries * size + arch.num_attention_heads * _FP32)
         core += wide // tensor * 2 * repeated * size * self._seen_by_queries(is_repeated=queries != keys) // 2
-        if queries == keys and not self.te and self.recipe.parallel.context == 1:
-            core += wide // tensor * 2 * queries * size  # the values are a view of what queries and keys were part of
+        core += wide // tensor * self._kept_by_a_view() * size
         rotations = 4 * wide * arch.head_dim * size  # cosines and sines, for queries and keys
         if self.train.micro_batch_size > 1:
             rotations //= self.train.micro_batch_size
@@ -114,12 +113,33 @@ class Activations:
         if arch.qk_norm:
             found += self._normed_heads(arch.num_attention_heads // tensor)
             found += self._normed_heads(arch.num_query_groups // tensor)
-            if self.device == "cuda":
-                # keys are a view of all three, but for those that are laid out anew to be normed together
-                found += wide // tensor * (keys if arch.qk_norm_across_heads else queries + keys) * size
-        if learns:
-            found += self.hidden + wide // tensor * queries * size
+        if learns:  # the inputs of both linear layers; that of the second one is a view of the output, but for parts
+            found += self.hidden + (wide // tensor * queries * size if self._attends_in_parts() else 0)
         return found
+
+    def _attends_in_parts(self) -> bool:
+        """Whose outputs are joined: of a context-parallel rank, or of windows (model/attention.py)."""
+        assert self.recipe.data is not None
+        window = self.arch.sliding_window
+        is_windowed = window is not None and window < self.recipe.data.seq_length and not self.te
+        return self.recipe.parallel.context > 1 or is_windowed
+
+    def _kept_by_a_view(self) -> int:
+        """Channels that nobody keeps for themselves: queries, keys and values are computed as one tensor, and a view of
+        some keeps them all. Where a rank has several groups those of a kind do not lie together: queries are copied out
+        where a group has more than one, and heads that are normed together.
+        """
+        arch = self.arch
+        queries, keys = arch.shape("QK")
+        if self.te:  # whose modules copy what does not lie together
+            return 0
+        shares_none, has_one_group = queries == keys, arch.num_query_groups == self.recipe.parallel.tensor
+        viewed = keys if shares_none and self.recipe.parallel.context == 1 else 0  # values, which are not repeated
+        if arch.qk_norm and (self.device == "cuda" or self.itemsize == _FP32):
+            across = arch.qk_norm_across_heads
+            viewed += keys if has_one_group or not across else 0
+            viewed += queries if has_one_group or (shares_none and not across) else 0
+        return queries + 2 * keys - viewed if viewed else 0
 
     def _normed_heads(self, heads: int) -> int:
         """Of queries or keys."""
@@ -141,8 +161,19 @@ class Activations:
         return 2 * context + 1 if is_repeated else 2 * context
 
     def handed_over(self) -> int:
-        """Tags, which full recomputation keeps for the layers of a model chunk."""
-        return self.wide_tokens * _INDEX if self.train.recompute == "full" else 0
+        """To all layers of a model chunk: the mask of documents, and tags, which full recomputation keeps."""
+        return self._mask_of_documents() + (self.wide_tokens * _INDEX if self.train.recompute == "full" else 0)
+
+    def _mask_of_documents(self) -> int:
+        """Positions x those that they might see; a context-parallel rank's two chunks see all but half a chunk's worth
+        of the sequence (model/attention.py).
+        """
+        assert self.recipe.data is not None
+        if not self.recipe.data.reset_attention or self.te:
+            return 0
+        context, length = self.recipe.parallel.context, self.recipe.data.seq_length
+        seen = length if context == 1 else length // (4 * context) * (2 * context + 1)
+        return self.wide_tokens * seen * self.itemsize
 
     def angles(self) -> int:
         """Of rotary embeddings, which it keeps once."""

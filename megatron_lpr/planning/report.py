@@ -9,9 +9,11 @@ from megatron_lpr.planning.links import OnLinks, on_links
 from megatron_lpr.planning.moves import counted
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.run_plan import RunPlan
+from megatron_lpr.recipe.layout import layers_of_chunks
 
 KINDS = ("frozen", "trained", "casts", "gradients", "optimizer", "gathered", "activations", "logits", "working")
-_SIZES = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor", "frozen")
+_STAGES = ("pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers")
+_SIZES = ("tensor", *_STAGES, "context", "expert", "expert_tensor", "frozen")
 
 
 def text(plan: RunPlan) -> str:
@@ -88,16 +90,18 @@ def _table(plan: RunPlan) -> Iterator[str]:
         return
     yield "layouts that fit, the lowest bound of a step first"
     yield ""
-    yield "| tensor | pipeline | virtual | context | expert | frozen | micro batch | recompute | memory, GB | step, s |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    titles = ("tensor", "pipeline", "virtual", "ends", "context", "expert", "frozen", "micro batch", "recompute")
+    yield f"| {' | '.join(titles)} | memory, GB | step, s |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for layout in found.best:
         s, train = layout.sizes, layout.train
         cells: list[object] = [
             s.tensor,
             s.pipeline,
             s.virtual_pipeline,
+            _ends(layout),
             s.context,
-            s.expert,
+            s.expert if s.expert_tensor == 1 else f"{s.expert} x {s.expert_tensor}",
             s.frozen,
             train.micro_batch_size,
         ]
@@ -109,11 +113,19 @@ def _table(plan: RunPlan) -> Iterator[str]:
     yield from lines_to_paste(found.best[0])
 
 
+def _ends(layout: Layout) -> str:
+    """The layers of the first and the last stage where not all have the same."""
+    chunks = layout.rank.place.sizes.virtual_pipeline
+    layers = [len(chunk) for chunk in layers_of_chunks(layout.sizes, layout.rank.arch.num_layers)]
+    return "" if len(set(layers)) == 1 else f"{layers[0] * chunks}, {layers[-1] * chunks}"
+
+
 def lines_to_paste(layout: Layout) -> Iterator[str]:
     """A layout as YAML."""
     yield "parallel:"
     for name in _SIZES:
-        yield f"  {name}: {getattr(layout.sizes, name)}"
+        value = getattr(layout.sizes, name)
+        yield f"  {name}: {'null' if value is None else value}"
     yield "train:"
     yield f"  micro_batch_size: {layout.train.micro_batch_size}"
     yield f"  recompute: {layout.train.recompute}"
@@ -173,7 +185,7 @@ def _verdict(plan: RunPlan, layout: Layout) -> str:
 
 def _sizes(layout: Layout) -> str:
     s = layout.sizes
-    given = {name: getattr(s, name) for name in _SIZES if getattr(s, name) != 1}
+    given = {name: getattr(s, name) for name in _SIZES if getattr(s, name) not in (1, None)}
     sizes = ", ".join(f"{name} {value}" for name, value in given.items())
     return f"{sizes}, micro batch {layout.train.micro_batch_size}, recompute {layout.train.recompute}"
 

@@ -1,7 +1,8 @@
 """Looks for layouts that fit: all parallel sizes that the model and the ranks allow, as far as they make sense.
 
 Sense: tensor parallelism stays inside a node (arXiv 2104.04473, takeaway 1), context parallelism waits until sequences
-are long, experts are cut only where the recipe cuts them. The global batch stays the recipe's, so that the numbers do.
+are long, experts are cut where the recipe cuts them, and further only where nothing fits otherwise. What the recipe
+itself says is among them. The global batch stays the recipe's, so that the numbers do.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from typing import Literal
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
+from megatron_lpr.model.rank.frozen import shards_frozen
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.hardware import GPU
 from megatron_lpr.planning.layout import Layout, Layouts
@@ -40,6 +42,19 @@ class Found:
 
 def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: int) -> Found:
     """The `most` best."""
+    own, nearest = recipe.parallel.expert_tensor, list[Layout]()
+    further = [cut for cut in _divisors(gpu.per_node, gpu.per_node) if cut > own and cut % own == 0]
+    for cut in [own, *further] if recipe.model.num_experts else [own]:
+        sizes = dataclasses.replace(recipe.parallel, expert_tensor=cut)
+        found = _search(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu, most)
+        if found.best:
+            return found
+        nearest += [found.nearest] if found.nearest else []
+    return Found(best=[], nearest=min(nearest, key=lambda layout: layout.memory.total, default=None))
+
+
+def _search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: int) -> Found:
+    """Of those whose experts are cut as the recipe's."""
     assert recipe.train is not None
     best: list[Layout] = []
     nearest: tuple[int, Layouts, TrainConfig] | None = None
@@ -80,38 +95,56 @@ def _sizes(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> Ite
     new = recipe.model.num_experts - recipe.model.num_frozen_experts
     experts = _divisors(new, world_size) if recipe.model.num_experts else [1]
     contexts = [n for n in (1, 2, 4, 8, 16) if n == 1 or recipe.data.seq_length // n >= _CONTEXT_FROM]
-    pipelines = [(1, 1)] + [
-        (stages, chunks)
-        for stages in _divisors(arch.num_layers, world_size)
-        if stages > 1
-        for chunks in (1, 2, 4)
-        if arch.num_layers % (stages * chunks) == 0
-    ]
     can_shard = recipe.train.trainable != "all" and not lacking_to_shard(recipe.fp8)
     spread: list[Literal["replicated", "sharded"]] = ["replicated", "sharded"] if can_shard else ["replicated"]
     tensors = _divisors(arch.num_query_groups, gpu.per_node)
-    for frozen, context, tensor, (stages, chunks), expert in itertools.product(
-        spread, contexts, tensors, pipelines, experts
-    ):
-        if world_size % (tensor * stages * context) or world_size % (stages * expert):
-            continue
-        sizes = dataclasses.replace(
-            recipe.parallel,
-            tensor=tensor,
-            pipeline=stages,
-            virtual_pipeline=chunks,
-            first_stage_layers=None,
-            last_stage_layers=None,
-            context=context,
-            expert=expert,
-            frozen=frozen,
+    found = (
+        dataclasses.replace(staged, tensor=tensor, context=context, expert=expert, frozen=frozen)
+        for frozen, context, tensor, staged, expert in itertools.product(
+            spread, contexts, tensors, _staged(recipe.parallel, arch.num_layers, world_size), experts
         )
+        if world_size % (tensor * staged.pipeline * context) == 0 == world_size % (staged.pipeline * expert)
+    )
+    for sizes in itertools.chain([recipe.parallel], found):
+        laid_out = dataclasses.replace(recipe, parallel=sizes)
         try:
-            check_layout(dataclasses.replace(recipe, parallel=sizes), arch, world_size)
+            check_layout(laid_out, arch, world_size)
             check_seq_length(recipe.data.seq_length, sizes, arch)
         except UserError:
             continue
-        yield sizes
+        if sizes.frozen != "auto":
+            yield sizes
+        elif shards_frozen(laid_out, arch, world_size):
+            yield dataclasses.replace(sizes, frozen="sharded")
+        else:
+            yield dataclasses.replace(sizes, frozen="replicated")
+
+
+def _staged(sizes: ParallelConfig, layers: int, world_size: int) -> Iterator[ParallelConfig]:
+    """Stages and their chunks: one, two, four, or what divides the layers of a stage that neither two nor four do."""
+    yield from _with_stages(sizes, layers, 1, 1)
+    for stages in _divisors(world_size, layers)[1:]:
+        one, two, four, *others = (_with_stages(sizes, layers, stages, chunks) for chunks in (1, 2, 4, 3, 5, 7))
+        yield from [*one, *two, *four]
+        if not two and not four:
+            yield from [*itertools.chain(*others)][:1]
+
+
+def _with_stages(sizes: ParallelConfig, layers: int, stages: int, chunks: int) -> list[ParallelConfig]:
+    """One or none. Where stages cannot all have the same, the ends have less (as Llama 3's, arXiv 2407.21783)."""
+    each = -(-layers // (stages * chunks))  # layers of a chunk
+    lacking, rest = divmod(each * stages * chunks - layers, chunks)
+    first, last = each - lacking // 2, each - (lacking - lacking // 2)
+    if rest or first < 1 or last < 1 or (lacking and layers % stages == 0):
+        return []
+    staged = dataclasses.replace(
+        sizes,
+        pipeline=stages,
+        virtual_pipeline=chunks,
+        first_stage_layers=first * chunks if first < each else None,
+        last_stage_layers=last * chunks if last < each else None,
+    )
+    return [staged]
 
 
 def batches(recipe: Recipe, arch: Architecture, world_size: int) -> Iterator[TrainConfig]:

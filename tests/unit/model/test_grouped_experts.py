@@ -39,6 +39,17 @@ def test_same_as_the_loop(experts, way, tokens, monkeypatch):
         torch.testing.assert_close(at_once, one_by_one)
 
 
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_weights_are_waited_for_in_the_order_in_which_megatron_gathers_them(experts, is_grouped, monkeypatch):
+    """That of registration (`overlap_param_gather`): in another it has some gathered late, and warns."""
+    asked = []
+    for module in experts.modules():
+        module.register_forward_pre_hook(lambda module, _: asked.extend(module.parameters(recurse=False)))
+    monkeypatch.setattr(experts, "is_grouped", is_grouped)
+    experts(torch.ones(3, 32), torch.tensor([1, 0, 2]), torch.ones(3))
+    assert list(map(id, asked)) == list(map(id, experts.parameters()))
+
+
 def test_bfloat16_on_a_cpu_has_products_of_few_numbers_of_rows(experts, monkeypatch):
     from megatron_lpr.model import expert_products
 
