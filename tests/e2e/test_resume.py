@@ -230,7 +230,8 @@ def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):
     words = [str(project.recipes["stage1"]), *settings]
     held = [sys.executable, Path(__file__).parents[1] / "helpers/train_held.py", "6", tmp_path / "go"]
     first = subprocess.Popen([*held, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run/run.lock").exists():
+    lock = tmp_path / "run/run.lock"
+    while not lock.exists() or not lock.read_text().endswith("}"):  # it says who holds it
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
     command = [sys.executable, "-m", "megatron_lpr.cli", "train", *words]

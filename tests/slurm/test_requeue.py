@@ -16,13 +16,19 @@ def counts(jobs):
     return {file.name: int(file.read_text()) for file in jobs.folder.glob("count-*")}
 
 
+def wait_for_ranks(jobs, number):
+    """Until all four listen to signals, in whatever order they have started."""
+    for rank in range(4):
+        jobs.wait_for(number, f"{rank}: train")
+
+
 LONG = "1000"  # counts for longer than a busy machine takes to reach it
 ALL = {f"count-{rank}": 150 for rank in range(4)}
 
 
 def test_a_preempted_job_saves_in_its_grace_time_and_goes_on(jobs):
     number = jobs.submit("train.sbatch", "recipe.yaml", "--set", "a=b c", COUNT="150")
-    jobs.wait_for(number, "3: train")
+    wait_for_ranks(jobs, number)
     urgent = jobs.cluster.run(
         *("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"),
         "--wrap=true",
@@ -39,7 +45,7 @@ def test_a_preempted_job_saves_in_its_grace_time_and_goes_on(jobs):
 
 def test_a_cancelled_job_saves_and_stays_cancelled(jobs):
     number = jobs.submit("train.sbatch", "recipe.yaml", COUNT=LONG)
-    jobs.wait_for(number, "3: train")
+    wait_for_ranks(jobs, number)
     jobs.cluster.run("scancel", number)
     log = jobs.wait(number, "CANCELLED")
     assert "goes on" not in log and 0 < min(counts(jobs).values()) < int(LONG)
@@ -53,7 +59,7 @@ def test_a_rank_that_fails_fails_the_job(jobs):
 
 def test_there_is_an_end_to_restarts(jobs):
     number = jobs.submit("train.sbatch", "recipe.yaml", MAX_RESTARTS="0", COUNT=LONG)
-    jobs.wait_for(number, "3: train")
+    wait_for_ranks(jobs, number)
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", number)
     log = jobs.wait(number, "FAILED")
     assert jobs.cluster.job(number)["ExitCode"] == "75:0" and "MAX_RESTARTS (0)" in log
