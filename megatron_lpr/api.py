@@ -22,7 +22,7 @@ from megatron_lpr.evaluation.evaluate import plan_evaluation, print_progress
 from megatron_lpr.evaluation.retention import EvaluationResult, retention_table
 from megatron_lpr.platform import Ranks, megatron, single_process, together
 from megatron_lpr.platform.callers_torch import callers_torch_set_aside
-from megatron_lpr.platform.distributed import group_store
+from megatron_lpr.platform.distributed import group_store, no_rank_yet
 from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.platform.watchdog import watched
 from megatron_lpr.recipe.checks import expansion_of
@@ -63,6 +63,7 @@ def session(run: Plan) -> Iterator[None]:
         raise UserError(
             f"the plan is of a run on {run.world_size} ranks, and {there} are here: plan without world_size="
         )
+    no_rank_yet()  # first: the watchdog of a session around this one would end with it
     with contextlib.ExitStack() as inside:
         inside.enter_context(stoppable("training"))
         inside.enter_context(run_folder(recipe.output, run.resume, run.damaged))

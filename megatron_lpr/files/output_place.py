@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def check_file(out: str | Path, example: str = "result.json") -> None:
 
 
 def _refuse_home(out: str | Path) -> None:
-    """UserError where a folder of the name ~ would be made: in a recipe, and behind `=`, no shell reads it."""
-    if str(out).startswith("~") and not os.path.lexists(out):
+    """UserError where a folder called ~, $SCRATCH or s3: would be made: no shell reads a recipe, or behind `=`."""
+    if os.path.lexists(out):
+        return
+    if str(out).startswith("~"):
         raise UserError(f"'{out}': ~ is the home folder for a shell, which has not read it here: write the whole path")
+    if re.search(r"\$[{\w]|^\w+:/", str(out)):  # a Path has one / less
+        raise UserError(f"'{out}': neither variables of a shell nor addresses are read here: write the whole path")
 
 
 def check_page(out: str | Path, example: str) -> None:

@@ -1,5 +1,6 @@
 """YAML that people write: read strictly, so that nothing is lost or guessed, by the C parser where there is one."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,23 @@ else:
 _LARGEST = 1 << 64
 _MOST_REPEATED = 1_000_000  # entries, by aliases
 _MERGE = "tag:yaml.org,2002:merge"
+_INT = "tag:yaml.org,2002:int"
+_REREAD = (_INT, "tag:yaml.org,2002:timestamp")
 
 
 class _Loader(_Base):
-    """YAML's plain types; whole numbers of at most 64 bits."""
+    """YAML's plain types, but for dates, which stay text; whole numbers are decimal, of at most 64 bits.
+
+    YAML 1.1 would make 86100 of 23:55:00, 8 of 010, and 2026112801 of the name 20261128_01.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REREAD]
+        for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -34,7 +48,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     return value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor(_INT, _whole_number)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -62,7 +76,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: its lists and mappings lie too deep inside one another") from None
     except UserError:
         raise
-    except ValueError as error:  # as the date 2026-13-01
+    except ValueError as error:  # as !!float x
         raise UserError(f"{where}: not valid YAML: {error}") from None
 
 

@@ -76,6 +76,15 @@ def single_process(what: str) -> None:
         raise UserError(f"{what} runs in one process, not in {world_size}; it reads checkpoints of any layout")
 
 
+def no_rank_yet() -> None:
+    """UserError where this process is a rank of a run already."""
+    if dist.is_initialized():
+        raise UserError(
+            "this process is a rank of a run already, and does one thing at a time: leave the `with session` block "
+            "first, or end a process group of your own with torch.distributed.destroy_process_group()"
+        )
+
+
 @contextlib.contextmanager
 def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     """Inside it this process is a rank of the run, and Megatron-Core can be imported.
@@ -85,11 +94,7 @@ def megatron(timeout_minutes: float = 30.0) -> Iterator[Ranks]:
     Raises:
         UserError: it is a rank of a run already, or Megatron-Core cannot be used here.
     """
-    if dist.is_initialized():
-        raise UserError(
-            "this process is a rank of a run already, and does one thing at a time: leave the `with session` block "
-            "first, or end a process group of your own with torch.distributed.destroy_process_group()"
-        )
+    no_rank_yet()
     prepare()  # first: who leaves a group needs Megatron
     ranks = join(timeout_minutes)
     try:

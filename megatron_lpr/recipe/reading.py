@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import datetime
 import math
 import os
 import types
@@ -198,17 +197,17 @@ def converted(hint: Any, value: Any, where: str, name: str) -> Any:
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
-    found = str(value).lower() if isinstance(value, bool | datetime.date) else repr(value)  # as YAML writes it
-    quotes = "; write it in quotes" if hint is str and isinstance(value, bool | datetime.date) else ""
+    found = str(value).lower() if isinstance(value, bool) else repr(value)  # as YAML writes it
+    quotes = "; write it in quotes" if hint is str and isinstance(value, bool | float) else ""
     wrong = UserError(f"{where}: expected {hint.__name__}, found {found}{quotes}")
     if hint is bool or isinstance(value, bool):
         if hint is bool and isinstance(value, bool):
             return value
         raise wrong
     if hint is str:
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | int):
             return printable(str(value))
-        raise wrong
+        raise wrong  # of a float, which may have been written otherwise: 1.10 is 1.1
     if hint is int:  # directly, for a float cannot hold every int
         if isinstance(value, int):
             return value

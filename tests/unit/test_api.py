@@ -16,6 +16,7 @@ import torch
 
 import megatron_lpr
 from megatron_lpr.errors import Stopped, UserError
+from megatron_lpr.platform.watchdog import watchdog
 from megatron_lpr.testing.toy_models import write_toy_project
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +187,9 @@ def test_a_session_is_of_one_trainer_and_its_plan(stage1, tmp_path):
         trainer = megatron_lpr.Trainer(run)
         with pytest.raises(UserError, match="has a Trainer already"):
             megatron_lpr.Trainer(run)
-        assert trainer.train_step()["step"] == 1
+        with pytest.raises(UserError, match="is a rank of a run already"):
+            megatron_lpr.train(stage1(tmp_path / "another"))
+        assert trainer.train_step()["step"] == 1 and watchdog()
     for call in (trainer.train_step, trainer.save):
         with pytest.raises(UserError, match="the session of this Trainer has ended"):
             call()
@@ -194,7 +197,7 @@ def test_a_session_is_of_one_trainer_and_its_plan(stage1, tmp_path):
         megatron_lpr.train(stage1(tmp_path / "run", world_size=2))
     with pytest.raises(UserError, match="the number of ranks: 0"):
         stage1(tmp_path / "run", world_size=0)
-    assert not (tmp_path / "run").exists()
+    assert not any((tmp_path / name).exists() for name in ("run", "another"))
 
 
 def test_the_end_of_a_stopped_run_can_leave_a_process():

@@ -1,15 +1,18 @@
 """Documents of text files, and the lines that are none."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_lpr.data.text.text_files import Block, expand, parquet_file, read_blocks
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.json_lines import printable
 from megatron_lpr.recipe.text_settings import Format, OnBadLine, PreprocessConfig, SampleBy, SourceConfig
 
 _ROWS = 4096
+_JSON_LINES = " (read as JSON lines, an object on each; `format` tells of another kind)"
 
 
 class Document(NamedTuple):
@@ -136,12 +139,14 @@ def _json_lines(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
         except UnicodeDecodeError:
             yield BadLine(block.path, line, "invalid UTF-8")
         except (ValueError, RecursionError):
-            yield BadLine(block.path, line, "broken JSON")
+            yield BadLine(block.path, line, "broken JSON", "" if ".jsonl" in block.path else _JSON_LINES)
         else:
-            fields = content if isinstance(content, dict) else {}
-            text = fields.get(reading.text_field)
-            language = fields.get(reading.language_field) if reading.language_field else None
-            yield _document(block, reading, text, language, offset, line)
+            if not isinstance(content, dict):
+                yield BadLine(block.path, line, "no JSON object", _JSON_LINES)
+                continue
+            text = content.get(reading.text_field)
+            language = content.get(reading.language_field) if reading.language_field else None
+            yield _document(block, reading, text, language, offset, line, content)
 
 
 def _rows(block: Block, reading: Reading) -> Iterator[Document | BadLine]:
@@ -223,10 +228,12 @@ def _paragraphs(block: Block) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _document(
-    block: Block, reading: Reading, text: object, language: object, offset: int, line: int
+    block: Block, reading: Reading, text: object, language: object, offset: int, line: int, names: Iterable[str] = ()
 ) -> Document | BadLine:
+    """`names` are the fields of the line, for who has not told which is the text."""
     if not isinstance(text, str):
-        return BadLine(block.path, line, f'no "{reading.text_field}" string', " (text_field says which it is)")
+        there = textwrap.shorten(printable(f"; there is {', '.join(names)}"), 200) if names else ""
+        return BadLine(block.path, line, f'no "{reading.text_field}" string', f" (text_field says which it is{there})")
     if not text.strip():
         return BadLine(block.path, line, "empty text")
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer accepts.

@@ -189,6 +189,9 @@ def test_a_home_folder_that_no_shell_has_read(tmp_path, monkeypatch, check):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="'~/runs': ~ is the home folder for a shell"):
         check("~/runs")
+    for out in ("$SCRATCH/runs", "runs/${NAME}", Path("s3://bucket/runs")):
+        with pytest.raises(UserError, match="neither variables of a shell nor addresses are read here"):
+            check(out)
     (tmp_path / "~/runs").mkdir(parents=True)
     check_place("~/runs")  # a run that goes on there
 

@@ -126,7 +126,8 @@ def test_overrides(write):
         ("evaluation.corpora=[x]", "corpora[0]: expected a mapping"),
         ("name.first=x", "'name' is a value, not a section"),
         ("optimizer.lr=[", "not valid YAML"),
-        ("name=2026-11-27", "name: expected str, found 2026-11-27; write it in quotes"),
+        ("name=1.10", "name: expected str, found 1.1; write it in quotes"),
+        ("optimizer.lr=23:55:00", "optimizer.lr: expected float, found '23:55:00'"),
         (
             "evaluation={corpora: [{name: a, files: f, language: no, role: original}]}",
             "found false; write it in quotes",
@@ -138,6 +139,13 @@ def test_overrides(write):
 )
 def test_override_that_is_refused(write, override, expected):
     assert expected in refused(write("r.yaml", MINIMUM), override)
+
+
+@pytest.mark.parametrize("name", ["2026-11-27", "20261128_01", "0012", "23:55:00", "0x10", "12"])
+def test_a_name_of_digits_stays_as_it_is_written(write, name):
+    recipe = load_recipe(write("r.yaml", MINIMUM), [f"name={name}", "train={trainable: all, steps: 1_000}"])
+    assert recipe.name == name and recipe.train.steps == 1000
+    assert load_recipe(write("again.yaml", to_tree(recipe))).name == name
 
 
 def test_an_empty_text_is_no_setting_that_is_left_out(write):
