@@ -42,8 +42,7 @@ class Listener:
         """resumes: the same command starts it again, and a stop is no failure."""
         self.since = time.monotonic()
         self.asked: signal.Signals | None = None  # the first that came
-        self.on_asked: Callable[[str], None] = lambda what: None  # called in a thread of its own, with what asked
-        # the same, before the process ends; `why` is empty where it has nothing to tell any more
+        # called in a thread of its own, before the process ends; `why` is empty where it has nothing to tell any more
         self.on_ending: Callable[[int, str], None] = lambda status, why: None
         self._name, self._resumes = name, resumes
         self._say: Callable[[], None] | None = None
@@ -127,14 +126,14 @@ class Listener:
                 if not received:
                     return
                 for signum in (byte for byte in received if byte in SIGNALS):
-                    now, name = time.monotonic(), self._described(signum)
+                    now = time.monotonic()
                     if first is None:
                         came, first = signal.Signals(signum), now
                         deadline = now + _GRACE_SECONDS if among_ranks() else None
-                        self.on_asked(name)
                     elif now - first > echo and self._has_stopped:
                         self._end(STOPPED, "")
                     elif now - first > echo:
+                        name = self._described(signum)
                         self._end(128 + signum, f"{self._name}: ended at once by a second signal, {name}")
 
     def _end(self, status: int, why: str) -> None:

@@ -114,9 +114,6 @@ class Hub(threading.Thread):
             if peer.rank == 0:
                 self._tell({"kind": "bye"})
                 self._is_over = True
-        elif kind == "signal":
-            for first in (other for other in self._peers if other.rank == 0):
-                send(first.socket, {"kind": kind, "rank": peer.rank, **message})
         elif kind == "end":
             peer.is_ending = True
             self._suspect({"rank": peer.rank} | message, now=not message.pop("second_hand", False))

@@ -36,7 +36,6 @@ class Lifeline:
 
     def __init__(self, rank: int, connection: socket.socket, token: str, hub: Hub | None) -> None:
         self.rank, self._connection, self._hub = rank, connection, hub
-        self.asked: dict[int, str] = {}  # on rank 0: the first signal of each rank that has had one
         self._sending = threading.Lock()
         self._verdict: dict[str, Any] | None = None
         self._decided, self._is_closing = threading.Event(), threading.Event()
@@ -76,10 +75,8 @@ class Lifeline:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside it the others are told of signals, and of what ends this rank."""
-        signals = listener()
-        signals.on_asked = lambda what: self.say("signal", what=what)
-        signals.on_ending = self._ended_by_signal
+        """Inside it the others are told of what ends this rank."""
+        listener().on_ending = self._ended_by_signal
         try:
             yield
         except BaseException as error:
@@ -116,8 +113,6 @@ class Lifeline:
                 match message["kind"]:
                     case "bye":
                         return
-                    case "signal":
-                        self.asked[message["rank"]] = message["what"]
                     case "stacks":
                         if within(_STACKS_SECONDS, functools.partial(write_stacks, Path(message["folder"]), self.rank)):
                             self.say("dumped")

@@ -2,13 +2,12 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lpr.errors import warn
-from megatron_lpr.platform.lifeline import lifeline
 from megatron_lpr.platform.time_limit import job_end
 from megatron_lpr.reporting.metrics_log import StepMetrics
 from megatron_lpr.signals import listener
@@ -50,10 +49,10 @@ class Stopping(Hook):
         self._slowest_validation = max(self._slowest_validation, metrics.get("validation_seconds", 0.0))
 
     def stop(self, trainer: RunningTrainer) -> None:
+        of_ranks = [""] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, self._signals.what_asked())
         if dist.get_rank() == 0:
-            line = lifeline()
-            of_ranks = line.asked if line else {}
-            asked = told(of_ranks, trainer.plan.world_size) or self._signals.what_asked() or self._over or "a hook"
+            asked = told(of_ranks) or self._over or "a hook"
             sentence = (
                 f"stopped by {asked} after step {trainer.step:,} of {trainer.plan.train.steps:,}, which is saved; the "
                 "same command goes on from there"
@@ -67,20 +66,23 @@ class Stopping(Hook):
         return Path(trainer.recipe.output) / MARK
 
 
-def told(asked: Mapping[int, str], world_size: int) -> str:
-    """Which signal on which ranks; nothing where there was none."""
+def told(asked: Sequence[str]) -> str:
+    """Which signal on which ranks, of what each of them says; nothing where there was none."""
     ranks: dict[str, list[int]] = {}
-    for rank, what in sorted(asked.items()):
-        ranks.setdefault(what, []).append(rank)
-    return " and ".join(f"{what} on {_named(those, world_size)}" for what, those in ranks.items())
+    for rank, what in enumerate(asked):
+        if what:
+            ranks.setdefault(what, []).append(rank)
+    return " and ".join(f"{what}{_named(those, len(asked))}" for what, those in ranks.items())
 
 
 def _named(ranks: Sequence[int], world_size: int) -> str:
+    if world_size == 1:
+        return ""
     if len(ranks) == world_size:
-        return "all ranks"
+        return " on all ranks"
     first = ", ".join(map(str, ranks[:_NAMED_RANKS]))
     more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {first}{more}"
+    return f" on rank{'s' if len(ranks) > 1 else ''} {first}{more}"
 
 
 def _limits(trainer: RunningTrainer, since: float) -> dict[str, float]:
