@@ -21,9 +21,10 @@ def check(monkeypatch):
     return functools.partial(checked, monkeypatch)
 
 
-def checked(monkeypatch, change, *, num_experts=3, gap_at=None, tolerance="EXACT"):
+def checked(monkeypatch, change, *, num_experts=3, gap_at=None, tolerance="EXACT", largest=3.0):
     """The check of a stock model that computes `change` beside the Megatron model's logits."""
     logits_TV = torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits_TV *= largest / logits_TV.abs().max()
     recipe = SimpleNamespace(model=SimpleNamespace(num_experts=num_experts))
     router = Router(gap_at or {})
 
@@ -80,6 +81,12 @@ def test_a_few_positions_may_differ(check, change, ok):
 def test_without_experts_there_are_no_ties(check):
     assert not check(at(1, 0.5), num_experts=0).ok
     assert "1 positions beyond rounding" in check(at(1, 0.5)).detail
+
+
+def test_rounding_grows_with_the_logits(check):
+    found = check(at(POSITIONS, 5e-3), largest=100.0)
+    assert found.ok and "max |difference| 5.0e-03 of logits up to 100.0, mean 5.0e-03, same" in found.detail
+    assert not check(at(POSITIONS, 5e-4), largest=0.1).ok  # but not below 1
 
 
 def behind(position):
