@@ -174,3 +174,21 @@ def test_settings_of_the_export_reach_the_record(made_here, tmp_path):
     out = export_checkpoint(made_here / "run", tmp_path / "out", base_dir=made_here / "base", settings=settings)
     assert read_record(out).dtype == "bfloat16" and read_record(out).frozen_sha256 is None
     assert verify_export(out, made_here / "base").ok
+
+
+def failed(report):
+    return {check.name for check in report.checks if not check.ok}
+
+
+def test_frozen_tensors_of_a_run_in_another_dtype_are_rounded_to_it(made_here, tmp_path):
+    """A base in float32, trained in bfloat16, exported in float32."""
+    base = made_here / "base"
+    out = upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
+    (out / "megatron_lpr.json").unlink()
+    rewrite(out, lambda tensors: tensors.update({name: t.bfloat16().float() for name, t in tensors.items()}))
+    made = {dtype: Made(expansion=Expansion(num_experts=3), dtype=dtype) for dtype in ("bfloat16", "float32", None)}
+    for dtype, wrong in (("bfloat16", set()), ("float32", {"frozen tensors"}), (None, {"frozen tensors"})):
+        assert failed(verify_export(out, base, checkpoint=made[dtype])) == wrong
+    # where it is grafted they are the instruct model's, which nobody has trained
+    grafted = verify_export(out, base, checkpoint=made["bfloat16"], grafted_on=base)
+    assert failed(grafted) == {"frozen tensors"}
