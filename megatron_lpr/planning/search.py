@@ -67,12 +67,14 @@ def _search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most:
         layouts = Layouts(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu)
         found: Layout | None = None
         for train in batches(layouts.recipe, arch, world_size):
-            lacks = (layouts.least if layouts.least > gpu.usable else layouts.memory(train)[0].total) - gpu.usable
+            lacks = layouts.least - gpu.usable  # without the batch, which is reckoned where it may matter
+            if lacks <= 0 or (not best and (nearest is None or lacks < nearest[0])):
+                lacks = layouts.memory(train)[0].total - gpu.usable
             if lacks <= 0:
                 layout = layouts.layout(train)
                 if found is None or layout.time.total < found.time.total * (1 - _ROUNDING):
                     found = layout
-            elif not best and (nearest is None or lacks <= nearest[0]):  # where weights are too much, the last batch
+            elif not best and (nearest is None or lacks < nearest[0]):
                 nearest = lacks, layouts, train
         if found:
             best = sorted([*best, found], key=lambda layout: layout.time.total)[:most]

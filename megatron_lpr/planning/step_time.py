@@ -48,7 +48,7 @@ def step_time(
     compute = at_peak(work, gpu, dtype) / place.of_stage
     on: dict[str, OnLinks] = {"gathering": OnLinks(), "gradients": OnLinks(), "waiting": OnLinks()}
     for move in moves:
-        of_gradients = move.purpose is None and move.ranks in _OF_GRADIENTS
+        of_gradients = move.ranks in _OF_GRADIENTS
         kind = "gathering" if move.purpose == "frozen" else "gradients" if of_gradients else "waiting"
         on[kind] += on_links(move, place, gpu)
     waiting, gathering, gradients = (on[kind].seconds(gpu) for kind in ("waiting", "gathering", "gradients"))

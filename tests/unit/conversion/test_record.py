@@ -176,15 +176,22 @@ def test_settings_of_the_export_reach_the_record(made_here, tmp_path):
     assert verify_export(out, made_here / "base").ok
 
 
-def test_frozen_tensors_that_training_rounded(made_here, tmp_path):
-    """Trained in bfloat16 on a base in float32, and written in float32 again."""
+def failed(report):
+    return {check.name for check in report.checks if not check.ok}
+
+
+def test_frozen_tensors_of_a_run_in_another_dtype_are_rounded_to_it(made_here, tmp_path):
+    """A base in float32, trained in bfloat16, exported in float32."""
     base = made_here / "base"
-    recipe = {"model": {"base": str(base), "num_experts": 3, "dtype": "bfloat16"}}
-    write_run(base, tmp_path / "run", parameters=toy_parameters(base, dtype="bfloat16"), recipe=recipe)
-    settings = ExportConfig(dtype="float32")
-    out = export_checkpoint(tmp_path / "run", tmp_path / "out", base_dir=base, settings=settings)
-    report = verify_export(out, base)
-    assert report.ok and "21 of 21 equal" in str(report), str(report)
+    out = upcycle_hf(base, tmp_path / "out", Expansion(num_experts=3))
+    (out / "megatron_lpr.json").unlink()
+    rewrite(out, lambda tensors: tensors.update({name: t.bfloat16().float() for name, t in tensors.items()}))
+    made = {dtype: Made(expansion=Expansion(num_experts=3), dtype=dtype) for dtype in ("bfloat16", "float32", None)}
+    for dtype, wrong in (("bfloat16", set()), ("float32", {"frozen tensors"}), (None, {"frozen tensors"})):
+        assert failed(verify_export(out, base, checkpoint=made[dtype])) == wrong
+    # where it is grafted they are the instruct model's, which nobody has trained
+    grafted = verify_export(out, base, checkpoint=made["bfloat16"], grafted_on=base)
+    assert failed(grafted) == {"frozen tensors"}
 
 
 @pytest.mark.parametrize("change", ["one more", "one less"])

@@ -37,9 +37,9 @@ def test_gain_is_the_mean_over_texts_and_the_base_has_none():
 
 
 def test_without_replayed_languages_there_is_one_series():
-    _, review = arms([BASE, REVIEW], curve="gamma")
+    base, review = arms([BASE, REVIEW], curve="gamma")
     assert review.kept == {"original languages (en, es)": {"en": 80, "es": pytest.approx(125)}}
-    assert review.curve == "gamma"
+    assert (base.curve, review.curve) == (None, "gamma")
 
 
 def test_the_table_has_a_column_per_model_and_the_means_of_the_picture():

@@ -129,6 +129,8 @@ def test_max_bytes_cuts_the_text_to_whole_characters():
     bits, tokens, size = bits_per_byte(uniform(2), Spy(), ["abc", "dé", "f"], window=8, batch=1, max_bytes=5)
     assert (seen, size) == (["abc", "d"], 4)
     assert bits == pytest.approx(1.0)
+    *_, size = bits_per_byte(uniform(2), Letters(), ["é", "abc"], window=8, batch=1, max_bytes=4)
+    assert size == 4  # é has two
 
 
 def test_same_text_costs_the_same_under_another_tokenizer():

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import CorpusScore
-from megatron_lpr.evaluation.retention import EvaluationResult, markdown, retention, retention_table
+from megatron_lpr.evaluation.retention import EvaluationResult, bits_per_language, markdown, retention, retention_table
 
 
 def result(model, hungarian, handbook, news, spanish, *, window=256):
@@ -33,6 +33,10 @@ def test_retention_pools_the_bytes_of_a_language():
     # en: base (3000 * 1 + 1000 * 2) = 5000 bits; stage 1: 6250; stage 2: 4000.
     assert retention(BASE, STAGE_1) == pytest.approx({"en": 80.0, "es": 50.0})
     assert retention(BASE, STAGE_2) == pytest.approx({"en": 125.0, "es": 100.0})
+
+
+def test_bits_of_a_language_are_of_all_its_bytes():
+    assert bits_per_language(BASE.corpora) == {"hu": 3.0, "en": 1.25, "es": 1.5}
 
 
 def test_table():

@@ -10,6 +10,7 @@ import pytest
 from megatron_lpr import cli
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.task_names import FLORES_CODES, tasks_of
+from megatron_lpr.evaluation.tasks import TaskResult, TaskScore, task_rows
 from megatron_lpr.testing.toy_models import write_recipe, write_toy_tokenizer
 
 # of lm-evaluation-harness 0.4.13
@@ -130,6 +131,17 @@ def test_scores_and_their_table(harness, evaluate, tmp_path, capsys):
     (tmp_path / "stage2.json").write_text(json.dumps(tree))
     assert cli.main(["compare", str(tmp_path / "base.json"), str(tmp_path / "stage2.json")]) == 2
     assert "are not of the same tasks" in capsys.readouterr().err
+
+
+def test_of_a_score_of_zero_nothing_can_be_kept():
+    its = {"benchmark": "arc", "language": "en", "role": "original", "name": "arc_challenge", "metric": "acc"}
+    base, later, few = (
+        TaskResult(model=model, tasks=(TaskScore(**its, shots=shots, score=score),))
+        for model, shots, score in (("base", 25, 0.0), ("stage 1", 25, 0.1), ("few", 5, 0.1))
+    )
+    assert task_rows([base, later])[1][-1] == "+0.100"
+    with pytest.raises(UserError, match="are not of the same tasks"):
+        task_rows([base, few])
 
 
 @pytest.mark.parametrize("bos, opens", [("auto", True), ("true", True), ("false", False)])

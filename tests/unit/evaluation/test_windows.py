@@ -115,3 +115,10 @@ def test_sums_are_of_each_text_and_a_loss_that_is_not_finite_stays_there():
     losses_BS[1, 0:2] = torch.nan
     assert windows.nats(losses_BS, 3)[[0, 2]].tolist() == [expected[0], expected[2]]
     assert windows.nats(losses_BS, 3)[1].isnan()
+
+
+def test_losses_are_summed_in_fp64():
+    ((windows,), _) = next(rounds(texts_of(3), 8, 1, RankShare()))
+    losses_BS = torch.full((1, 2**20), 1.1)
+    windows = dataclasses.replace(windows, scored_BS=torch.ones_like(losses_BS, dtype=torch.bool))
+    assert windows.nats(losses_BS, 1).item() == pytest.approx(2**20 * torch.tensor(1.1).item(), rel=1e-12)

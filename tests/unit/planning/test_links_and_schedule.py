@@ -3,10 +3,12 @@
 import pytest
 
 from megatron_lpr.model.rank.place import Place
-from megatron_lpr.planning.hardware import GPUS
+from megatron_lpr.planning.hardware import GPU, GPUS
 from megatron_lpr.planning.links import OnLinks, on_links
 from megatron_lpr.planning.moves import Move
+from megatron_lpr.planning.operations import Operations
 from megatron_lpr.planning.schedule import bubble, on_their_way
+from megatron_lpr.planning.step_time import step_time
 from megatron_lpr.recipe.settings import ParallelConfig
 
 SIZES = ParallelConfig(tensor=2, context=2, pipeline=2, expert=4, expert_tensor=1)
@@ -40,10 +42,17 @@ def test_groups_follow_megatrons_order_of_ranks():
         (Move("reduce_scatter", "data", 800), 600, 100),
         (Move("all_reduce", "data", 800), 1200, 200),
         (Move("send", "pipeline", 100, 3), 0, 300),
+        (Move("all_to_all", "data", 800), 300, 400),
     ],
 )
 def test_bytes_on_links(move, inside, between):
     assert on_links(move, Place(SIZES, 32, 0), GPUS["h100"]) == OnLinks(inside, between)
+
+
+@pytest.mark.parametrize("ranks, link", [(4, "inside"), (8, "between")])
+def test_the_next_stage_is_elsewhere_where_a_stage_fills_a_node(ranks, link):
+    place = Place(ParallelConfig(pipeline=2, tensor=ranks), 2 * ranks, 0)
+    assert on_links(Move("send", "pipeline", 100), place, GPUS["h100"]) == OnLinks(**{link: 100})
 
 
 def stage(number, pipeline, virtual=1):
@@ -61,3 +70,22 @@ def test_micro_batches_on_their_way():
 def test_bubble():
     assert bubble(stage(0, 4), 8) == 3 / 8
     assert bubble(stage(0, 4, 2), 8) == 3 / 16
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize("rows, gathering", [(10**9, 3), (1.5 * 10**9, 4.5)])
+def test_bound_of_a_step(overlapped, rows, gathering):
+    """Two stages of 8 GPUs, four in a node; in a second one sends 2 GB there, and meanwhile 1 GB elsewhere."""
+    gpu = GPU(name="", memory=0, flops={"bfloat16": 1e12}, inside=2e9, between=1e9, per_node=4)
+    place = Place(ParallelConfig(pipeline=2, tensor=2, overlap_grad_reduce=overlapped), 16, 0)
+    moves = [
+        Move("send", "pipeline", 10**9, 2),  # 2 s
+        Move("all_reduce", "tensor", 2 * 10**9),  # 1 s inside, meanwhile
+        Move("all_gather", "data", int(rows) * 3, purpose="frozen"),  # of four ranks two are in a node
+        Move("all_reduce", "data", 4 * 10**9),  # 4 GB inside and 2 GB elsewhere
+    ]
+    found = step_time(place, gpu, "bfloat16", Operations(products=12 * 10**12), moves, micro_batches=4)
+    busy = max(1.5 + 2, gathering)
+    assert (found.compute, found.waiting, found.gathering, found.gradients) == (1.5, 2, gathering, 2)
+    assert found.bubble == busy / 4
+    assert found.total == busy + busy / 4 + 2 - (busy / 4 if overlapped else 0)

@@ -111,13 +111,18 @@ def test_the_header_links_to_both_models(run, base, instruct, tmp_path):
     assert "base_model:\n- org/base\n- org/instruct" in (out / "README.md").read_text()
 
 
-def test_a_model_of_which_everything_was_trained(base, instruct, tmp_path):
-    parameters = {name: tensor * 1.5 for name, tensor in toy_parameters(base, num_experts=0).items()}
-    recipe = {"model": {"base": str(base), "num_experts": 0}, "train": {"trainable": "all", "steps": 4}}
+@pytest.mark.parametrize("num_experts", [0, 3])
+def test_a_model_of_which_everything_was_trained(base, instruct, tmp_path, num_experts):
+    parameters = {name: tensor * 1.5 for name, tensor in toy_parameters(base, num_experts=num_experts).items()}
+    recipe = {"model": {"base": str(base), "num_experts": num_experts}, "train": {"trainable": "all", "steps": 4}}
     write_run(base, tmp_path / "run", parameters=parameters, recipe=recipe)
     out = graft(tmp_path / "run", base, instruct, tmp_path / "out")
     got, old, new = (load_file(folder / "model.safetensors") for folder in (out, base, instruct))
-    for name, tensor in got.items():
+    of_base = {
+        dense_name(name): tensor for name, tensor in got.items() if not re.search(r"experts\.[12]|\.gate\.", name)
+    }
+    assert of_base.keys() == old.keys()
+    for name, tensor in of_base.items():
         expected = old[name].double() * 1.5 + new[name].double() - old[name].double()
         torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
 
@@ -145,7 +150,7 @@ def off_by_little(tensors):
 
 def test_a_base_that_is_another_model(run, base, instruct, tmp_path):
     other = rewritten(base, tmp_path / "other", off_by_little)
-    with pytest.raises(UserError, match="is not the base of this model"):
+    with pytest.raises(UserError, match="is not the base of this model, which is "):
         graft(run, base, instruct, tmp_path / "out", given_base=other)
     with pytest.raises(UserError, match=r"frozen tensor 'model.layers.1.block_sparse_moe.experts.0.w2.weight' is not"):
         graft(run, other, instruct, tmp_path / "out")
@@ -169,7 +174,7 @@ def test_an_instruct_model_of_another_architecture(run, base, tmp_path, fields, 
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def swap_two_tokens(tokenizer):
+def two_swapped(tokenizer):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
 
@@ -177,10 +182,12 @@ def swap_two_tokens(tokenizer):
 @pytest.mark.parametrize(
     "change",
     [
-        swap_two_tokens,
+        two_swapped,
         lambda tokenizer: tokenizer.update(normalizer={"type": "Lowercase"}),
-        lambda tokenizer: tokenizer["added_tokens"].append({"id": 256, "content": "<|other|>"}),
+        lambda tokenizer: tokenizer.update(pre_tokenizer={"type": "Whitespace"}),
+        lambda tokenizer: tokenizer["added_tokens"].pop(),
     ],
+    ids=["vocabulary", "normalizer", "pre_tokenizer", "added_tokens"],
 )
 def test_an_instruct_model_with_another_tokenizer(run, base, instruct, tmp_path, change):
     other = shutil.copytree(instruct, tmp_path / "other")

@@ -78,7 +78,9 @@ def test_a_few_positions_may_differ(check, change, ok):
 
 
 def test_rounding_and_ties_are_relative_to_the_largest(check):
-    assert check(at(POSITIONS, 5e-3), scale=500.0).ok
+    found = check(at(POSITIONS, 5e-3), scale=500.0)
+    assert found.ok and "max |difference| 5.0e-03 of logits up to " in found.detail and "mean 5.0e-03" in found.detail
+    assert not check(at(POSITIONS, 5e-4), scale=0.02).ok  # but not below 1
     assert check(behind(90), gap_at={90: 1e-6}, scale=500.0).ok  # 5e-4 of 2500
 
 

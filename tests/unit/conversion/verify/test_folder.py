@@ -94,6 +94,12 @@ def test_an_altered_chat_template(copy, base, name):
     assert failed(report) == {"files"} and name in str(report)
 
 
+def test_a_file_of_the_base_that_is_missing(copy, base):
+    (copy / "tokenizer_config.json").unlink()
+    report = verify_export(copy, base)
+    assert failed(report) == {"files"} and "missing or different: tokenizer_config.json" in str(report)
+
+
 def test_a_shard_elsewhere(copy, base):
     index = json.loads((copy / "model.safetensors.index.json").read_text())
     shard = next(iter(index["weight_map"].values()))

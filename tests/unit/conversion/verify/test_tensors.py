@@ -11,6 +11,7 @@ from toy_run import write_run
 
 from megatron_lpr import cli
 from megatron_lpr.conversion.export.export import export_checkpoint
+from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.platform import distributed
 from megatron_lpr.recipe.settings import ExportConfig
 from megatron_lpr.testing.toy_models import write_toy_model
@@ -113,6 +114,13 @@ def test_a_delta_of_other_models(root, verify, tmp_path):
     status, printed = verify(root / "grafted", "--graft-delta", str(root / "base"), str(other))
     assert status == 2 and "FAIL  frozen tensors" in printed and "FAIL  checkpoint" in printed
     assert f"'{other}' is not the model that the export was made with: config.json differ" in printed
+
+
+def test_a_delta_from_another_base(root, tmp_path):
+    other = rewrite_config(shutil.copytree(root / "base", tmp_path / "other"), use_cache=False)
+    report = verify_export(root / "grafted", root / "instruct", grafted_on=other)
+    assert [check.name for check in report.checks if not check.ok] == ["record"]
+    assert f"'{other}' is not the model that the export was made with: config.json differ" in str(report)
 
 
 def drop(export, file):

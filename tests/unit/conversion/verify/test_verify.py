@@ -11,6 +11,7 @@ from tiny_models import rewrite, rewrite_config, save_tiny, train_a_little
 
 from megatron_lpr.conversion.export.export import export_model, upcycle_hf
 from megatron_lpr.conversion.export.sources import to_hf
+from megatron_lpr.conversion.record import RECORD_FILE
 from megatron_lpr.conversion.verify.tensors import compare_tensors, digest_of_digests
 from megatron_lpr.conversion.verify.verify import verify_export
 from megatron_lpr.errors import UserError
@@ -88,6 +89,8 @@ def test_dense_export_gets_the_census_and_a_count(llama, tmp_path):
     assert report.ok and "0 of 21 tensors differ" in str(report), str(report)
     rewrite(out, lambda tensors: tensors.pop(Q_PROJ))
     assert failed(verify_export(out, llama, num_frozen=1)) == {"tensors", "stock class"}
+    recorded = upcycle_hf(llama, tmp_path / "recorded", Expansion())
+    assert verify_export(recorded, llama, num_frozen=1).ok  # a number that says nothing of it
 
 
 def swap(one, other):
@@ -129,11 +132,12 @@ def put(name, value):
         (lambda tensors: tensors.pop(f"{EXPERTS}1.w1.weight"), {"tensors", "stock class"}),
         (lambda tensors: tensors.update(extra=torch.zeros(2)), {"tensors", "stock class"}),
         (put("model.norm.weight", lambda norm: norm[:-1].clone()), {"tensors", "stock class"}),
+        (put("model.norm.weight", lambda norm: torch.cat([norm, norm[:1]])), {"tensors", "stock class"}),
         (put(Q_PROJ, lambda weight: weight.double().half()), {"tensors", "frozen tensors"}),
     ],
     ids=[
         "one_ulp", "frozen_swapped", "gate_up_swapped", "k_v_swapped", "norm_off", "frozen_zeroed",
-        "new_zeroed", "infinite", "router_nan", "missing", "unexpected", "misshapen", "another_dtype",
+        "new_zeroed", "infinite", "router_nan", "missing", "unexpected", "too_short", "too_long", "another_dtype",
     ],
 )  # fmt: skip
 def test_damage_is_found(export, llama, tmp_path, change, checks):
@@ -205,6 +209,12 @@ def test_a_sound_export_of_every_family_and_of_a_second_round(tmp_path, name):
     rewrite(twice, swap(*sorted(key for key in load_file(once / "model.safetensors") if EXPERT_2.search(key))))
     for asked in ({"num_frozen": 3}, {}):
         assert failed(verify_export(twice, once, **asked)) == {"frozen tensors"}
+    for folder in (once, twice):
+        (folder / RECORD_FILE).unlink()
+    assert failed(verify_export(twice, once)) == {"frozen tensors"}  # the base's experts are frozen at least
+    assert verify_export(once, once).ok
+    with pytest.raises(UserError, match="5 experts with 5 frozen"):
+        verify_export(twice, once, num_frozen=5)
 
 
 @pytest.mark.parametrize(
