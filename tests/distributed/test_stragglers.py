@@ -42,7 +42,8 @@ def test_the_slow_rank(on_ranks, toy_base, tmp_path):
     first, second = on_ranks(records, 2, toy_base, tmp_path)
     assert [ranks for *_, ranks in first] == [ranks for *_, ranks in second]
     assert [(step, ranks is None) for step, _, ranks in first] == [(1, True), (2, False)] * 2
-    assert min(seconds for _, seconds, _ in first) > 0.9 * SLEEP  # rank 0 waits for rank 1
+    # rank 0 waits for rank 1, from when it begins its step, which may be later
+    assert min(seconds for _, seconds, _ in first) > 0.5 * SLEEP
     for ranks in (first[1][2], first[3][2]):
         slowest = ranks["compute_seconds"]
         assert slowest["rank"] == 1 and slowest["max"] > 0.9 * SLEEP

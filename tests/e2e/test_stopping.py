@@ -21,7 +21,7 @@ LIMITS = ("cluster.watchdog=1", "cluster.watchdog_floor_seconds=8")
 
 
 def train(project, output, *assignments, ranks=1, held_at=None):
-    """A run of stage 1, as one process for each rank; the step after `held_at` waits until it is asked to stop."""
+    """A run of stage 1, as one process for each rank; step `held_at` + 1 waits for a signal (-1: the start-up)."""
     settings = [f"output={output}", f"train.steps={STEPS}", "parallel.distributed_optimizer=true", *assignments]
     program = ["-m", "megatron_lpr.cli", "train"] if held_at is None else [HELD, str(held_at), output / "never"]
     command = [sys.executable, *program, str(project.recipes["stage1"])]
@@ -64,7 +64,7 @@ def outcomes(project, tmp_path_factory):
     root = tmp_path_factory.mktemp("stopping")
     long = ("train.steps=100000", "checkpoint.every=100000")
     cases = {
-        "start-up": (2, "starts from", (), ((1, signal.SIGUSR1),)),  # first: it goes on without us
+        "start-up": (2, "starts from", (), ((1, signal.SIGUSR1),)),
         "one rank is asked": (2, r"step +2/", (), ((1, signal.SIGTERM),)),
         "killed": (2, r"step +2/", (), ((1, signal.SIGKILL),)),
         "stopped process": (2, r"step +6/", LIMITS, ((1, signal.SIGSTOP),)),
@@ -75,7 +75,8 @@ def outcomes(project, tmp_path_factory):
     with ExitStack() as stack:
         runs = {}
         for name, (ranks, _, settings, _) in cases.items():
-            runs[name] = train(project, root / name, *long, *settings, ranks=ranks)
+            held_at = -1 if name == "start-up" else None
+            runs[name] = train(project, root / name, *long, *settings, ranks=ranks, held_at=held_at)
             for process in runs[name]:
                 stack.enter_context(process)
                 stack.callback(process.kill)

@@ -2,7 +2,7 @@
 
     train_held.py STEP FILE RECIPE [...]
 
-The step after STEP waits until FILE is there, or until the run is asked to stop.
+The step after STEP waits until FILE is there, or until the run is asked to stop; where STEP is -1, the start-up.
 """
 
 import sys
@@ -16,16 +16,26 @@ from megatron_lpr.signals import listener
 
 def hold(step: int, file: Path) -> None:
     prepare()
+    from megatron_lpr.training.hooks.stopping import Stopping
     from megatron_lpr.training.train import Trainer
 
-    train_step = Trainer.train_step
+    train_step, start = Trainer.train_step, Stopping.start
+
+    def wait():
+        while not file.exists() and not listener().asked:
+            time.sleep(0.01)
 
     def held(trainer):
-        while trainer.step == step and not file.exists() and not listener().asked:
-            time.sleep(0.01)
+        if trainer.step == step:
+            wait()
         return train_step(trainer)
 
-    Trainer.train_step = held
+    def held_start(stopping, trainer):
+        if step == -1:
+            wait()
+        start(stopping, trainer)
+
+    Trainer.train_step, Stopping.start = held, held_start
 
 
 if __name__ == "__main__":

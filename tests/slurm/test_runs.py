@@ -19,6 +19,19 @@ from megatron_lpr.testing.toy_models import toy_recipes, write_recipe, write_toy
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 40, 6
+SLOW = """
+import sys, time
+from megatron_lpr.platform import prepare
+prepare()
+from megatron_lpr.cli import main
+from megatron_lpr.training.train import Trainer
+step = Trainer.train_step
+def slow(trainer):
+    time.sleep(0.2)
+    return step(trainer)
+Trainer.train_step = slow
+sys.exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +52,15 @@ def project(tmp_path_factory) -> Path:
 def runs(jobs_of, project):
     """Jobs of the real program, in the project's folder."""
     return jobs_of(Path(sys.executable).parent, project)
+
+
+@pytest.fixture(scope="module")
+def slow_runs(jobs_of, project, tmp_path_factory):
+    """The same, with steps that leave time to disturb a run, however fast the machine is."""
+    program = tmp_path_factory.mktemp("bin") / "megatron-lpr"
+    program.write_text(f"#!{sys.executable}\n{SLOW}")
+    program.chmod(0o755)
+    return jobs_of(program.parent, project)
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +114,28 @@ def starts(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_whatever_happens_to_a_run(chain, runs):
+def test_whatever_happens_to_a_run(chain, slow_runs):
     """A rank dies, the time limit is near, the ranks are told to end, a node is lost: one after the other."""
+    runs = slow_runs
     run, cluster = runs.folder / "disturbed", runs.cluster
     words = ("train.sbatch", "stage1.yaml", "--set", f"output={run}")
 
     def started(count):
-        cluster.wait_until(lambda: len(starts(run)) == count, 300)
+        """And has made a step that none before it has made: before that a signal ends the start-up."""
+        cluster.wait_until(lambda: len(starts(run)) == count and step(run) > max(furthest, starts(run)[-1]), 300)
 
     number = runs.submit(*words)
     cluster.wait_until(lambda: step(run) > EVERY, 300)
     kill_rank(number, 3)
     assert "goes on" not in runs.wait(number, "FAILED")
 
+    furthest = step(run)  # this many lines stand in its metrics until it goes on
     number = runs.submit(*words)
     started(2)
     cluster.run("scancel", "--batch", "--signal=USR1", number)  # as the time limit does
     started(3)
     cluster.run("scancel", "--signal=TERM", number)  # the ranks alone
     started(4)
-    before = step(run)
-    cluster.wait_until(lambda: step(run) > before, 300)
     cluster.lose("n2")
     cluster.wait_until(lambda: cluster.job(number)["Restarts"] == "3", 300)
     cluster.bring_back("n2")
