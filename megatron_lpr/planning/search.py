@@ -62,8 +62,8 @@ def _search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most:
     for sizes in _sizes(recipe, arch, world_size, gpu):
         if len(best) == most and computing * (1 + least_bubble(recipe.train, sizes, world_size)) > best[-1].time.total:
             continue
-        if any(one.sizes == dataclasses.replace(sizes, frozen="replicated") for one in best):
-            continue  # sharding would save memory that is not lacking
+        if any(one.sizes in (sizes, dataclasses.replace(sizes, frozen="replicated")) for one in best):
+            continue  # the recipe's own, once more, or sharding would save memory that is not lacking
         layouts = Layouts(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu)
         found: Layout | None = None
         for train in batches(layouts.recipe, arch, world_size):

@@ -47,3 +47,12 @@ def test_experts_are_cut_where_nothing_fits_otherwise(root):
     assert {one.expert_tensor for one in found(4, 512)} == {1}
     assert {one.expert_tensor for one in found(4, 512, gigabytes=6)} == {2}
     assert {one.expert_tensor for one in found(4, 512, "parallel.expert_tensor=2")} == {2}
+
+
+def test_each_layout_is_found_once(root):
+    """The recipe's own too, where frozen weights must lie on the ranks once."""
+    own = ["parallel.frozen=sharded", "parallel.tensor=2", "parallel.expert=8"]
+    base = "examples/plan/llama-3.2-1b"
+    recipe = load_recipe("examples/recipes/stage1.yaml", [f"model.base={base}", *own])
+    sizes = [one.sizes for one in search(recipe, read_architecture(base), 8, gpu_named("h100", 20), 10).best]
+    assert recipe.parallel in sizes and all(sizes.count(one) == 1 for one in sizes)
