@@ -136,7 +136,7 @@ def test_scores_and_their_table(harness, evaluate, tmp_path, capsys):
 def test_of_a_score_of_zero_nothing_can_be_kept():
     its = {"benchmark": "arc", "language": "en", "role": "original", "name": "arc_challenge", "metric": "acc"}
     base, later, few = (
-        TaskResult(model=model, tasks=(TaskScore(**its, shots=shots, score=score),))
+        TaskResult(model=model, tasks=(TaskScore(**its, shots=shots, score=score),), bos=True)
         for model, shots, score in (("base", 25, 0.0), ("stage 1", 25, 0.1), ("few", 5, 0.1))
     )
     assert task_rows([base, later])[1][-1] == "+0.100"
