@@ -46,14 +46,14 @@ def test_killed_run_resumes_bit_for_bit(project, tmp_path):
     project.run("train", "stage1", *settings(again, 18))
     assert len(numbers(whole)) == 18 and numbers(whole) == numbers(again)
 
-    arguments = ["17", killed / "never", str(project.recipes["stage1"]), *settings(killed, 18, every=6)]
+    # held before its second save, of which all might be written and `latest` not yet name it when the run is killed
+    arguments = ["11", killed / "never", str(project.recipes["stage1"]), *settings(killed, 18, every=6)]
     latest = killed / "checkpoints/latest"
     kill_after_first_checkpoint([sys.executable, HELD, *arguments], latest)
     step = int(latest.read_text().removeprefix("step_"))
-    assert 6 <= step < 18
+    assert step == 6
     printed = project.run("train", "stage1", *settings(killed, 18, every=6))
-    # a later save of which all was written when it was killed has been completed
-    assert any(f"resumes at step {newest}" in printed for newest in range(step, 18, 6))
+    assert f"resumes at step {step}" in printed
     assert numbers(killed) == numbers(whole)
 
 
