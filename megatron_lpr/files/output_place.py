@@ -39,7 +39,7 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
     source, when it, or the folder that is to hold it, is a file or cannot be written, and when there is no space.
     """
     out = resolved(out_dir)
-    _refuse_home(out_dir)
+    _refuse_unexpanded(out_dir)
     for source in sources:
         if out.is_relative_to(resolved(source)):
             raise UserError(f"output folder '{out_dir}' is or lies in '{source}', which is read: choose one outside")
@@ -59,7 +59,7 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
 def check_file(out: str | Path, example: str = "result.json") -> None:
     """UserError where a file cannot be written to `out`; `example` is what one is called."""
     out = Path(out)
-    _refuse_home(out)
+    _refuse_unexpanded(out)
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
     there = next(folder for folder in out.absolute().parents if folder.exists())
@@ -67,7 +67,7 @@ def check_file(out: str | Path, example: str = "result.json") -> None:
         raise UserError(f"--out {out}: cannot be written in {there}; name another place")
 
 
-def _refuse_home(out: str | Path) -> None:
+def _refuse_unexpanded(out: str | Path) -> None:
     """UserError where a folder called ~, $SCRATCH or s3: would be made: no shell reads a recipe, or behind `=`."""
     if os.path.lexists(out):
         return
