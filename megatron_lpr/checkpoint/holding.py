@@ -57,8 +57,9 @@ def frozen_is_base(
     """
     if not recipe.model.num_experts or (recipe.train is not None and recipe.train.trainable == "all"):
         return False
-    if below is None or there is None:
+    if below is None:
         return True
+    assert there is not None  # every checkpoint names its base
     if not there.get("files"):
         return False
     # weights that were rounded on the way are not those that come of the base at once
