@@ -9,6 +9,7 @@ from megatron_lpr.planning.links import OnLinks, on_links
 from megatron_lpr.planning.moves import counted
 from megatron_lpr.planning.operations import model_operations
 from megatron_lpr.planning.run_plan import RunPlan
+from megatron_lpr.planning.search import ALIKE
 from megatron_lpr.recipe.layout import layers_of_chunks
 
 KINDS = ("frozen", "trained", "casts", "gradients", "optimizer", "gathered", "activations", "logits", "working")
@@ -88,7 +89,7 @@ def _table(plan: RunPlan) -> Iterator[str]:
         yield f"no layout fits; the nearest, {_sizes(found.nearest)}: {_verdict(plan, found.nearest)}"
         yield from _memory(plan, found.nearest)
         return
-    yield "layouts that fit, the lowest bound of a step first"
+    yield f"layouts that fit, the lowest bound of a step first; of those within {ALIKE:.0%} of it the least memory"
     yield ""
     titles = ("tensor", "pipeline", "virtual", "ends", "context", "expert", "frozen", "micro batch", "recompute")
     yield f"| {' | '.join(titles)} | memory, GB | step, s |"

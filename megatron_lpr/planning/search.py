@@ -27,11 +27,12 @@ from megatron_lpr.recipe.settings import ParallelConfig, Recipe, TrainConfig
 _CONTEXT_FROM = 4096  # tokens that a context-parallel rank keeps at least
 _MOST_SAMPLES = 16  # of a micro-batch
 _ROUNDING = 1e-6  # of a bound
+ALIKE = 0.01  # bounds that differ by less of the lowest tell no layout from another
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """best: layouts that fit, the one with the lowest bound first; one of each set of sizes.
+    """best: layouts that fit, one of each set of sizes, by their bounds; of those alike to the lowest the least memory.
 
     nearest: where none fits, the one that lacks least.
     """
@@ -48,7 +49,7 @@ def search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most: 
         sizes = dataclasses.replace(recipe.parallel, expert_tensor=cut)
         found = _search(dataclasses.replace(recipe, parallel=sizes), arch, world_size, gpu, most)
         if found.best:
-            return found
+            return Found(best=_roomiest_first(found.best), nearest=None)
         nearest += [found.nearest] if found.nearest else []
     return Found(best=[], nearest=min(nearest, key=lambda layout: layout.memory.total, default=None))
 
@@ -79,6 +80,12 @@ def _search(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU, most:
         if found:
             best = sorted([*best, found], key=lambda layout: layout.time.total)[:most]
     return Found(best=best, nearest=nearest[1].layout(nearest[2]) if nearest and not best else None)
+
+
+def _roomiest_first(best: list[Layout]) -> list[Layout]:
+    """Of those whose bounds are alike to the lowest."""
+    alike = [layout for layout in best if layout.time.total <= best[0].time.total * (1 + ALIKE)]
+    return sorted(alike, key=lambda layout: layout.memory.total) + best[len(alike) :]
 
 
 def least_seconds(recipe: Recipe, arch: Architecture, world_size: int, gpu: GPU) -> float:

@@ -37,6 +37,18 @@ def test_stages_of_five_layers_have_five_chunks(root):
     assert {one.virtual_pipeline for one in found(12, 64) if one.pipeline == 2} == {1, 2}
 
 
+def test_of_layouts_with_one_bound_the_least_memory_comes_first(root):
+    """Of 70B on 512 GPUs the first had 0.2 GB to spare, where another had 21 with the same bound to two digits."""
+    base = "examples/plan/llama-3.1-70b"
+    recipe = load_recipe("examples/recipes/stage1.yaml", [f"model.base={base}"])
+    best = search(recipe, read_architecture(base), 512, gpu_named("h100"), 10).best
+    seconds = [layout.time.total for layout in best]
+    alike = [layout for layout in best if layout.time.total <= 1.01 * min(seconds)]
+    assert len(alike) > 1 and best[0].time.total > min(seconds)
+    assert best[0].memory.total == min(layout.memory.total for layout in alike)
+    assert seconds[len(alike) :] == sorted(seconds)[len(alike) :]
+
+
 def test_the_layout_of_the_recipe_is_among_those_that_fit(root):
     """However odd: it fitted, and in the next line none did."""
     odd = ["parallel.pipeline=4", "parallel.first_stage_layers=1", "parallel.last_stage_layers=3"]
