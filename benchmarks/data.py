@@ -60,10 +60,14 @@ def ours(folder: Path, documents: int, tokens: list[int]) -> dict[str, float]:
             documents=documents // 2,
             tokens=count,
             digest=str(number) * 64,
+            index_digest="0" * 64,
+            spot_digests={},
         )
         for number, (name, role, count) in enumerate(zip(NAMES, ("expanded", "original"), tokens, strict=True))
     )
-    tokenizer = TokenizerRecord(name="random", vocab_size=VOCAB_SIZE, sha256="0" * 64, eod_id=EOD)
+    tokenizer = TokenizerRecord(
+        name="random", vocab_size=VOCAB_SIZE, sha256="0" * 64, eod_id=EOD, parse_special_tokens=True
+    )
     manifest = Manifest(path=str(folder / "manifest.yaml"), tokenizer=tokenizer, corpora=corpora)
 
     def build() -> ReplaySampler:

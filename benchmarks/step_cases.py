@@ -199,7 +199,11 @@ def _manifest(folder: Path, vocab_size: int) -> Manifest:
                 documents=DOCUMENTS,
                 tokens=CORPUS_TOKENS,
                 digest=writer.digest,
+                index_digest="0" * 64,
+                spot_digests={},
             )
         )
-    tokenizer = TokenizerRecord(name="random", vocab_size=vocab_size, sha256="0" * 64, eod_id=0)
+    tokenizer = TokenizerRecord(
+        name="random", vocab_size=vocab_size, sha256="0" * 64, eod_id=0, parse_special_tokens=True
+    )
     return Manifest(path=str(folder / "manifest.yaml"), tokenizer=tokenizer, corpora=tuple(corpora))

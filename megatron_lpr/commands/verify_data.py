@@ -10,7 +10,6 @@ from megatron_lpr.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="MANIFEST_OR_RECIPE", help="manifest.yaml, or a recipe that names it")
     parser.add_argument("--workers", metavar="N", type=int, default=0, help="files read at once (0: one per core)")
-    parser.add_argument("--record", action="store_true", help="add checksums that an older manifest lacks")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,11 +28,6 @@ def run(options: argparse.Namespace) -> None:
             failed.append(file)
     if failed:
         raise UserError(f"{manifest.path}: {len(failed)} of its files are not what was written: {', '.join(failed)}")
-    unpinned = [corpus.name for corpus in manifest.corpora if corpus.index_digest is None]
-    if options.record and data.record(manifest):
-        print(f"{manifest.path}: added the checksums that it lacked")
-    elif unpinned:
-        print(f"the indexes of {', '.join(unpinned)} fit their tokens; the manifest has no digest of them (--record)")
 
 
 COMMAND = Command(

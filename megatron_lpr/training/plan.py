@@ -21,7 +21,7 @@ from megatron_lpr.checkpoint.run_state import (
 )
 from megatron_lpr.checkpoint.source import chain, find_source, source_identity
 from megatron_lpr.data.corpus.manifest import Manifest
-from megatron_lpr.data.corpus.spot_check import check_at_start, unrecorded
+from megatron_lpr.data.corpus.spot_check import check_at_start
 from megatron_lpr.data.corpus.tokenizer_record import read_otherwise
 from megatron_lpr.data.sampler.inspect_data import repeated, short_windows, unshuffled, without_effect
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
@@ -270,7 +270,6 @@ def describe(plan: Plan) -> str:
             f"reads        {samples:,} samples, {counts.tokens:,} tokens in {steps:,} steps: {shares}",
             *([f"replays      {plan.replay}"] if plan.replay else []),
             *(f"warning      {sentence}" for sentence in _warnings(plan)),
-            *(f"note         {sentence}" for sentence in unrecorded(plan.manifest)),
         ]
     )
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from manifest_entries import entry, tokenizer_record
 from torch import Tensor
 
 from megatron_lpr.checkpoint.same_run import base_identity
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.replay_sampler import Batch, BatchCounts
 from megatron_lpr.families import Architecture
 from megatron_lpr.recipe.checks import architecture_of
@@ -102,11 +103,8 @@ def make_recipe(base: Path, batch: Batch, output: Path, sections: Mapping[str, M
 
 def make_plan(recipe: Recipe, batch: Batch, *, world_size: int = 1, source: Path | None = None) -> Plan:
     """A plan that reads `batch` in every step."""
-    corpora = tuple(
-        Corpus(name=language, prefix="none", language=language, role=role, documents=1, tokens=1, digest="0" * 64)
-        for language, role in ROLES.items()
-    )
-    tokenizer = TokenizerRecord(name="toy", vocab_size=257, sha256="0" * 64, eod_id=0)
+    corpora = tuple(entry(language, role, tokens=1) for language, role in ROLES.items())
+    tokenizer = tokenizer_record(257)
     arch = architecture_of(recipe.model)
     return Plan(
         recipe=recipe,

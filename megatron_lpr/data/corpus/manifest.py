@@ -44,8 +44,7 @@ class TokenizerRecord:
     """The tokenizer that wrote the corpora, all in the same way.
 
     `sha256` is that of its tokenizer.json or .model file. `bos_id` opens every document, None: nothing does.
-    `parse_special_tokens` says that control tokens written out in a text became those tokens; None is a manifest
-    from before it was recorded, when tokenizer.json parsed them.
+    `parse_special_tokens` says that control tokens written out in a text became those tokens.
     """
 
     name: str
@@ -53,7 +52,7 @@ class TokenizerRecord:
     sha256: str
     eod_id: int
     bos_id: int | None = None
-    parse_special_tokens: bool | None = None
+    parse_special_tokens: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,8 @@ class Corpus:
 
     `language` and `role` say which part of the mixture it belongs to. A corpus that mixes languages has a file
     `prefix`.lang (csrc/languages.h), which numbers them in the order of `languages`, a mapping to their roles;
-    `language_digest` is that file's SHA-256. `index_digest` and `spot_digests` are missing in manifests of old.
+    `language_digest` is that file's SHA-256, `digest` and `index_digest` those of .bin and .idx,
+    `spot_digests` those of some blocks of each file (spot_check.py), by suffix.
     """
 
     name: str
@@ -95,11 +95,11 @@ class Corpus:
     documents: int
     tokens: int
     digest: str
+    index_digest: str
+    spot_digests: dict[str, str]
     source: TextSource | None = None
     languages: dict[str, str] | None = None
     language_digest: str | None = None
-    index_digest: str | None = None
-    spot_digests: dict[str, str] | None = None
     heldout: HeldOut | None = None
 
     @property
@@ -204,7 +204,7 @@ class Manifest:
         for corpus in self.corpora:
             entry = dataclasses.asdict(corpus)
             entry["prefix"] = os.path.relpath(corpus.prefix, os.path.dirname(self.path) or ".")
-            for optional in ("source", "languages", "language_digest", "index_digest", "spot_digests", "heldout"):
+            for optional in ("source", "languages", "language_digest", "heldout"):
                 if entry[optional] is None:
                     del entry[optional]
             entries.append(entry)
@@ -283,9 +283,8 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
     ):
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{where}: {field} must be the SHA-256 of its .{suffix} file, 64 hexadecimal digits")
-    for suffix in corpus.spot_digests or ():
-        if suffix not in ("bin", "idx", "lang"):
-            raise UserError(f"{where}: spot_digests has the unknown key '{suffix}'; valid: bin, idx, lang")
+    suffixes = ["bin", "idx", *["lang"] * (corpus.languages is not None)]
+    check_keys(corpus.spot_digests, suffixes, suffixes, f"{where}: spot_digests")
     if (corpus.languages is None) != (corpus.language_digest is None):
         raise UserError(f"{where}: languages and language_digest belong together; it has one of them")
     if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:

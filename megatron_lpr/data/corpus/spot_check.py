@@ -6,7 +6,6 @@ milliseconds for a file of any size. Other bytes throughout, or damage of more t
 certain; a flipped byte in a larger file most probably not: `megatron-lpr verify-data` reads everything.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,24 +22,13 @@ _BLOCKS = 256
 _READERS = 16
 
 
-def with_checksums(corpus: Corpus) -> Corpus:
-    """The entry with the SHA-256 of its index, and of the blocks of all its files, as they are now.
+def spot_digests(prefix: str, key: str, *, languages: bool) -> dict[str, str]:
+    """`spot_digest` of each file of a corpus, by suffix; `languages`: it has a .lang.
 
     Raises:
         UserError: a file cannot be read.
     """
-    index_digest = file_sha256(f"{corpus.prefix}.idx")
-    spots = {suffix: spot_digest(f"{corpus.prefix}.{suffix}", corpus.digest) for suffix in _suffixes(corpus)}
-    return dataclasses.replace(corpus, index_digest=index_digest, spot_digests=spots)
-
-
-def is_recorded(corpus: Corpus) -> bool:
-    """Whether the entry has the blocks of each of its files."""
-    return set(_suffixes(corpus)) <= (corpus.spot_digests or {}).keys()
-
-
-def _suffixes(corpus: Corpus) -> list[str]:
-    return ["bin", "idx", *(["lang"] if corpus.languages else [])]
+    return {suffix: spot_digest(f"{prefix}.{suffix}", key) for suffix in ("bin", "idx", *["lang"] * languages)}
 
 
 def spot_digest(path: str, key: str) -> str:
@@ -65,12 +53,12 @@ def _places(blocks: int, key: str) -> Iterable[int]:
 
 
 def check_spots(corpus: Corpus) -> None:
-    """Compares the blocks of a corpus' files with what its entry records; nothing where it records nothing.
+    """Compares the blocks of a corpus' files with what its entry records.
 
     Raises:
         UserError: a file holds other bytes than were written, or cannot be read; the message names it.
     """
-    for suffix, recorded in (corpus.spot_digests or {}).items():
+    for suffix, recorded in corpus.spot_digests.items():
         path = f"{corpus.prefix}.{suffix}"
         if spot_digest(path, corpus.digest) != recorded:
             raise _altered(path, corpus)
@@ -93,18 +81,6 @@ def _altered(path: str, corpus: Corpus) -> UserError:
     )
 
 
-def check_all_bytes(corpus: Corpus) -> None:
-    """Compares all of a corpus' tokens, and languages, with their SHA-256: what an entry without checksums has.
-
-    Raises:
-        UserError: as `check_spots`.
-    """
-    for suffix, recorded in (("bin", corpus.digest), ("lang", corpus.language_digest)):
-        path = f"{corpus.prefix}.{suffix}"
-        if recorded is not None and file_sha256(path) != recorded:
-            raise _altered(path, corpus)
-
-
 def check_at_start(manifest: Manifest, local_rank: int) -> None:
     """`check_spots` of every corpus, by the first process of each node: the files may be the node's own.
 
@@ -116,15 +92,3 @@ def check_at_start(manifest: Manifest, local_rank: int) -> None:
         with ThreadPoolExecutor(_READERS) as pool:
             for _ in pool.map(check_spots, manifest.corpora):
                 pass
-
-
-def unrecorded(manifest: Manifest) -> list[str]:
-    """A sentence about the corpora that cannot be checked, where there are any."""
-    names = [corpus.name for corpus in manifest.corpora if not is_recorded(corpus)]
-    if not names:
-        return []
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    return [
-        f"whether the files of {shown} have changed is not checked at the start: {manifest.path} has no "
-        "spot_digests of them; 'megatron-lpr verify-data --record' reads all of them and adds what is missing"
-    ]

@@ -30,11 +30,11 @@ def check_same_tokenizer(path: str, there: TokenizerRecord, here: TokenizerRecor
         )
     if there.bos_id != here.bos_id:
         raise UserError(f"{path} holds corpora {bos_difference(there, here)}; {_set_bos(there)}, or {other}")
-    if parsed(there) != here.parse_special_tokens:
-        was = "parsed into control tokens" if parsed(there) else "kept as text"
+    if there.parse_special_tokens != here.parse_special_tokens:
+        was = "parsed into control tokens" if there.parse_special_tokens else "kept as text"
         raise UserError(
             f"{path} holds corpora whose special tokens, written out in a text, were {was}; set "
-            f"preprocess.parse_special_tokens: {str(parsed(there)).lower()}, or {other}"
+            f"preprocess.parse_special_tokens: {str(there.parse_special_tokens).lower()}, or {other}"
         )
 
 
@@ -52,11 +52,12 @@ def check_trained_alike(where: str, there: TokenizerRecord, base: TokenizerRecor
 
 def read_otherwise(there: TokenizerRecord, settings: PreprocessConfig) -> list[str]:
     """A warning where evaluation will take control tokens in a text otherwise than the corpora were made."""
-    if parsed(there) == settings.parse_special_tokens:
+    made, evaluates = there.parse_special_tokens, settings.parse_special_tokens
+    if made == evaluates:
         return []
     return [
-        f"the corpora were made with parse_special_tokens: {str(parsed(there)).lower()}, this recipe evaluates with "
-        f"preprocess.parse_special_tokens: {str(settings.parse_special_tokens).lower()}"
+        f"the corpora were made with parse_special_tokens: {str(made).lower()}, this recipe evaluates with "
+        f"preprocess.parse_special_tokens: {str(evaluates).lower()}"
     ]
 
 
@@ -65,13 +66,6 @@ def bos_difference(there: TokenizerRecord, here: TokenizerRecord) -> str:
     opens = "with no BOS token" if there.bos_id is None else f"with token {there.bos_id}"
     wanted = "no token" if here.bos_id is None else f"token {here.bos_id}"
     return f"that open {opens}, where the tokenizer and preprocess.bos put {wanted} before a text"
-
-
-def parsed(record: TokenizerRecord) -> bool:
-    """Whether control tokens in a text were parsed; SentencePiece never does."""
-    if record.parse_special_tokens is None:
-        return not record.name.endswith(".model")
-    return record.parse_special_tokens
 
 
 def _set_bos(there: TokenizerRecord) -> str:

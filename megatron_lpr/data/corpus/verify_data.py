@@ -13,11 +13,9 @@ import numpy as np
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest
-from megatron_lpr.data.corpus.spot_check import is_recorded, with_checksums
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.file_array import FileArray
-from megatron_lpr.files.locks import FolderLocks
 from megatron_lpr.recipe.reading import REST, load_recipe
 from megatron_lpr.reporting.progress import byte_progress
 
@@ -82,22 +80,6 @@ def verify_data(manifest: Manifest, *, workers: int, show: bool = False) -> Iter
             yield path, result.result()
 
 
-def record(manifest: Manifest) -> bool:
-    """Adds the checksums that a manifest of old lacks, as its files are now; whether it lacked any.
-
-    An entry that another process has written anew meanwhile stays as it is.
-    """
-    old = [corpus for corpus in manifest.corpora if not (is_recorded(corpus) and corpus.index_digest)]
-    if not old:
-        return False
-    recorded = [(corpus, with_checksums(corpus)) for corpus in old]
-    with FolderLocks(os.path.dirname(manifest.path) or ".") as locks, locks.manifest():
-        now = Manifest.load(manifest.path)
-        there = {corpus.name: corpus for corpus in now.corpora}
-        now.with_corpora([new for corpus, new in recorded if there.get(corpus.name) == corpus]).save()
-    return True
-
-
 def _size(path: str) -> int:
     with contextlib.suppress(OSError):
         return os.path.getsize(path)
@@ -148,7 +130,7 @@ def _outside(corpus: Corpus, first: int, data: np.ndarray, vocab_size: int) -> s
 def _check_index(corpus: Corpus, manifest: Manifest, advance: Advance) -> None:
     path = f"{corpus.prefix}.idx"
     digest = file_sha256(path, advance)
-    if corpus.index_digest is not None and digest != corpus.index_digest:
+    if digest != corpus.index_digest:
         raise _other_bytes(path, digest, corpus.index_digest)
     files = IndexedCorpus(corpus.prefix)
     for first in range(0, len(files), _DOCUMENTS):

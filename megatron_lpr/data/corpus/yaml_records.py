@@ -16,7 +16,7 @@ _KINDS = {
     int | None: "an integer",
     str: "a string",
     str | None: "a string",
-    bool | None: "true or false",
+    bool: "true or false",
 }
 
 
@@ -36,12 +36,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     nested = next((of for of in typing.get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)), None)
     if nested is not None:
         return read_record(nested, value, where)
-    if kind == (dict[str, str] | None):
+    if kind in (dict[str, str], dict[str, str] | None):
         if not isinstance(value, dict) or not all(isinstance(x, str) for x in (*value, *value.values())):
             raise UserError(f"{where} must be a mapping of strings, not {value!r}")
     elif kind is float:
         return _number(value, where)
-    elif not isinstance(value, kind) or (isinstance(value, bool) and kind != (bool | None)):
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{where} must be {_KINDS[kind]}, not {value!r}")
     if isinstance(value, str) and "\0" in value:
         raise UserError(f"{where} must be text, not {value!r}")  # no file has such a name

@@ -10,11 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest, check_language_roles, language_roles
 from megatron_lpr.data.corpus.spot_check import (
-    check_all_bytes,
     check_held_out,
     check_spots,
-    is_recorded,
-    with_checksums,
 )
 from megatron_lpr.data.preprocess.work_folder import work_folder
 from megatron_lpr.errors import UserError
@@ -206,7 +203,7 @@ def _would_replace(manifest: Manifest, name: str) -> UserError:
 def _is_intact(manifest: Manifest, corpus: Corpus) -> bool:
     try:
         manifest.check_files(corpus)
-        (check_spots if is_recorded(corpus) else check_all_bytes)(corpus)
+        check_spots(corpus)
         check_held_out(corpus)
     except UserError as error:
         print(f"{corpus.name}: made again, because {error}", file=sys.stderr)
@@ -218,7 +215,7 @@ def _with_settings(corpus: Corpus, source: SourceConfig) -> Corpus:
     """A kept entry with what may change without making the corpus again."""
     print(f"{source.name}: unchanged, its {corpus.documents:,} documents are kept", file=sys.stderr)
     return dataclasses.replace(
-        corpus if is_recorded(corpus) else with_checksums(corpus),
+        corpus,
         language=source.language,
         role=source.role,
         weight=float(source.weight),

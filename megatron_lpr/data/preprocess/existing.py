@@ -10,7 +10,7 @@ import numpy as np
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr.data.corpus.manifest import Corpus, TokenizerRecord
-from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.data.corpus.spot_check import spot_digests
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.recipe.text_settings import SourceConfig
@@ -41,7 +41,7 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
         runs = LanguageRuns(source.prefix, num_tokens=corpus.num_tokens, num_languages=len(source.languages))
         runs.check()
         language_digest = file_sha256(runs.path)
-    entry = Corpus(
+    return Corpus(
         name=source.name,
         prefix=source.prefix,
         language=source.language,
@@ -50,10 +50,11 @@ def existing_corpus(source: SourceConfig, tokenizer: TokenizerRecord) -> Corpus:
         documents=corpus.num_documents,
         tokens=corpus.num_tokens,
         digest=digest,
+        index_digest=file_sha256(f"{source.prefix}.idx"),
+        spot_digests=spot_digests(source.prefix, digest, languages=language_digest is not None),
         languages=dict(source.languages) or None,
         language_digest=language_digest,
     )
-    return with_checksums(entry)
 
 
 def _check_tokens(corpus: IndexedCorpus, tokenizer: TokenizerRecord) -> str:

@@ -11,7 +11,7 @@ import tokenizers
 
 from megatron_lpr.data.corpus.indexed import IndexedWriter, LanguageRunsWriter, token_dtype
 from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, HeldOut, TextSource
-from megatron_lpr.data.corpus.spot_check import with_checksums
+from megatron_lpr.data.corpus.spot_check import spot_digests
 from megatron_lpr.data.preprocess import held_out
 from megatron_lpr.data.preprocess.parts import BUCKET_BYTES, Part, merge
 from megatron_lpr.data.preprocess.tokenize_parts import PartJob, tokenize_parts
@@ -20,6 +20,7 @@ from megatron_lpr.data.text.documents import BadLines
 from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.reporting.progress import DocumentProgress
 
@@ -54,7 +55,7 @@ def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tok
     except OSError as error:
         raise UserError(f"cannot write {error.filename or prefix}: {error.strerror or error}") from error
     assert writer.digest is not None
-    entry = Corpus(
+    return Corpus(
         name=source.name,
         prefix=prefix,
         language=source.language,
@@ -63,12 +64,13 @@ def make_corpus(source: SourceConfig, settings: PreprocessConfig, tokenizer: Tok
         documents=writer.documents,
         tokens=writer.tokens,
         digest=writer.digest,
+        index_digest=file_sha256(f"{prefix}.idx"),
+        spot_digests=spot_digests(prefix, writer.digest, languages=language_digest is not None),
         source=TextSource(sha256=sha256, seed=settings.seed, skipped_lines=bad_lines.count),
         languages=dict(source.languages) or None,
         language_digest=language_digest,
         heldout=out,
     )
-    return with_checksums(entry)
 
 
 def _nothing_to_train_on(source: SourceConfig, settings: PreprocessConfig, parts: Sequence[Part]) -> UserError:

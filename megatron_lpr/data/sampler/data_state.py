@@ -74,11 +74,10 @@ class DataState:
 
 
 def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
-    identity = {"digest": corpus.digest, "language": corpus.language, "role": corpus.role, "tokens": corpus.tokens}
+    identity: dict[str, Any] = {"digest": corpus.digest, "index_digest": corpus.index_digest, "tokens": corpus.tokens}
+    identity |= {"language": corpus.language, "role": corpus.role}
     if corpus.languages:
         identity |= {"languages": dict(corpus.languages), "language_digest": corpus.language_digest}
-    if corpus.index_digest is not None:
-        identity["index_digest"] = corpus.index_digest
     limits = {"documents_read": part.documents, "tokens_read": part.tokens}
     return identity | {field: limit for field, limit in limits.items() if limit}
 
@@ -109,6 +108,4 @@ def _corpus_changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]
         f"{field} of corpus '{name}' was {before.get(field)}, is {now.get(field)}"
         for field in dict.fromkeys([*before, *now])
         if before.get(field) != now.get(field)
-        # which `verify-data --record` adds to a manifest
-        and not (field == "index_digest" and (field in before) != (field in now))
     ]

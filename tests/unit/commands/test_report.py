@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from logged_runs import log_run
+from manifest_entries import entry, tokenizer_record
 
 from megatron_lpr import cli
 from megatron_lpr.data.corpus.indexed import IndexedWriter
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.evaluation.perplexity import CorpusScore
 from megatron_lpr.evaluation.retention import EvaluationResult
 from megatron_lpr.reporting.heat_map import heat_map
@@ -150,9 +151,8 @@ def test_the_page_does_not_grow_with_points_and_rows_that_nobody_can_see():
 def test_runs_of_one_manifest_read_it_once(tmp_path, monkeypatch):
     runs = [log_run(tmp_path / name, name) for name in "abc"]
     (tmp_path / "data").mkdir()
-    corpus = Corpus(name="hu", prefix="hu", language="hu", role="expanded", documents=1, tokens=9, digest="0" * 64)
-    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
-    Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer, corpora=(corpus,)).save()
+    corpora = (entry("hu", tokens=9),)
+    Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer_record(9), corpora=corpora).save()
     monkeypatch.chdir(tmp_path)
     loaded, load = [], Manifest.load
     monkeypatch.setattr(Manifest, "load", lambda *a, **o: loaded.append(a) or load(*a, **o))
@@ -162,12 +162,8 @@ def test_runs_of_one_manifest_read_it_once(tmp_path, monkeypatch):
 def test_of_thousands_of_corpora_the_largest_are_in_the_table(monkeypatch):
     monkeypatch.setattr(run_report, "_MOST_CORPORA", 2)
     sizes = [5, 7, 1, 9]
-    corpora = [
-        Corpus(name=f"c{n}", prefix=f"c{n}", language="hu", role="expanded", documents=1, tokens=n, digest="0" * 64)
-        for n in sizes
-    ]
-    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
-    manifest = Manifest(path="m", tokenizer=tokenizer, corpora=tuple(corpora))
+    corpora = tuple(entry(f"c{n}", language="hu", tokens=n) for n in sizes)
+    manifest = Manifest(path="m", tokenizer=tokenizer_record(9), corpora=corpora)
     run = SimpleNamespace(manifest=manifest, epochs={})
     assert [row[0] for row in run_report.corpora_rows(run)] == ["corpus", "c7", "c9", "and 2 smaller ones"]
 
@@ -214,9 +210,9 @@ def test_how_often_each_corpus_is_passed_over(tmp_path, monkeypatch):
     for name, role in (("hu", "expanded"), ("en", "original")):
         with IndexedWriter(str(tmp_path / "data" / name), 100) as writer:
             writer.add_documents(np.ones(161, writer.dtype), np.array([161], np.int32))
-        files = {"prefix": str(tmp_path / "data" / name), "documents": 1, "tokens": 161, "digest": "0" * 64}
-        corpora.append(Corpus(name=f"{name} web", language=name, role=role, **files))
-    tokenizer = TokenizerRecord(name="toy", vocab_size=100, sha256="0" * 64, eod_id=0)
+        prefix = str(tmp_path / "data" / name)
+        corpora.append(entry(f"{name} web", role, prefix=prefix, language=name, tokens=161))
+    tokenizer = tokenizer_record(100)
     Manifest(path=str(tmp_path / "data/manifest.yaml"), tokenizer=tokenizer, corpora=tuple(corpora)).save()
     monkeypatch.chdir(tmp_path)
     assert report(run) == 0

@@ -11,9 +11,11 @@ import pytest
 import sentencepiece
 import tokenizers
 import zstandard
+from manifest_entries import entry, tokenizer_record
 
 from megatron_lpr.data.corpus.indexed import IndexedWriter
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest
+from megatron_lpr.data.corpus.spot_check import spot_digests
 
 VOCAB_SIZE = 1000
 TEXT = "a quick brown fox jumps over the lazy dog and naps; árvíztűrő tükörfúrógép"
@@ -42,19 +44,11 @@ def make_manifest(tmp_path, write_corpus):
         for number, (name, language, role, weight, tokens) in enumerate(corpora):
             ids = np.random.default_rng(number).integers(3, VOCAB_SIZE, tokens)
             prefix = write_corpus(name, [ids])
-            entries.append(
-                Corpus(
-                    name=name,
-                    prefix=prefix,
-                    language=language,
-                    role=role,
-                    weight=weight,
-                    documents=1,
-                    tokens=tokens,
-                    digest=f"{number:064x}",
-                )
-            )
-        tokenizer = TokenizerRecord(name="toy", vocab_size=VOCAB_SIZE, sha256="0" * 64, eod_id=2)
+            digest = f"{number:064x}"
+            spots = spot_digests(prefix, digest, languages=False)
+            fields = {"prefix": prefix, "language": language, "weight": weight, "tokens": tokens, "spot_digests": spots}
+            entries.append(entry(name, role, digest=digest, **fields))
+        tokenizer = tokenizer_record(VOCAB_SIZE, eod_id=2)
         manifest = Manifest(path=str(tmp_path / "manifest.yaml"), tokenizer=tokenizer, corpora=tuple(entries))
         manifest.save()
         return manifest

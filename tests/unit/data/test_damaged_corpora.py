@@ -8,10 +8,11 @@ import textwrap
 
 import numpy as np
 import pytest
+from manifest_entries import entry, tokenizer_record
 
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.data.corpus.indexed import IndexedCorpus, LanguageRunsWriter
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.preprocess.existing import existing_corpus
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
@@ -33,22 +34,12 @@ def corpus(tmp_path, write_corpus) -> Corpus:
     runs = LanguageRunsWriter(prefix)
     runs.add(np.repeat([0, 1, 0, 1], 6))
     runs.close()
-    return Corpus(
-        name="toy",
-        prefix=prefix,
-        language="hu",
-        role="expanded",
-        documents=6,
-        tokens=24,
-        digest="1" * 64,
-        languages=LANGUAGES,
-        language_digest="2" * 64,
-    )
+    languages = {"language": "hu", "languages": LANGUAGES, "language_digest": "2" * 64}
+    return entry("toy", prefix=prefix, documents=6, tokens=24, digest="1" * 64, **languages)
 
 
 def manifest_of(corpus: Corpus, vocab_size: int = 1000) -> Manifest:
-    tokenizer = TokenizerRecord(name="toy", vocab_size=vocab_size, sha256="0" * 64, eod_id=2)
-    return Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(corpus,))
+    return Manifest(path="manifest.yaml", tokenizer=tokenizer_record(vocab_size, eod_id=2), corpora=(corpus,))
 
 
 def sampler_of(
@@ -128,7 +119,7 @@ def test_a_subset_of_documents_that_end_before_they_begin(corpus):
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
 def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(write_corpus, vocab_size):
     prefix = write_corpus("toy", [[1, 2, 3, 4, 5, 6, 7]], vocab_size)
-    corpus = Corpus(name="t", prefix=prefix, language="hu", role="expanded", documents=1, tokens=7, digest="1" * 64)
+    corpus = entry("t", prefix=prefix, language="hu", tokens=7, digest="1" * 64)
     settings = {"windows": "fixed", "replay": None, "document_ids": False}
     sampler_of(corpus, vocab_size=8, **settings).fill(0, 2)
     with pytest.raises(UserError, match="toy.bin is corrupt, .*: token 6 is 7, the vocabulary has 7"):
@@ -142,18 +133,17 @@ def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(write_corpus
 
 READ_ON = """
 import os, sys
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = sys.argv[4].split(os.pathsep)
 from dataclasses import replace
 from megatron_lpr.data.preprocess.existing import existing_corpus
 from megatron_lpr.data.corpus.indexed import IndexedCorpus
 from megatron_lpr._replay_sampler import LanguageRuns
 from megatron_lpr.errors import UserError
-from test_damaged_corpora import sampler_of, LANGUAGES
-from megatron_lpr.data.corpus.manifest import Corpus
+from test_damaged_corpora import entry, sampler_of, LANGUAGES
 
 prefix, suffix, how, _ = sys.argv[1:]
-corpus = Corpus(name="toy", prefix=prefix, language="hu", role="expanded", documents=1 << 14, tokens=1 << 16,
-                digest="1" * 64, languages=LANGUAGES, language_digest="2" * 64)
+corpus = entry("toy", prefix=prefix, language="hu", documents=1 << 14, tokens=1 << 16, languages=LANGUAGES,
+               language_digest="2" * 64)
 try:
     if how == "python":
         files = IndexedCorpus(prefix)
@@ -185,8 +175,9 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path, write_corpus, suffi
     runs = LanguageRunsWriter(prefix)
     runs.add(np.arange(1 << 16) // 8 % 2)
     runs.close()
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(READ_ON), prefix, suffix, how, os.path.dirname(__file__)],
+        [sys.executable, "-c", textwrap.dedent(READ_ON), prefix, suffix, how, path],
         capture_output=True,
         text=True,
     )

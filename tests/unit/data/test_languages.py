@@ -27,7 +27,9 @@ def manifest(make_manifest) -> Manifest:
     starts = [0, 3, 4, 20, 50, 51, 200, 390, 399]
     write_runs(manifest.corpora[1].prefix, starts, [1, 0, 2, 1, 0, 1, 2, 0, 1])
     languages = {"en": "original", "hu": "expanded", "tr": "expanded"}
-    mixed = dataclasses.replace(manifest.corpora[1], languages=languages, language_digest="a" * 64)
+    hu0 = manifest.corpora[1]
+    spots = {**hu0.spot_digests, "lang": "b" * 64}
+    mixed = dataclasses.replace(hu0, languages=languages, language_digest="a" * 64, spot_digests=spots)
     manifest = manifest.with_corpora([mixed])
     manifest.save()
     return manifest

@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
+from manifest_entries import entry, tokenizer_record
 
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Corpus, Manifest
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 
 UINT16 = 8  # Megatron's dtype code
@@ -43,13 +44,12 @@ def set_document(index: str, documents: int, number: int, *, first: int, length:
 
 
 def manifest_of(*corpora: Corpus) -> Manifest:
-    tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=2)
-    return Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=corpora)
+    return Manifest(path="manifest.yaml", tokenizer=tokenizer_record(1000, eod_id=2), corpora=corpora)
 
 
-def entry(prefix: str, name: str, role: str, tokens: int, documents: int) -> Corpus:
+def large(prefix: str, name: str, role: str, tokens: int, documents: int) -> Corpus:
     digest = hashlib.sha256(name.encode()).hexdigest()
-    return Corpus(name=name, prefix=prefix, language=role, role=role, tokens=tokens, documents=documents, digest=digest)
+    return entry(name, role, prefix=prefix, language=role, tokens=tokens, documents=documents, digest=digest)
 
 
 TOKENS, DOCUMENTS = (1 << 40) + 12_345, (1 << 31) + 77
@@ -61,7 +61,7 @@ def huge(tmp_path) -> Manifest:
     prefix = str(tmp_path / "huge")
     sparse_corpus(prefix, tokens=TOKENS, documents=DOCUMENTS)
     return manifest_of(
-        entry(prefix, "a", "expanded", TOKENS, DOCUMENTS), entry(prefix, "b", "original", TOKENS, DOCUMENTS)
+        large(prefix, "a", "expanded", TOKENS, DOCUMENTS), large(prefix, "b", "original", TOKENS, DOCUMENTS)
     )
 
 
@@ -101,7 +101,7 @@ def test_as_many_corpora_as_there_may_be(tmp_path):
     sparse_corpus(prefix, tokens=2000, documents=2)
     weights = np.random.default_rng(0).integers(100, 1000, 32_767)
     corpora = [
-        dataclasses.replace(entry(prefix, f"c{i}", "expanded", 2000, 2), weight=int(weight))
+        dataclasses.replace(large(prefix, f"c{i}", "expanded", 2000, 2), weight=int(weight))
         for i, weight in enumerate(weights)
     ]
     sampler = ReplaySampler(manifest_of(*corpora), seq_length=100, seed=1, mixture={"expanded": 1})
@@ -124,7 +124,7 @@ def test_the_first_batch_of_a_trillion_tokens(tmp_path):
     for i in range(10):
         prefix = str(tmp_path / f"corpus{i}")
         sparse_corpus(prefix, tokens=10**11, documents=10**8)
-        corpora.append(entry(prefix, f"c{i}", ("expanded", "original")[i % 2], 10**11, 10**8))
+        corpora.append(large(prefix, f"c{i}", ("expanded", "original")[i % 2], 10**11, 10**8))
     manifest = manifest_of(*corpora)
     manifest = dataclasses.replace(manifest, path=str(tmp_path / "manifest.yaml"))
     manifest.save()

@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from manifest_entries import entry, tokenizer_record
 from sampler_oracle import place_of_subset
 
 from megatron_lpr.data.corpus.indexed import IndexedCorpus, IndexedWriter
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TextSource, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest, TextSource
 from megatron_lpr.data.sampler.inspect_data import repeated, short_windows, unshuffled
 from megatron_lpr.data.sampler.replay_sampler import Pick, ReplaySampler
 from megatron_lpr.errors import UserError
@@ -30,9 +31,8 @@ def manifest(write_corpus) -> Manifest:
         prefix = write_corpus(f"{language}{number}", documents, vocab_size=60_000)
         name, digest = f"{language}{number}", f"{number + 1}" * 64
         sizes = {"documents": len(documents), "tokens": sum(map(len, documents))}
-        corpora.append(Corpus(name=name, prefix=prefix, language=language, role=role, digest=digest, **sizes))
-    tokenizer = TokenizerRecord(name="toy", vocab_size=60_000, sha256="0" * 64, eod_id=EOD)
-    return Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=tuple(corpora))
+        corpora.append(entry(name, role, prefix=prefix, language=language, digest=digest, **sizes))
+    return Manifest(path="manifest.yaml", tokenizer=tokenizer_record(60_000, EOD), corpora=tuple(corpora))
 
 
 def make(manifest: Manifest, **settings) -> ReplaySampler:
@@ -63,11 +63,8 @@ def test_documents_of_an_index_of_many_blocks(tmp_path):
     with IndexedWriter(str(tmp_path / "large"), 1000) as writer:
         writer.add_documents(np.zeros(lengths.sum(), writer.dtype), lengths)
     sizes = {"documents": len(lengths), "tokens": int(lengths.sum())}
-    large = Corpus(
-        name="large", prefix=str(tmp_path / "large"), language="hu", role="expanded", digest="1" * 64, **sizes
-    )
-    tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=EOD)
-    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(large,))
+    large = entry("large", prefix=str(tmp_path / "large"), digest="1" * 64, **sizes)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer_record(1000, EOD), corpora=(large,))
     sampler = make(manifest, windows="document", mixture={"expanded": 1})
     starts = np.cumsum(lengths) - lengths
     for pick in map(sampler.pick, range(2000)):
@@ -164,9 +161,8 @@ def test_a_subset_lies_where_it_always_has(manifest, seed):
 
 def test_tokens_that_end_with_a_document_read_none_of_the_next(write_corpus):
     prefix = write_corpus("even", [[number] * 10 for number in range(10)], vocab_size=60_000)
-    even = Corpus(name="even", prefix=prefix, language="hu", role="expanded", digest="1" * 64, documents=10, tokens=100)
-    tokenizer = TokenizerRecord(name="toy", vocab_size=60_000, sha256="0" * 64, eod_id=EOD)
-    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=(even,))
+    even = entry("even", prefix=prefix, language="hu", digest="1" * 64, documents=10, tokens=100)
+    manifest = Manifest(path="manifest.yaml", tokenizer=tokenizer_record(60_000, EOD), corpora=(even,))
     replay = ReplayConfig(tokens={"hu": 0.3})
     assert make(manifest, windows="document", mixture={"expanded": 1}, replay=replay).num_windows(0) == 3
 

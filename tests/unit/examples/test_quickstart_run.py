@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_entries import entry, tokenizer_record
 
 from megatron_lpr import cli
 from megatron_lpr.commands.command import all_commands
 from megatron_lpr.commands.options import typed_recipe
 from megatron_lpr.data.corpus.indexed import IndexedWriter
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.reading import load_recipe
@@ -144,7 +145,6 @@ def toy_manifest(folder: Path) -> Manifest:
         tokens = np.random.default_rng(number).integers(3, 1000, 70_000)
         with IndexedWriter(str(folder / name), 1000) as writer:
             writer.add_documents(tokens.astype(writer.dtype), np.array([len(tokens)], np.int32))
-        more = {"weight": 1, "documents": 1, "tokens": len(tokens), "digest": f"{number:064x}"}
-        corpora.append(Corpus(name=name, prefix=str(folder / name), language=language, role=role, **more))
-    tokenizer = TokenizerRecord(name="toy", vocab_size=1000, sha256="0" * 64, eod_id=2)
-    return Manifest(path="manifest.yaml", tokenizer=tokenizer, corpora=tuple(corpora))
+        more = {"prefix": str(folder / name), "tokens": len(tokens), "digest": f"{number:064x}"}
+        corpora.append(entry(name, role, language=language, **more))
+    return Manifest(path="manifest.yaml", tokenizer=tokenizer_record(1000, eod_id=2), corpora=tuple(corpora))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from harness import make_trainer
+from manifest_entries import entry, tokenizer_record
 from operations import Operations
 
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.training.step_metrics import ReducedStats, loss_per_language, lpr_loss, router_record, router_summary
 
 # per layer and language: tokens, sum of p_frozen, sum of the LPR loss, slots of three experts
@@ -84,9 +85,7 @@ def test_a_step_looks_at_no_corpus_to_know_its_languages():
             Watched.passes += 1
             return super().__iter__()
 
-    corpus = Corpus(name="hu", prefix="hu", language="hu", role="expanded", documents=1, tokens=9, digest="0" * 64)
-    tokenizer = TokenizerRecord(name="t", vocab_size=9, sha256="0" * 64, eod_id=0)
-    manifest = Manifest(path="m", tokenizer=tokenizer, corpora=Watched([corpus]))
+    manifest = Manifest(path="m", tokenizer=tokenizer_record(9), corpora=Watched([entry("hu", tokens=9)]))
     assert manifest.languages == ("hu",)
     passes = Watched.passes
     assert manifest.languages == ("hu",) and manifest.language_roles == {"hu": "expanded"} and Watched.passes == passes

@@ -4,15 +4,16 @@ import dataclasses
 import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from preprocessing import preprocess
 
 from megatron_lpr.cli import main
 from megatron_lpr.data.corpus import spot_check
-from megatron_lpr.data.corpus.manifest import Corpus, Manifest
-from megatron_lpr.data.corpus.verify_data import record
+from megatron_lpr.data.corpus.manifest import Manifest
 from megatron_lpr.data.sampler.replay_sampler import ReplaySampler
 from megatron_lpr.errors import UserError
 from megatron_lpr.recipe.settings import ReplayConfig
@@ -89,45 +90,21 @@ def test_missing_and_short_files_are_named(manifest, suffix, damage, capsys):
     assert f"web.{suffix}" in capsys.readouterr().err.splitlines()[-1]
 
 
-def made_old(manifest):
-    """As a version without checksums wrote it."""
-    fields = {"index_digest": None, "spot_digests": None}
-    old = dataclasses.replace(manifest, corpora=tuple(dataclasses.replace(c, **fields) for c in manifest.corpora))
-    old.save()
-    return old
-
-
-def test_an_old_manifest_works_and_can_be_brought_up_to_date(manifest, capsys):
-    made_old(manifest)
-    assert "spot_digests" not in open(manifest.path).read()
-    old = Manifest.load(manifest.path)
-    spot_check.check_at_start(old, 0)
-    [note] = spot_check.unrecorded(old)
-    assert "en, web" in note and "verify-data" in note
-    assert main(["verify-data", manifest.path]) == 0 and "--record" in capsys.readouterr().out
-    assert main(["verify-data", manifest.path, "--record"]) == 0
-    assert Manifest.load(manifest.path) == manifest and not spot_check.unrecorded(manifest)
-    first, *others = manifest.corpora
-    without = dataclasses.replace(first, spot_digests={"idx": first.spot_digests["idx"]})  # somebody has removed one
-    edited = dataclasses.replace(manifest, corpora=(without, *others))
-    [note] = spot_check.unrecorded(edited)
-    assert f"whether the files of {first.name} have changed is not checked" in note
-    edited.save()
-    assert main(["verify-data", manifest.path, "--record"]) == 0 and Manifest.load(manifest.path) == manifest
-
-
-def test_recording_keeps_what_another_process_has_entered_meanwhile(manifest):
-    old = made_old(manifest)
-    newer = dataclasses.replace(manifest.corpora[0], weight=7.0)
-    old.with_corpora([newer]).save()
-    assert record(old)
-    assert Manifest.load(manifest.path).corpora == (newer, *manifest.corpora[1:])
-
-
-def test_recording_compares_each_corpus_once(manifest, monkeypatch):
-    old, compared, equal = made_old(manifest), [], Corpus.__eq__
-    monkeypatch.setattr(Corpus, "__eq__", lambda self, other: compared.append(self.name) or equal(self, other))
-    assert record(old) and len(compared) == len(old.corpora)
+def test_a_manifest_without_checksums_is_refused(manifest):
+    text = open(manifest.path).read()
+    for key in ("index_digest", "spot_digests", "parse_special_tokens"):
+        content = yaml.safe_load(text)
+        for owner in (content["corpora"][1], content["tokenizer"]):
+            owner.pop(key, None)
+        Path(manifest.path).write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError, match=f"has no '{key}'"):
+            Manifest.load(manifest.path)
+    for suffix in ("bin", "idx", "lang"):  # somebody has removed one
+        content = yaml.safe_load(text)
+        del content["corpora"][1]["spot_digests"][suffix]
+        Path(manifest.path).write_text(yaml.safe_dump(content))
+        with pytest.raises(UserError, match=f"corpus 'web': spot_digests has no '{suffix}'"):
+            Manifest.load(manifest.path)
 
 
 def test_an_existing_corpus_that_changed_is_told(manifest, hf_tokenizer, tmp_path, capsys):
@@ -141,11 +118,8 @@ def test_an_existing_corpus_that_changed_is_told(manifest, hf_tokenizer, tmp_pat
         assert ("holds other tokens than its entry" in capsys.readouterr().err) == told
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_preprocess_does_not_call_other_bytes_unchanged(manifest, write_text, hf_tokenizer, capsys, old):
+def test_preprocess_does_not_call_other_bytes_unchanged(manifest, write_text, hf_tokenizer, capsys):
     folder = os.path.dirname(manifest.path)
-    if old:
-        made_old(manifest)
     before = open(f"{folder}/en.bin", "rb").read()
     flip(f"{folder}/en.bin", 20)
     preprocess(sources(write_text), tokenizer=hf_tokenizer, output=folder, workers=1)
@@ -187,7 +161,6 @@ def test_resuming_compares_the_index(make_manifest):
             replay=ReplayConfig(),
         )
 
-    for saved, now in (("a", "a"), (None, "a"), ("a", None)):
-        sampler(now).check_state(sampler(saved).state(8))
+    sampler("a").check_state(sampler("a").state(8))
     with pytest.raises(UserError, match="index_digest of corpus 'hu' was a, is b"):
         sampler("b").check_state(sampler("a").state(8))
