@@ -142,6 +142,8 @@ def parquet_file(path: str, columns: Iterable[str] = ()) -> Any:
     for name in columns:
         if name not in file.schema_arrow.names:
             raise UserError(f"{path} has no column '{name}'; it has {', '.join(file.schema_arrow.names)}")
+        if file.schema_arrow.names.count(name) > 1:
+            raise UserError(f"{path} has several columns '{name}'; write it with one of that name")
     return file
 
 

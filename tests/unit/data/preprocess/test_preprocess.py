@@ -125,7 +125,7 @@ BAD_LINES = [
     (b'{"text": "caf\xe9"}', "invalid UTF-8"),
     (b'{"text": "fox"', "broken JSON"),
     (b'{"content": "fox", "url": 1}', 'no "text" string .text_field says which it is; there is content, url.; correct'),
-    (b'{"text": 3, "\\ud800": 1}', 'no "text" string'),
+    (b'{"text": 3, "\\ud800": 1}', 'no "text" string .it is int; write it as text'),
     (b'["fox"]', "no JSON object .read as JSON lines, an object on each"),
     (b'{"text": " \\n"}', "empty text"),
     (b'{"text": "\\ud800"}', "unpaired surrogate"),
