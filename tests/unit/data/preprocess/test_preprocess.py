@@ -244,5 +244,5 @@ def test_shared_memory_that_is_full_is_named(hf_tokenizer, tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text("the quick brown fox")
     source = SourceConfig(name="hu", files=(str(tmp_path / "a.txt"),), language="hu", role="expanded")
     monkeypatch.setattr(tokenize_parts, "ProcessPoolExecutor", no_room)
-    with pytest.raises(UserError, match=r"processes: No space left on device; their semaphores want .* of /dev/shm"):
+    with pytest.raises(UserError, match=r"processes: No space left on device; their semaphores want .* of a /dev/shm"):
         preprocess([source], tokenizer=hf_tokenizer, output=str(tmp_path / "out"))
