@@ -27,6 +27,7 @@ from megatron_lpr.checkpoint.shape import RunJson, misfit
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
 from megatron_lpr.files.checksum import fault_of_file
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 
 VERSION = 4  # of run.json
 _STEP = re.compile(r"step_([0-9]{1,18})")
@@ -82,6 +83,7 @@ def locate(path: str) -> Found:
         return Found(folder)
     if found := find_checkpoint(path):
         return found
+    refuse_unexpanded(path)
     what = "no checkpoint there (no run.json, no checkpoints/latest)" if folder.exists() else "no such folder"
     raise UserError(f"checkpoint {path}: {what}; give the output folder of a run or one of its checkpoints")
 

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.recipe.text_settings import Format, SampleBy
 
 BLOCK_BYTES = 16 << 20
@@ -67,6 +68,7 @@ def expand(files: Sequence[str]) -> tuple[str, ...]:
     for file in files:
         found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
         if not found:
+            refuse_unexpanded(file)
             pattern = (
                 f", which is a folder; name files in it, as {os.path.join(file, '*')}" if os.path.isdir(file) else ""
             )
