@@ -4,16 +4,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from megatron.core import __version__ as installed
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_lpr.checkpoint.common_state import refuse_newer
 from megatron_lpr.checkpoint.content import Chunks, model_state
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
 from megatron_lpr.checkpoint.holding import holds
@@ -37,8 +35,8 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
     content = model_state(chunks, held)
     for index in range(len(chunks)):
         content[f"model{index}"] = _without_extra_state(content[f"model{index}"])
-    stored = DistCheckpoint(folder)
-    _check_common_state(folder, stored.metadata)  # refuses what would run code in Megatron's hands
+    stored = DistCheckpoint(folder)  # refuses what would run code in Megatron's hands
+    refuse_newer(folder)
     try:
         strategy = FullyParallelLoadStrategyWrapper(
             get_default_load_sharded_strategy(str(folder)),
@@ -65,18 +63,6 @@ def load_checkpoint(folder: Path, chunks: Chunks, optimizer=None, scheduler=None
         # moments and steps are the checkpoint's, learning rate and Adam's settings the recipe's
         scheduler.load_state_dict(loaded["scheduler"])
         load_state(optimizer, model_state(chunks, held), stored, step=scheduler.num_steps)
-
-
-def _check_common_state(folder: Path, metadata: Metadata) -> None:
-    """Megatron-Core 0.16 keeps it in common.pt, and fails without; 0.19 among the other objects, and reads both."""
-    if (folder / "common.pt").is_file() or hasattr(serialization, "_legacy_common_state_exists"):
-        return
-    if any(key.startswith("common_state/") for key in metadata.state_dict_metadata):
-        raise UserError(
-            f"checkpoint {folder}: was written by a newer megatron-core than this one ({installed}), "
-            "which cannot load it; install megatron-core 0.19"
-        )
-    raise UserError(f"checkpoint {folder}: common.pt is missing; copy the checkpoint again")
 
 
 def _without_extra_state(model: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from megatron_lpr.checkpoint.manifest import MANIFEST, read_manifest, sealed
 from megatron_lpr.checkpoint.shape import RunJson, misfit
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
+from megatron_lpr.files.checksum import fault_of_file
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 
 VERSION = 4  # of run.json
 _STEP = re.compile(r"step_([0-9]{1,18})")
@@ -81,6 +83,7 @@ def locate(path: str) -> Found:
         return Found(folder)
     if found := find_checkpoint(path):
         return found
+    refuse_unexpanded(path)
     what = "no checkpoint there (no run.json, no checkpoints/latest)" if folder.exists() else "no such folder"
     raise UserError(f"checkpoint {path}: {what}; give the output folder of a run or one of its checkpoints")
 
@@ -147,6 +150,13 @@ def what_is_missing(folder: Path) -> str | None:
     except FileNotFoundError:  # its run has just deleted it
         return "no run.json"
     return next((f"no {name}" for name in listed if name not in there), None)
+
+
+def file_of_another_size(folder: Path) -> str | None:
+    """The first file of a complete checkpoint that is not as long as it was, and how; None where all are."""
+    listed = read_manifest(folder, _tree(folder)["manifest"]) or {}
+    faults = ((name, fault_of_file(folder / name, sum_of, contents=False)) for name, sum_of in listed.items())
+    return next((f"{name} {fault}" for name, fault in faults if fault), None)
 
 
 def read_run_state(folder: Path) -> RunState:

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.perplexity import NllFn
+from megatron_lpr.files.safetensors_io import read_header
 
 
 def hf_nll_fn(path: str, dtype: str = "float32", device: str = "cpu") -> NllFn:
@@ -58,7 +60,9 @@ def _load(path: str, dtype: str) -> Any:  # a PreTrainedModel, which ships no ty
             ignore_mismatched_sizes=True,  # reported below, in one sentence
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            read_header(file)  # tells one that is damaged by its name; to transformers one without the right is missing
         reason = " ".join(str(error).split())
         raise UserError(f"model {path}: transformers cannot load it: {reason}") from None
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

@@ -25,6 +25,7 @@ ERNIE_MOE = MoEClass(
         "tie_word_embeddings": True,
         "moe_num_experts": 64,
         "moe_k": 6,
+        "moe_intermediate_size": 1536,
         "moe_num_shared_experts": 2,
         "moe_layer_start_index": 1,
     },

@@ -11,6 +11,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families.refused import why_not
 from megatron_lpr.families.table import FIELDS, Architecture, Family, HFClass
 from megatron_lpr.files.safetensors_io import DTYPES, dtype_on_disk
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 
 # Kinds of RoPE scaling that can be computed (model/rope.py), and the numbers that each needs.
 ROPE_SCALINGS = {
@@ -30,6 +31,7 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model folder. UserError where either is missing or broken."""
     folder = Path(hf_dir)
     if not folder.is_dir():
+        refuse_unexpanded(hf_dir)
         mend = "give the path of a downloaded Hugging Face model (`hf download NAME --local-dir FOLDER`)"
         raise UserError(f"model folder '{folder}' does not exist: {mend}")
     path = folder / "config.json"

@@ -41,7 +41,13 @@ QWEN2 = Family(
             "shared_expert_size": ("shared_expert_intermediate_size",),
         },
         required={**MOE_REQUIRED, "qkv_bias": True},
-        defaults={**MOE_DEFAULTS, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4},
+        defaults={
+            **MOE_DEFAULTS,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+        },
         zeros={
             "mlp.shared_expert.gate_proj.weight": "SH",
             "mlp.shared_expert.up_proj.weight": "SH",
@@ -66,7 +72,7 @@ QWEN3 = Family(
         # transformers 5 writes the second name, 4.57 reads the first
         fields={**MOE_FIELDS, "num_experts": ("num_experts", "num_local_experts")},
         required={**MOE_REQUIRED, "attention_bias": False},
-        defaults={**MOE_DEFAULTS, "num_key_value_heads": 4, "num_experts_per_tok": 8},
+        defaults={**MOE_DEFAULTS, "num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
     ),
     layer=(*LAYER, *QK_NORM),
 )

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import re
 import shutil
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 
 INSIDE = ".megatron_lpr_incomplete"  # what is not finished, in a folder that is filled in place
 
@@ -39,7 +39,7 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
     source, when it, or the folder that is to hold it, is a file or cannot be written, and when there is no space.
     """
     out = resolved(out_dir)
-    _refuse_unexpanded(out_dir)
+    refuse_unexpanded(out_dir)
     for source in sources:
         if out.is_relative_to(resolved(source)):
             raise UserError(f"output folder '{out_dir}' is or lies in '{source}', which is read: choose one outside")
@@ -59,22 +59,12 @@ def check_place(out_dir: str | Path, *sources: str | Path, needed: int = 0) -> N
 def check_file(out: str | Path, example: str = "result.json") -> None:
     """UserError where a file cannot be written to `out`; `example` is what one is called."""
     out = Path(out)
-    _refuse_unexpanded(out)
+    refuse_unexpanded(out)
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file, as {out / example}")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out}: cannot be written in {there}; name another place")
-
-
-def _refuse_unexpanded(out: str | Path) -> None:
-    """UserError where a folder called ~, $SCRATCH or s3: would be made: no shell reads a recipe, or behind `=`."""
-    if os.path.lexists(out):
-        return
-    if str(out).startswith("~"):
-        raise UserError(f"'{out}': ~ is the home folder for a shell, which has not read it here: write the whole path")
-    if re.search(r"\$[{\w]|^\w+:/", str(out)):  # a Path has one / less
-        raise UserError(f"'{out}': neither variables of a shell nor addresses are read here: write the whole path")
 
 
 def check_page(out: str | Path, example: str) -> None:

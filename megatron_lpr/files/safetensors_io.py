@@ -43,6 +43,21 @@ def dtype_on_disk(folder: str | Path) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """A file's header: dtype, shape and byte range in the file (`start`) of each tensor. UserError if it is damaged."""
+    try:
+        with open(path, "rb") as opened:  # first: to the library one without that right is missing
+            safe_open(str(path), framework="pt")  # the library knows best whether a file is sound
+            (size,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(size))
+    except PermissionError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path}' is damaged or truncated ({error}): download it again") from error
+    header.pop("__metadata__", None)
+    return {name: entry | {"start": 8 + size + entry["data_offsets"][0]} for name, entry in header.items()}
+
+
 class SafetensorsReader:
     """The tensors of a HF folder by name, from `model.safetensors` or from the shards of its index.
 
@@ -107,22 +122,8 @@ class SafetensorsReader:
         return set(self._file_of.values())
 
     def _header(self, file: str) -> dict[str, Any]:
-        """A file's header: dtype, shape and byte range in the file (`start`) of each tensor."""
         if file not in self._headers:
-            path = self.folder / file
-            try:
-                with open(path, "rb") as opened:  # first: to the library one without that right is missing
-                    safe_open(str(path), framework="pt")  # the library knows best whether a file is sound
-                    (size,) = struct.unpack("<Q", opened.read(8))
-                    header = json.loads(opened.read(size))
-            except PermissionError:
-                raise
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"'{path}' is damaged or truncated ({error}): download it again") from error
-            header.pop("__metadata__", None)
-            self._headers[file] = {
-                name: entry | {"start": 8 + size + entry["data_offsets"][0]} for name, entry in header.items()
-            }
+            self._headers[file] = read_header(self.folder / file)
         return self._headers[file]
 
     def _entry(self, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture
 from megatron_lpr.model.rank.place import Place
 from megatron_lpr.planning.amounts import Amount, RankMemory, Traffic
@@ -54,9 +55,19 @@ class Part:
 
 
 def rehearse(parts: Sequence[Part]) -> list[Rehearsal]:
-    """Rehearse one step of each part, in one process of their own, of which nothing stays in this one."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+    """Rehearse one step of each part, in one process of their own, of which nothing stays in this one.
+
+    Raises:
+        UserError: no process can be started.
+    """
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    except OSError as error:
+        raise UserError(
+            f"cannot start a process to rehearse in: {error.strerror or error}; its semaphores want some KB of a "
+            "/dev/shm that can be written to: make room there, or mount one"
+        ) from error
+    with pool as process:
         return list(process.map(_rehearse_here, parts))
 
 

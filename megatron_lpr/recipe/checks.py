@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_lpr.errors import UserError
 from megatron_lpr.families import Architecture, read_architecture
 from megatron_lpr.families.expansion import Expansion, check_upcycling, with_layers_kept_dense
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
 from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
 from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
@@ -63,6 +64,7 @@ def check_preprocessing(recipe: Recipe) -> None:
     if settings.tokenizer is None and not base:
         raise UserError("preprocess.tokenizer: missing; name a tokenizer folder, or that of the model as model.base")
     if settings.tokenizer is None and not Path(base).is_dir():
+        refuse_unexpanded(base)
         raise UserError(
             f"model.base: {base}: no such folder, and preprocess.tokenizer is not set; name a folder for one of them"
         )

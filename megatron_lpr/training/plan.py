@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lpr.checkpoint import same_run
 from megatron_lpr.checkpoint.base_files import check_base_sizes
+from megatron_lpr.checkpoint.common_state import refuse_newer
 from megatron_lpr.checkpoint.holding import Content, content_of, frozen_is_base
 from megatron_lpr.checkpoint.own_recipe import with_dtype_of_run
 from megatron_lpr.checkpoint.run_state import (
@@ -219,8 +220,14 @@ def _held_out(recipe: Recipe, tokenizer: Tokenizer, rank: int) -> tuple[Text, ..
 
 
 def _check_under(recipe: Recipe, checkpoint: Path) -> None:
-    """Raises UserError unless what the checkpoint does not hold is there: other checkpoints, the files of the base."""
-    lowest = chain(checkpoint, recipe.model.load)[-1]
+    """Raises UserError unless what the checkpoint does not hold is there: other checkpoints, the files of the base.
+
+    And where Megatron-Core would not load one of them.
+    """
+    folders = chain(checkpoint, recipe.model.load)
+    for folder in folders:
+        refuse_newer(folder)
+    lowest = folders[-1]
     state = read_run_state(lowest)
     if state.content == "over base":
         check_base_sizes(recipe.model.base, state.base, lowest)

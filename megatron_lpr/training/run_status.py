@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, cast
 
-from megatron_lpr.checkpoint.run_state import find_checkpoint, step_of
+from megatron_lpr.checkpoint.run_state import file_of_another_size, find_checkpoint, step_of
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import holder_of
 from megatron_lpr.reporting.sound_record import sound_record
@@ -141,7 +141,10 @@ def _checkpoint(run: str, now: datetime) -> dict[str, Any]:
     keys = ("checkpoint", "checkpoint_step", "checkpoint_age_seconds", "checkpoint_fault")
     found: dict[str, Any] = dict.fromkeys(keys)
     try:
-        if there := find_checkpoint(run):
+        damaged: dict[str, str] = {}
+        while (there := find_checkpoint(run, damaged)) and (fault := file_of_another_size(there.folder)):
+            damaged[there.folder.name] = fault
+        if there:
             written = datetime.fromtimestamp((there.folder / "run.json").stat().st_mtime, UTC)
             age = max((now - written).total_seconds(), 0.0)
             found |= {"checkpoint": str(there.folder), "checkpoint_step": step_of(there.folder)}

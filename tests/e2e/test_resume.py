@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_checkpoints import seal
 
 from megatron_lpr import cli
 from megatron_lpr.checkpoint.manifest import sealed
@@ -222,6 +223,19 @@ def test_run_json_of_a_newer_version(run, monkeypatch):
     file.write_text(sealed(json.loads(file.read_text()) | {"version": 99}))
     status, _, error = run("train.steps=8")
     assert status == 2 and "written by a newer megatron-lpr (format 99" in error
+
+
+def test_a_checkpoint_of_a_newer_megatron(run, monkeypatch):
+    folder = run.checkpoints / "step_00000006"
+    if not (folder / "common.pt").exists():
+        pytest.skip("this Megatron-Core reads both forms")
+    monkeypatch.setattr(distributed, "join", no_work)
+    state = read_run_state(folder)
+    for name in ("common.pt", "manifest.json", "run.json"):
+        (folder / name).unlink()
+    seal(folder, state)
+    status, _, error = run("train.steps=8")
+    assert status == 2 and f"{folder}: was written by a newer megatron-core than this one" in error
 
 
 def test_two_runs_at_once_in_one_folder(project, trained, tmp_path):

@@ -33,6 +33,7 @@ from megatron_lpr.data.corpus.indexed import MAX_LANGUAGES, IndexedCorpus
 from megatron_lpr.data.corpus.yaml_records import check_keys, read_record
 from megatron_lpr.errors import UserError, nearest
 from megatron_lpr.files import durable
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.files.yaml_io import dump_yaml, read_yaml
 
 ROLES = ("expanded", "original")
@@ -243,6 +244,7 @@ def check_language_roles(where: str, corpora: Iterable[tuple[str, str, str]]) ->
 
 def _read_yaml(path: str) -> dict[str, Any]:
     if not os.path.exists(path):
+        refuse_unexpanded(path)
         raise UserError(f"no manifest at {path}; make one with 'megatron-lpr preprocess'")
     content = read_yaml(path, f"cannot read the manifest {path}")
     if not isinstance(content, dict):

@@ -79,8 +79,8 @@ def tokenize_parts(
         pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, workers, alive))
     except OSError as error:
         raise UserError(
-            f"cannot start tokenisation processes: {error.strerror or error}; their semaphores want some KB of "
-            "/dev/shm, make room there"
+            f"cannot start tokenisation processes: {error.strerror or error}; their semaphores want some KB of a "
+            "/dev/shm that can be written to: make room there, or mount one"
         ) from error
     here: _Worker | None = None
     pending: deque[tuple[Block, PartRecord | Future[PartRecord], bool]] = deque()

@@ -233,7 +233,10 @@ def _document(
     """`names` are the fields of the line, for who has not told which is the text."""
     if not isinstance(text, str):
         there = textwrap.shorten(printable(f"; there is {', '.join(names)}"), 200) if names else ""
-        return BadLine(block.path, line, f'no "{reading.text_field}" string', f" (text_field says which it is{there})")
+        detail = f"text_field says which it is{there}"
+        if text is not None:
+            detail = f"it is {type(text).__name__}; write it as text, or name another with text_field"
+        return BadLine(block.path, line, f'no "{reading.text_field}" string', f" ({detail})")
     if not text.strip():
         return BadLine(block.path, line, "empty text")
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer accepts.

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.digest import file_sha256
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.recipe.text_settings import Format, SampleBy
 
 BLOCK_BYTES = 16 << 20
@@ -67,6 +68,7 @@ def expand(files: Sequence[str]) -> tuple[str, ...]:
     for file in files:
         found = [file] if os.path.isfile(file) else sorted(filter(os.path.isfile, glob.glob(file, recursive=True)))
         if not found:
+            refuse_unexpanded(file)
             pattern = (
                 f", which is a folder; name files in it, as {os.path.join(file, '*')}" if os.path.isdir(file) else ""
             )
@@ -142,6 +144,8 @@ def parquet_file(path: str, columns: Iterable[str] = ()) -> Any:
     for name in columns:
         if name not in file.schema_arrow.names:
             raise UserError(f"{path} has no column '{name}'; it has {', '.join(file.schema_arrow.names)}")
+        if file.schema_arrow.names.count(name) > 1:
+            raise UserError(f"{path} has several columns '{name}'; write it with one of that name")
     return file
 
 

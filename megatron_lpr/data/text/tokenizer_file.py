@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.unexpanded import refuse_unexpanded
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -10,6 +11,7 @@ def tokenizer_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
+        refuse_unexpanded(path)
         raise UserError(f"no tokenizer at {path}: there is no such folder or file")
     models = sorted(path.glob("*.model"))
     candidates = [path / "tokenizer.json", path / "tokenizer.model", *(models if len(models) == 1 else [])]

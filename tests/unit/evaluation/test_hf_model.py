@@ -1,6 +1,8 @@
 """A Hugging Face folder as a model to evaluate."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.evaluation.hf_model import hf_nll_fn
+from megatron_lpr.files import safetensors_io
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,23 @@ def test_folder_without_weights_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(UserError, match="transformers cannot load it"):
         hf_nll_fn(str(tmp_path))
+
+
+def test_a_file_cut_off_or_without_the_right_to_read_it_is_named(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "cut")
+    file = tmp_path / "cut/model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"cut/model.safetensors' is damaged or truncated .*: download it again"):
+        hf_nll_fn(str(tmp_path / "cut"))
+
+    def no_right(path, *arguments, **options):
+        if str(path).endswith(".safetensors"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(safetensors_io, "open", no_right, raising=False)
+    with pytest.raises(PermissionError, match="cut/model.safetensors"):  # a sentence of the command line
+        hf_nll_fn(str(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])

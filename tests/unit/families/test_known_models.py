@@ -138,7 +138,7 @@ def test_every_class_that_transformers_has(tmp_path):
 CLASSES = {each.model_type: each for family in FAMILIES.values() for each in (family.dense, family.moe)}
 # What no config may leave out: every default number of query groups divides these heads.
 LEAST = {
-    "hidden_size": 1280, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+    "hidden_size": 1280, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 160, "vocab_size": 10**6,
 }  # fmt: skip
 LEAST_OF = {"qwen2_moe": {"shared_expert_intermediate_size": 8}, "qwen3_moe": {"num_experts": 8}}

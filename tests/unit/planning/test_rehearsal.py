@@ -1,5 +1,10 @@
 """A rehearsed rank: what is planned of it, and a run that is far too large for this machine."""
 
+import errno
+import os
+import re
+from multiprocessing.synchronize import SemLock
+
 import pytest
 
 from megatron_lpr import cli
@@ -87,3 +92,16 @@ def test_what_cannot_be_rehearsed(words, message, root, capsys):
     base = "model.base=examples/plan/llama-3.2-1b"
     assert cli.main(["plan", "examples/recipes/stage1.yaml", "--gpus", "8", "--set", base, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_shared_memory_is_named(root, capsys, monkeypatch):
+    def nowhere(*arguments, **options):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(SemLock, "__init__", nowhere)
+    base = "model.base=examples/plan/llama-3.2-1b"
+    assert cli.main(["plan", "examples/recipes/stage1.yaml", "--gpus", "8", "--set", base, "--rehearse"]) == 2
+    message = (
+        r"error: cannot start a process to rehearse in: No such file or directory; its semaphores want .* /dev/shm"
+    )
+    assert re.search(message, capsys.readouterr().err)

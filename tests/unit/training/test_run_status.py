@@ -256,6 +256,19 @@ def test_checkpoints_that_are_damaged_are_told(held):
     assert status.checkpoint is None and "step_00000008" in status.checkpoint_fault
 
 
+def test_a_checkpoint_with_a_file_cut_off_is_not_the_last_one(held):
+    held.steps(1, 9)
+    held.checkpoint(4, 40)
+    held.checkpoint(8, 80)
+    os.truncate(held.folder / "checkpoints/step_00000008/.metadata", 1)
+    status = held.status(100)
+    assert status.checkpoint_step == 4
+    assert "latest names step_00000008, which is damaged (.metadata has 1 bytes in place of" in status.checkpoint_fault
+    os.truncate(held.folder / "checkpoints/step_00000004/.metadata", 1)
+    status = held.status(100)
+    assert status.checkpoint is None and "none there is complete" in status.checkpoint_fault
+
+
 @pytest.mark.parametrize(
     "make, sentence",
     [

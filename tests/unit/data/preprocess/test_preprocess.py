@@ -125,7 +125,7 @@ BAD_LINES = [
     (b'{"text": "caf\xe9"}', "invalid UTF-8"),
     (b'{"text": "fox"', "broken JSON"),
     (b'{"content": "fox", "url": 1}', 'no "text" string .text_field says which it is; there is content, url.; correct'),
-    (b'{"text": 3, "\\ud800": 1}', 'no "text" string'),
+    (b'{"text": 3, "\\ud800": 1}', 'no "text" string .it is int; write it as text'),
     (b'["fox"]', "no JSON object .read as JSON lines, an object on each"),
     (b'{"text": " \\n"}', "empty text"),
     (b'{"text": "\\ud800"}', "unpaired surrogate"),
@@ -244,5 +244,5 @@ def test_shared_memory_that_is_full_is_named(hf_tokenizer, tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text("the quick brown fox")
     source = SourceConfig(name="hu", files=(str(tmp_path / "a.txt"),), language="hu", role="expanded")
     monkeypatch.setattr(tokenize_parts, "ProcessPoolExecutor", no_room)
-    with pytest.raises(UserError, match=r"processes: No space left on device; their semaphores want .* of /dev/shm"):
+    with pytest.raises(UserError, match=r"processes: No space left on device; their semaphores want .* of a /dev/shm"):
         preprocess([source], tokenizer=hf_tokenizer, output=str(tmp_path / "out"))

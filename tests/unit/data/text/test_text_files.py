@@ -118,6 +118,16 @@ def test_parquet_bad_rows(tmp_path):
     assert rows == ["fox", (2, "invalid UTF-8"), (3, "empty text"), (4, 'no "text" string'), "dog"]
 
 
+def test_parquet_columns_of_another_kind(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": pa.array([b"fox"], pa.binary())})
+    assert [str(row) for row in read(path)] == [
+        f'{path}:1: no "text" string (it is bytes; write it as text, or name another with text_field)'
+    ]
+    pq.write_table(pa.Table.from_arrays([pa.array(["fox"]), pa.array(["dog"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match="a.parquet has several columns 'text'; write it with one of that name"):
+        read(path)
+
+
 def test_parquet_incomplete(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": TEXTS})
     size = os.path.getsize(path)
