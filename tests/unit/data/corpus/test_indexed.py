@@ -119,6 +119,11 @@ def patch(path, offset: int, data: bytes) -> None:
         (".idx", lambda path: patch(path, 94, struct.pack("<q", 9)), "toy.idx is corrupt"),
         (".idx", lambda path: patch(path, 42, struct.pack("<i", -8)), "toy.bin does not end where"),
         (".idx", lambda path: patch(path, 62, struct.pack("<q", 2**62)), "toy.bin does not end where"),
+        (
+            ".idx",
+            lambda path: patch(path, 42, struct.pack("<i", 20)) or patch(path, 62, struct.pack("<q", 24 - 40)),
+            "toy.bin does not end where",
+        ),
         (".bin", lambda path: os.remove(path), "cannot open .*toy.bin"),
         (".bin", lambda path: os.truncate(path, 0), "toy.bin is empty"),
         (".bin", lambda path: os.truncate(path, 23), "toy.bin is truncated"),
