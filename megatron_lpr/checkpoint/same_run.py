@@ -170,11 +170,11 @@ def _compare(fields: Iterable[str], old: Mapping[str, Any], new: Mapping[str, An
 
 def _check_base(recipe: Recipe, there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> None:
     differing = _differing(there["architecture"], here["architecture"])
-    if not differing and there["weights"] and here["weights"] and there["weights"] != here["weights"]:
-        differing = ["other weights"]
+    if there["weights"] and here["weights"] and there["weights"] != here["weights"]:
+        differing.append("other weights")
     tokenizers = [base["tokenizer"] for base in (there, here)]
-    if not differing and all(tokenizers) and tokenizers[0] != tokenizers[1]:
-        differing = ["another tokenizer"]
+    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
+        differing.append("another tokenizer")
     if differing:
         raise UserError(
             f"model.base: {recipe.model.base} is another model than the base of {what} ({', '.join(differing)}); name "
@@ -213,7 +213,7 @@ def _check_load(recipe: Recipe, state: RunState) -> None:
     old, new = state.recipe["model"]["load"], recipe.model.load
     if old == new:
         return
-    if old and new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
+    if new and state.source and source_identity(locate(new).folder)["run"] == state.source["run"]:
         return
     raise UserError(
         f"model.load: {new or 'not set'}, but the run in {recipe.output} started from {old or 'the base model'}; "

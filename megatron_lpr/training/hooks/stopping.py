@@ -40,7 +40,7 @@ class Stopping(Hook):
         if is_validated(trainer, trainer.step + 1):
             seconds += self._slowest_validation
         for what, end in self._limits.items():
-            if not self._over and time.monotonic() + seconds > end:
+            if time.monotonic() + seconds > end:
                 self._over = what
                 trainer.votes.say("stop")
 

@@ -2,6 +2,8 @@
 
 import errno
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -48,6 +50,7 @@ def test_it_becomes_the_checkpoint_that_it_was_to_be(crashed, tmp_path):
     assert content(crashed / NAME) == content(tmp_path / "expected")
     assert sorted(path.name for path in (crashed / NAME).iterdir() if path.is_dir()) == []
     refuse_damaged(crashed / NAME, contents=True)
+    assert '".metadata"' in (crashed / NAME / "manifest.json").read_text()
     assert find_checkpoint(str(tmp_path)).folder == crashed / NAME
     assert complete_saves(str(tmp_path)) == []
 
@@ -82,6 +85,20 @@ def test_it_stays_what_it_is_where_anything_is_missing(crashed, tmp_path, accide
     assert not cut_off(crashed)
     assert complete_saves(str(tmp_path)) == []
     assert not (crashed / NAME).exists() and (crashed / "latest").read_text() == pointer
+
+
+HOLD = """import sys; from megatron_lpr.files.locks import run_lock
+with run_lock(sys.argv[1]): print(flush=True); input()"""
+
+
+def test_of_a_run_that_still_goes_on_nothing_is_taken(crashed, tmp_path):
+    command = [sys.executable, "-c", HOLD, tmp_path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="in use by another run"):
+            complete_saves(str(tmp_path))
+        other.stdin.close()
+    assert cut_off(crashed) and not (crashed / NAME).exists()
 
 
 def test_a_crash_around_the_last_renames_is_mended_too(crashed, tmp_path):

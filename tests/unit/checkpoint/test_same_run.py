@@ -143,6 +143,8 @@ def test_micro_batches_are_the_groups_of_a_balance_loss(recipe, base):
     grouped = changed(recipe, balance__coeff=0.1, balance__group="micro_batch")
     with pytest.raises(UserError, match="train.micro_batch_size: 1, but"):
         check_resumed(changed(grouped, train__micro_batch_size=1), state_of(grouped), base)
+    no_loss = changed(grouped, balance__coeff=0.0)
+    check_resumed(changed(no_loss, train__micro_batch_size=1), state_of(no_loss, base=base), base)
 
 
 def test_a_finished_run_cannot_have_learnt_otherwise(recipe, base):
@@ -198,10 +200,12 @@ def test_a_base_model_is_known_wherever_it_lies(recipe, base, toy_base, tmp_path
 
 def test_another_base_model_is_refused(recipe, base, toy_base, tmp_path):
     other = shutil.copytree(toy_base, tmp_path / "other")
-    rewrite(other, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])
+    rewrite(other, lambda tensors: tensors[max(tensors)].mul_(1.5))
     weights = base_identity(other, read_architecture(other))
     arch = dataclasses.replace(read_architecture(toy_base), rope_theta=5.0)
-    for there, what in ((weights, "other weights"), (base_identity(toy_base, arch), "rope_theta 5.0 for ")):
+    other_config = base_identity(toy_base, arch)
+    both = other_config | {"weights": weights["weights"]}
+    for there, what in ((weights, "other weights"), (other_config, "rope_theta 5.0 for "), (both, "0, other weights")):
         with pytest.raises(UserError, match=f"model.base: .* is another model than the base of the run .*{what}"):
             check_resumed(recipe, state_of(recipe, base=base), there)
         folder = write_fake_checkpoint(tmp_path / what, 1, base=base, recipe=to_tree(recipe))
@@ -238,6 +242,9 @@ def test_routers_of_a_source_are_not_made_anew(recipe, base, tmp_path, key):
     del older["model"][key]  # a version that had no such setting
     folder = write_fake_checkpoint(tmp_path / "older", 1, base=base, recipe=older)
     check_source(changed(recipe, **{f"model__{key}": new}), folder, base)
+    dense = changed(recipe, model__num_experts=0)  # has none
+    folder = write_fake_checkpoint(tmp_path / "dense", 1, base=base, recipe=to_tree(dense))
+    check_source(changed(dense, **{f"model__{key}": new}), folder, base)
 
 
 def test_weights_that_lose_digits_are_told(recipe, tmp_path):

@@ -106,15 +106,24 @@ def patch(path, offset: int, data: bytes) -> None:
         (".idx", lambda path: os.truncate(path, 90), "toy.idx has the wrong size"),
         (".idx", lambda path: patch(path, 0, b"X"), "toy.idx is not a Megatron index"),
         (".idx", lambda path: patch(path, 9, b"\x02"), "toy.idx has an unsupported index version"),
+        (".idx", lambda path: patch(path, 17, b"\x02"), "toy.idx holds no integer tokens"),
         (".idx", lambda path: patch(path, 17, b"\x07"), "toy.idx holds no integer tokens"),
         (".idx", lambda path: patch(path, 17, b"\x63"), "toy.idx holds no integer tokens"),
-        (".idx", lambda path: patch(path, 18, struct.pack("<Q", 2**63)), "toy.idx has the wrong size"),
+        (".idx", lambda path: patch(path, 18, struct.pack("<Q", 2**62 + 3)), "toy.idx has the wrong size"),
         (".idx", lambda path: patch(path, 18, struct.pack("<Q", 102 - 34)), "toy.idx has the wrong size"),
         (".idx", lambda path: patch(path, 26, struct.pack("<Q", 2**61 + 4)), "toy.idx has the wrong size"),
         (".idx", lambda path: patch(path, 18, struct.pack("<Q", 0)), "toy.idx describes an empty corpus"),
+        (".idx", lambda path: patch(path, 26, struct.pack("<Q", 1)), "toy.idx describes an empty corpus"),
+        (".idx", lambda path: patch(path, 46, struct.pack("<q", 2)), "toy.idx is corrupt: its first sequence"),
+        (".idx", lambda path: patch(path, 70, struct.pack("<q", 1)), "toy.idx is corrupt"),
         (".idx", lambda path: patch(path, 94, struct.pack("<q", 9)), "toy.idx is corrupt"),
         (".idx", lambda path: patch(path, 42, struct.pack("<i", -8)), "toy.bin does not end where"),
         (".idx", lambda path: patch(path, 62, struct.pack("<q", 2**62)), "toy.bin does not end where"),
+        (
+            ".idx",
+            lambda path: patch(path, 42, struct.pack("<i", 20)) or patch(path, 62, struct.pack("<q", 24 - 40)),
+            "toy.bin does not end where",
+        ),
         (".bin", lambda path: os.remove(path), "cannot open .*toy.bin"),
         (".bin", lambda path: os.truncate(path, 0), "toy.bin is empty"),
         (".bin", lambda path: os.truncate(path, 23), "toy.bin is truncated"),
@@ -160,6 +169,13 @@ def test_a_corrupt_index_is_refused_where_it_is_read(write_corpus, offset, data)
             corpus.document(index)
         except UserError:
             continue
+
+
+def test_a_multimodal_index_is_read(write_corpus):
+    prefix = write_corpus("toy", DOCUMENTS)
+    with open(f"{prefix}.idx", "ab") as file:
+        file.write(bytes(len(DOCUMENTS)))  # the mode of each sequence
+    assert IndexedCorpus(prefix).document(1).tolist() == DOCUMENTS[1]
 
 
 def test_boundaries(write_corpus):

@@ -37,6 +37,9 @@ def test_read_anywhere(prefix):
     for first in range(10):
         for count in range(1, 11 - first):
             assert runs.of_tokens(first, count).tolist() == TAGS[first : first + count].tolist()
+    for first, count in ((9, 2), (11, 1), (2**64 - 1, 2)):
+        with pytest.raises(IndexError, match="past the end of the corpus"):
+            runs.of_tokens(first, count)
 
 
 def patch(path: str, offset: int, data: bytes) -> None:
@@ -52,9 +55,10 @@ def patch(path: str, offset: int, data: bytes) -> None:
         (lambda path: os.remove(path), "cannot open .*toy.lang"),
         (lambda path: os.truncate(path, 0), "toy.lang is empty"),
         (lambda path: patch(path, 0, b"X"), "toy.lang is not a language sidecar"),
+        (lambda path: os.truncate(path, 15), "toy.lang is not a language sidecar"),
         (lambda path: os.truncate(path, 55), "toy.lang has the wrong size"),
-        (lambda path: patch(path, 8, struct.pack("<Q", 2**63)), "toy.lang has the wrong size"),
-        (lambda path: patch(path, 8, struct.pack("<Q", 0)), "toy.lang has the wrong size"),
+        (lambda path: patch(path, 8, struct.pack("<Q", 2**63 + 4)), "toy.lang has the wrong size"),
+        (lambda path: patch(path, 8, bytes(8)) or os.truncate(path, 16), "toy.lang has the wrong size"),
         (lambda path: patch(path, 16, struct.pack("<Q", 1)), "toy.lang is corrupt"),
         (lambda path: patch(path, 40, struct.pack("<Q", 10)), "toy.lang is corrupt"),
     ],

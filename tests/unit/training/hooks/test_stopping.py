@@ -1,12 +1,14 @@
 """A run that is asked to stop: when, what it saves, what it says. Of signals: tests/unit/test_signals.py."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 from harness import make_plan, make_recipe, mixed_batch
 
 from megatron_lpr.errors import Stopped
 from megatron_lpr.training.hooks.hook import Hook
+from megatron_lpr.training.hooks.stopping import Stopping, _limits
 
 
 class Asking(Hook):
@@ -106,3 +108,27 @@ def test_the_time_is_over(run, tmp_path, monkeypatch, capsys):
     assert "the time of Slurm job 1 was over 1,000 minutes ago: the run makes one step" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 3600))
     assert not run(hook)
+
+
+@pytest.mark.parametrize(
+    "step, seconds, validation_seconds, stops", [(0, 10, 60, False), (1, 10, 60, True), (0, 90, 0, True)]
+)
+def test_the_time_of_a_step_and_of_its_validation_is_left(step, seconds, validation_seconds, stops):
+    said, hook = [], Stopping()
+    trainer = SimpleNamespace(
+        step=step,
+        recipe=SimpleNamespace(evaluation=SimpleNamespace(every=2)),
+        plan=SimpleNamespace(train=SimpleNamespace(steps=9)),
+        votes=SimpleNamespace(say=said.append),
+    )
+    hook.after_step(trainer, {"seconds": seconds, "validation_seconds": validation_seconds})
+    hook.after_step(trainer, {"seconds": 1})
+    hook._limits = {"the time": time.monotonic() + 65}
+    hook.before_step(trainer)
+    assert said == ["stop"] * stops
+
+
+def test_minutes_count_from_when_the_command_began(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    trainer = SimpleNamespace(plan=SimpleNamespace(train=SimpleNamespace(max_minutes=2.5)))
+    assert _limits(trainer, since=100.0) == {"train.max_minutes (2.5)": 250.0}

@@ -53,3 +53,12 @@ def test_what_is_no_step_has_the_time_of_the_start_up(told):
     assert told[-1] == ("the save after step 3", 120, "step_00000003")
     hook.finish(trainer(3, startup_minutes=0))
     assert told[-1] == ("the end of the run", 0, "step_00000003")
+
+
+@pytest.mark.parametrize("step, read", [(0, 1), (3, 4), (4, 4)])
+def test_the_batch_is_that_of_the_step_that_goes_on(monkeypatch, tmp_path, step, read):
+    monkeypatch.setattr(watching, "step_documents", lambda recipe, step: f"of step {step}")
+    its = trainer(step)
+    its.plan = SimpleNamespace(train=SimpleNamespace(steps=4))
+    watching._write_batch(its, tmp_path / "hang")
+    assert (tmp_path / "hang/batch.txt").read_text() == f"of step {read}\n"
