@@ -36,12 +36,13 @@ comma := ,
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv venv-transformers4 quickstart test test-fast test-te check gpu-report fuzz clean
+.PHONY: help venv venv-transformers4 quickstart test test-fast test-te style check gpu-report fuzz clean
 
 help:
 	@echo "make quickstart  teach SmolLM2-135M Hungarian on this machine, four ways: train, evaluate, export (16 minutes on two cores with fast bfloat16)"
 	@echo "make test-fast   run the unit tests that need neither Megatron-Core nor seconds (a minute)"
-	@echo "make check       style, types and test-fast: what CI looks at first"
+	@echo "make style       style and types: what CI looks at first"
+	@echo "make check       make style and make test-fast"
 	@echo "make test        run the tests"
 	@echo "make test-te     run the tests that need Transformer Engine, with its compiled part emulated on the CPU"
 	@echo "make gpu-report  on a machine with a GPU: run its tests, time training steps, write benchmarks/results/"
@@ -66,11 +67,12 @@ endif
 test-fast: $(STAMP)
 	$(VENV)/bin/python -m pytest -q -m fast tests/unit $(PYTEST_ARGS)
 
-check: $(STAMP)
+style: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m mypy
-	$(MAKE) test-fast
+
+check: style test-fast
 
 # Transformer Engine's Python alone, in a folder of its own: tests/helpers/te_on_cpu/README.md says why.
 test-te: $(STAMP) .te-$(TE)/.installed
