@@ -81,6 +81,29 @@ def test_it_holds_the_moment_at_which_it_was_begun(make_trainer, slow_disk):
     assert values(trainer.save()) == values(folder)
 
 
+def test_a_share_is_noted_when_both_of_its_files_are_written(make_trainer, monkeypatch, tmp_path):
+    """What lies beside its files completes a save after a crash, which must not believe half of them."""
+    from megatron_lpr.checkpoint.share import ShareWriter
+
+    held, write = threading.Event(), ShareWriter._write
+
+    def wait(writer, name, items):
+        assert not name.endswith("_1.distcp") or held.wait(60)
+        write(writer, name, items)
+
+    monkeypatch.setattr(ShareWriter, "_write", wait)
+    trainer = make_trainer()
+    trainer.train_step()
+    trainer.save(wait=False)
+    first, second = trainer.writer._share._threads
+    first.join(60)
+    assert second.is_alive() and not [*tmp_path.rglob(".shares/*")]
+    held.set()
+    second.join(60)
+    assert [path.name for path in tmp_path.rglob(".shares/*")] == ["0"]
+    trainer.finish_save()
+
+
 def test_buffers_are_used_again_and_hold_the_next_moment(make_trainer):
     trainer = make_trainer("asynchronous")
     for _ in range(2):
