@@ -49,6 +49,7 @@ def write_corpus(prefix: Path, documents: int, seed: int) -> int:
 def ours(folder: Path, documents: int, tokens: list[int]) -> dict[str, float]:
     """Seconds and bytes to the first batch, samples/s, picks/s and microseconds per window of the replay sampler."""
     from megatron_lpr.data.corpus.manifest import Corpus, Manifest, TokenizerRecord
+    from megatron_lpr.data.corpus.spot_check import spot_digests
     from megatron_lpr.data.sampler.replay_sampler import Batch, ReplaySampler
 
     corpora = tuple(
@@ -61,7 +62,7 @@ def ours(folder: Path, documents: int, tokens: list[int]) -> dict[str, float]:
             tokens=count,
             digest=str(number) * 64,
             index_digest="0" * 64,
-            spot_digests={},
+            spot_digests=spot_digests(str(folder / name), str(number) * 64, languages=False),
         )
         for number, (name, role, count) in enumerate(zip(NAMES, ("expanded", "original"), tokens, strict=True))
     )
