@@ -285,10 +285,10 @@ def _corpus(entry: Any, path: str, number: int) -> Corpus:
     ):
         if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{where}: {field} must be the SHA-256 of its .{suffix} file, 64 hexadecimal digits")
-    suffixes = ["bin", "idx", *["lang"] * (corpus.languages is not None)]
-    check_keys(corpus.spot_digests, suffixes, suffixes, f"{where}: spot_digests")
     if (corpus.languages is None) != (corpus.language_digest is None):
         raise UserError(f"{where}: languages and language_digest belong together; it has one of them")
+    suffixes = ["bin", "idx", *["lang"] * (corpus.languages is not None)]
+    check_keys(corpus.spot_digests, suffixes, suffixes, f"{where}: spot_digests")
     if corpus.languages is not None and not 0 < len(corpus.languages) <= MAX_LANGUAGES:
         raise UserError(f"{where}: languages must name 1 to {MAX_LANGUAGES} languages")
     return dataclasses.replace(corpus, prefix=os.path.join(os.path.dirname(path), corpus.prefix))

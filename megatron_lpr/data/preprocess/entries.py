@@ -9,10 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from megatron_lpr.data.corpus.manifest import HELD_OUT, Corpus, Manifest, check_language_roles, language_roles
-from megatron_lpr.data.corpus.spot_check import (
-    check_held_out,
-    check_spots,
-)
+from megatron_lpr.data.corpus.spot_check import check_held_out, check_spots
 from megatron_lpr.data.preprocess.work_folder import work_folder
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.locks import FolderLocks

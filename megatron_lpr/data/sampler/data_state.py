@@ -74,8 +74,8 @@ class DataState:
 
 
 def _identity(corpus: Corpus, part: Subset) -> dict[str, Any]:
-    identity: dict[str, Any] = {"digest": corpus.digest, "index_digest": corpus.index_digest, "tokens": corpus.tokens}
-    identity |= {"language": corpus.language, "role": corpus.role}
+    fields = ("digest", "index_digest", "language", "role", "tokens")
+    identity: dict[str, Any] = {field: getattr(corpus, field) for field in fields}
     if corpus.languages:
         identity |= {"languages": dict(corpus.languages), "language_digest": corpus.language_digest}
     limits = {"documents_read": part.documents, "tokens_read": part.tokens}
