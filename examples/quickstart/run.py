@@ -19,6 +19,7 @@ from pathlib import Path
 
 try:
     from megatron_lpr.errors import UserError
+    from megatron_lpr.files.cores import usable_cores
 except ModuleNotFoundError as error:
     sys.exit(f"quickstart: {error}; pip install '.[quickstart]' has all that it needs")
 
@@ -47,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(HERE.parent.parent)  # recipes name their files from the top of the project
     # two threads a core gain nothing here, and torch would take every core of a shared machine
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, str(HERE))
     if isinstance(sys.stdout, io.TextIOWrapper):

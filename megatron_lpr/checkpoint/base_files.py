@@ -6,7 +6,6 @@ in the output folder beside path, size and time of the file: the next start read
 
 import contextlib
 import json
-import os
 import re
 import threading
 from collections import deque
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_lpr.errors import UserError
 from megatron_lpr.files import durable
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 
@@ -47,7 +47,7 @@ class BaseFiles:
                 self._own[path.name] = known
             else:
                 waiting.append(path)
-        threads = 1 if world_size > 1 else min(_MOST_THREADS, len(waiting), os.cpu_count() or 1)
+        threads = 1 if world_size > 1 else min(_MOST_THREADS, len(waiting), usable_cores())
         # daemons: a process that ends does not wait for them
         self._threads = [threading.Thread(target=self._hash, args=(waiting,), daemon=True) for _ in range(threads)]
         for thread in self._threads:

@@ -4,7 +4,6 @@ The ranks of a meeting share the files of a checkpoint among them; each reads it
 the disk work without Python.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_lpr.checkpoint.run_state import read_run_state, refuse_gone, step_
 from megatron_lpr.checkpoint.source import chain
 from megatron_lpr.errors import UserError
 from megatron_lpr.files.checksum import Checksum, fault_of_file
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.platform import collected
 
 _THREADS = 8
@@ -42,7 +42,7 @@ def _faults(folder: Path, contents: bool = True, rank: int = 0, ranks: int = 1) 
         fault = fault_of_file(folder / name, listed[name], contents=contents)
         return f"{name} {fault}" if fault else None
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, usable_cores())) as threads:
         return [fault for fault in threads.map(look, own) if fault]
 
 

@@ -1,7 +1,6 @@
 """`megatron-lpr verify-data`: every byte of the corpora against their manifest."""
 
 import argparse
-import os
 
 from megatron_lpr.commands.command import Command
 from megatron_lpr.errors import UserError
@@ -16,12 +15,13 @@ def run(options: argparse.Namespace) -> None:
     """Read every file of every corpus of a manifest, and compare it with its digests."""
     from megatron_lpr.data.corpus import verify_data as data
     from megatron_lpr.data.corpus.manifest import Manifest
+    from megatron_lpr.files.cores import usable_cores
 
     if options.workers < 0:
         raise UserError(f"--workers: {options.workers}; give a number of files to read at once, or 0 for one per core")
     manifest = Manifest.load(data.find_manifest(options.path), check_files=False)
     failed = []
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or usable_cores()
     for file, complaint in data.verify_data(manifest, workers=workers, show=True):
         print(f"{file}: {complaint or 'ok'}", flush=True)
         if complaint:

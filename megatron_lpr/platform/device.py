@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.platform import shims
 from megatron_lpr.platform.transformer_engine import hide_kernels, kernels_run_here
 
@@ -88,6 +89,7 @@ def _prepare_process() -> None:
     _leave_out_noise()
     on_cpu = device().type == "cpu"
     if on_cpu:
+        _keep_to_usable_cores()
         shims.stand_in_for_cuda()
     try:
         importlib.import_module("megatron.core.models.gpt")
@@ -98,6 +100,12 @@ def _prepare_process() -> None:
             "reinstall it with its core library, or uninstall it"
         ) from None
     shims.mend_megatron(on_cpu)
+
+
+def _keep_to_usable_cores() -> None:
+    """torch counts cores, not what a container's quota gives of them."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())
 
 
 def _leave_out_noise() -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_lpr.errors import UserError
 from megatron_lpr.families import family_of, read_architecture
 from megatron_lpr.families.expansion import Origin
 from megatron_lpr.families.hf_config import read_config
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.files.file_tensor import FileTensor, equal_bytes, same_bits, tensor_bytes
 from megatron_lpr.files.safetensors_io import SafetensorsReader
 from megatron_lpr.reporting.progress import byte_progress
@@ -86,7 +86,7 @@ def _difference(export: SafetensorsReader, name: str, expected: torch.Tensor | F
 
 def _all_cores(at_most: int = 64) -> ThreadPoolExecutor:
     """Reading, hashing and comparing release the GIL."""
-    return ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), at_most))
+    return ThreadPoolExecutor(min(usable_cores(), at_most))
 
 
 class Scan(NamedTuple):

@@ -20,6 +20,7 @@ from megatron_lpr.data.text.documents import BadLines
 from megatron_lpr.data.text.text_files import BLOCK_BYTES, read_blocks
 from megatron_lpr.data.text.tokenize import Tokenizer
 from megatron_lpr.errors import UserError, warn
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.reporting.progress import DocumentProgress
@@ -118,7 +119,7 @@ def _size(source: SourceConfig) -> int:
 
 
 def _workers(settings: PreprocessConfig) -> int:
-    return settings.workers or len(os.sched_getaffinity(0))
+    return settings.workers or usable_cores()
 
 
 def _tokenize(job: PartJob, prefix: str, block_bytes: int, bad_lines: BadLines) -> list[Part]:

@@ -28,6 +28,7 @@ from megatron_lpr.data.text.special_tokens import special_tokens
 from megatron_lpr.data.text.text_files import Block
 from megatron_lpr.data.text.tokenize import TokenIds, load_tokenizer
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.recipe.text_settings import PreprocessConfig, SourceConfig
 from megatron_lpr.signals import not_for_children
 
@@ -90,7 +91,7 @@ def tokenize_parts(
             if kept is not None:
                 pending.append((block, kept, True))
             elif workers == 1 and block.data is not None and len(block.data) <= _SMALL_BYTES:
-                here = here or _Worker(job, threads=_cores())
+                here = here or _Worker(job, threads=usable_cores())
                 pending.append((block, here(number, block), False))
             else:
                 with not_for_children():
@@ -113,10 +114,6 @@ def tokenize_parts(
 
 def _result(block: Block, made: "PartRecord | Future[PartRecord]", kept: bool) -> tuple[Block, PartRecord, bool]:
     return block, made if isinstance(made, PartRecord) else made.result(), kept
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 class _Worker:
@@ -227,7 +224,7 @@ def _start_worker(job: PartJob, workers: int, alive: Connection) -> None:
     global _worker
     threading.Thread(target=_die_with, args=(alive,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if workers == 1 else "false"
-    _worker = _Worker(job, threads=_cores() if workers == 1 else 1)
+    _worker = _Worker(job, threads=usable_cores() if workers == 1 else 1)
 
 
 def _die_with(alive: Connection) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.recipe.text_settings import Format, SampleBy
@@ -94,7 +95,7 @@ def check_compression(path: str) -> None:
 
 def files_sha256(files: Sequence[str], settings: dict[str, Any] | None = None) -> str:
     """SHA-256 over the files' own SHA-256 sums, in order, and over `settings` where there are any; hexadecimal."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with ThreadPoolExecutor(usable_cores()) as threads:
         total = hashlib.sha256(b"".join(map(bytes.fromhex, threads.map(file_sha256, files))))
     if settings:
         total.update(json.dumps(settings, sort_keys=True).encode())

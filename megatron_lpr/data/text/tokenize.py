@@ -20,6 +20,7 @@ from megatron_lpr.data.text.special_tokens import (
 )
 from megatron_lpr.data.text.tokenizer_file import tokenizer_file
 from megatron_lpr.errors import UserError
+from megatron_lpr.files.cores import usable_cores
 from megatron_lpr.files.digest import file_sha256
 from megatron_lpr.recipe.text_settings import Engine
 
@@ -85,7 +86,7 @@ def load_tokenizer(
             are asked for.
     """
     file = tokenizer_file(Path(path))
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or usable_cores()
     if engine == "fastokens":
         if file.suffix == ".model":
             raise UserError(f"preprocess.engine: fastokens reads a tokenizer.json, not {file}")

@@ -1,5 +1,6 @@
 """What makes Megatron-Core ready: on a machine without CUDA, and with a package that breaks it."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -103,3 +104,16 @@ def test_gradients_are_clipped_in_place_with_megatrons_bits(megatron):
     with cuda_type_names(), NewElements() as new:
         clip_grad_by_total_norm_fp32([parameter], 0.3, 7.0)
     assert torch.equal(parameter.grad, expected) and new.most <= 1
+
+
+@pytest.mark.parametrize(("asked", "threads"), [({}, 3), ({"OMP_NUM_THREADS": "5"}, 5)])
+def test_torch_takes_no_more_threads_than_a_containers_quota_has_cores(asked, threads):
+    prepare = (
+        "import sys, torch; torch.set_num_threads(5)\n"
+        "from megatron_lpr.platform import prepare\n"
+        "sys.modules['megatron_lpr.platform.device'].usable_cores = lambda: 3\n"
+        "prepare(); print(torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | asked
+    command = [sys.executable, "-c", prepare]
+    assert int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout) == threads
