@@ -1,4 +1,4 @@
-"""Watches FSDP2 (torch 2.13) gather weights and let go of them: bytes at once, and which collectives are its."""
+"""Watches FSDP2 (torch 2.11 to 2.15) gather weights and let go: bytes at once, and which collectives are its."""
 
 import weakref
 from collections.abc import Callable

@@ -5,8 +5,11 @@ copies its weights out of that (both are there for a moment), and lets go of the
 byte for each number, and in a backward pass another of the same transposed.
 """
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from packaging.version import Version
 
 from megatron_lpr.families.table import EMBEDDING, OUTPUT_LAYER
 from megatron_lpr.model import gather_order
@@ -37,8 +40,12 @@ class _Unit:
 
 @dataclass
 class _Held:
-    """What is there at once, and the most that was."""
+    """What is there at once, and the most that was.
 
+    keeps_until_copied: what FSDP2 has waited for, until it has copied the next one too.
+    """
+
+    keeps_until_copied: bool
     peak: int = 0
     _sent: set[_Unit] = field(default_factory=set)
     _whole: dict[_Unit, int] = field(default_factory=dict)
@@ -48,11 +55,13 @@ class _Held:
         """Have a unit whole, which may be already, and those that follow on their way."""
         if unit not in self._whole:
             was_asked = unit in self._sent
+            if not self.keeps_until_copied:
+                self._late = 0
             self._sent.add(unit)
             self._whole[unit] = unit.whole if is_forward else unit.whole + unit.transposed
             self._note()
             self._sent.remove(unit)
-            # of what it has waited for FSDP2 lets go after it has copied the next one
+            # of what it has waited for FSDP2 lets go when it comes to the next one
             self._late = unit.sent if is_forward and not was_asked else 0
         self._sent.update(one for one in following if one not in self._whole)
         self._note()
@@ -91,7 +100,7 @@ def _of_chunk(
         units.setdefault(name, _Unit(_kind(name))).add(parameter, layers.place, itemsize(parameter))
     of_layers = [[unit for name, unit in units.items() if _layer(name) == number] for number in numbers]
     last = [units[OUTPUT_LAYER]] if OUTPUT_LAYER in units else []
-    held = _Held()
+    held = _Held(keeps_until_copied=Version(importlib.metadata.version("torch")) < Version("2.15.0.dev0"))
     # the output layer computes with the embedding's weight
     is_tied = EMBEDDING in units and numbers[-1] == layers.last and not last
     for unit, following in gather_order.in_forward([*units.values()], ahead=max(map(len, of_layers))):

@@ -163,7 +163,8 @@ def start(case):
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK.format(code=case.code[rank])],
+            # Python 3.12 warns of os.fork where there are threads
+            [sys.executable, "-W", "ignore::DeprecationWarning", "-c", RANK.format(code=case.code[rank])],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
