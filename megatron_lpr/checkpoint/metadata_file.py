@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lpr.checkpoint.run_state import refuse_gone
 from megatron_lpr.errors import UserError
+from megatron_lpr.platform.shims import take_descriptions_with_strides
 
 METADATA_FILE = ".metadata"
 # Written by torch and by Megatron-Core 0.16 to 0.19. None of them does more than hold what it is given.
@@ -58,6 +59,7 @@ class _Unpickler(pickle.Unpickler):
 
 def read_description(content: bytes) -> Any:
     """A pickle of what describes tensors; pickle.UnpicklingError for one that names anything else."""
+    take_descriptions_with_strides()
     return _Unpickler(io.BytesIO(content)).load()
 
 

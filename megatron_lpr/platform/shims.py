@@ -176,6 +176,7 @@ def mend_megatron(on_cpu: bool) -> None:
         moe_utils.te_general_gemm = None
     _load_objects_without_running_them()
     _describe_tensors_without_strides()
+    take_descriptions_with_strides()
     _clip_gradients_in_place()
     if on_cpu:
         # bound at import from torch.cuda, which has no generator here
@@ -246,3 +247,18 @@ def _describe_tensors_without_strides() -> None:
 
     _replace(load_without_strides, without_strides=True)
     _replace(TorchDistLoadShardedStrategy, load_tensors_metadata=load_without_strides)
+
+
+def take_descriptions_with_strides() -> None:
+    """torch 2.15 writes a stored tensor's strides, its last word of it, and no torch before reads such a checkpoint."""
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    setstate = TensorProperties.__setstate__
+    if "strides" in TensorProperties.__dataclass_fields__ or getattr(setstate, "takes_strides", False):
+        return  # it knows them, or is mended already
+
+    def setstate_without_strides(self, state):
+        setstate(self, state[:5])
+
+    _replace(setstate_without_strides, takes_strides=True)
+    _replace(TensorProperties, __setstate__=setstate_without_strides)

@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 from dist_checkpoints import RunsCode, grid, write_dist_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
 from megatron_lpr.checkpoint.dist_checkpoint import DistCheckpoint
 from megatron_lpr.errors import UserError
@@ -146,6 +147,15 @@ def test_a_metadata_that_runs_code_is_refused_before_it_does(tmp_path, where, pr
     with pytest.raises(UserError, match=r"names '_?io.open', which no checkpoint needs"):
         DistCheckpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_a_newer_torch(tmp_path, monkeypatch):
+    """2.15 writes the strides of a stored tensor too, which torch before it does not unpack."""
+    getstate = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*getstate(self)[:5], (4, 1)))
+    folder = write_dist_checkpoint(tmp_path / "c", TENSORS)
+    assert DistCheckpoint(folder)["embedding.word_embeddings.weight"].shape == (12, 4)
+    FileSystemReader(folder).read_metadata()  # as training reads it
 
 
 def test_a_metadata_that_reads_another_folder(tmp_path):
