@@ -94,15 +94,16 @@ inline void mutate(Bytes& input, Random& random) {
   const std::size_t at = random() % 16 == 0 ? random() % kHead : kHead + random() % (input.size() - kHead);
   const std::size_t last = input.size() - at;
   const std::uint64_t value = kInteresting[random() % (sizeof(kInteresting) / sizeof(*kInteresting))];
+  const std::size_t some = 1 + random() % 9;
   switch (random() % 8) {
     case 0: input[at] ^= static_cast<unsigned char>(1u << random() % 8); break;
     case 1: input[at] = static_cast<unsigned char>(random()); break;
     case 2: std::memcpy(&input[at], &value, std::min<std::size_t>(8, last)); break;
     case 3: std::memcpy(&input[at], &value, std::min<std::size_t>(4, last)); break;
     case 4: input.resize(at + 1); break;  // truncated
-    case 5: input.insert(input.begin() + at, 1 + random() % 9, static_cast<unsigned char>(random())); break;
+    case 5: input.insert(input.begin() + at, some, static_cast<unsigned char>(random())); break;
     case 6: input[0] = static_cast<unsigned char>(random()); break;  // a file is cut short while it is read
-    default: input.erase(input.begin() + at, input.begin() + at + std::min<std::size_t>(1 + random() % 9, last)); break;
+    default: input.erase(input.begin() + at, input.begin() + at + std::min(some, last)); break;
   }
 }
 
