@@ -64,10 +64,12 @@ struct CorpusFiles {
       if (end < first) documents->corrupt(first_document);
     } else if (spec.tokens_limited()) {
       first_document = documents->containing(below(place, spec.tokens - spec.token_limit + 1));
-      // Of a larger token the search finds no earlier document, whatever the order of the documents in a corrupt index.
       first = documents->start(first_document);
       end = first + spec.token_limit;
-      documents_read = documents->containing(end - 1) + 1 - first_document;
+      // It may lie before the token that was searched for above, and in a corrupt index then in an earlier document.
+      const std::uint64_t last_document = documents->containing(end - 1);
+      if (last_document < first_document) documents->corrupt(first_document);
+      documents_read = last_document + 1 - first_document;
     }
   }
 };

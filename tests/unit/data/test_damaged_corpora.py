@@ -116,6 +116,16 @@ def test_a_subset_of_documents_that_end_before_they_begin(corpus):
     assert sum(refused) > len(refused) / 3
 
 
+def test_a_part_of_tokens_that_begins_long_before_the_token_it_was_searched_with(corpus):
+    """Its last document came before its first, and a permutation of 2^64 - 2 documents was asked for."""
+    with open(f"{corpus.prefix}.idx", "r+b") as file:
+        file.seek(34 + 4 * len(LENGTHS) + 8 * 4)
+        file.write(struct.pack("<q", 2))
+    settings = {"windows": "document", "replay": {"tokens": {"expanded": 0.2}}, "document_ids": True}
+    refused = [_fails_only_with("idx", use_sampler, corpus, {**settings, "seed": seed}) for seed in range(12)]
+    assert 0 < sum(refused) < len(refused)
+
+
 @pytest.mark.parametrize("vocab_size", [1000, 70_000])
 def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(write_corpus, vocab_size):
     prefix = write_corpus("toy", [[1, 2, 3, 4, 5, 6, 7]], vocab_size)
