@@ -23,7 +23,7 @@ from megatron_lpr.platform.distributed import group_store
 from megatron_lpr.platform.lifeline import connected
 from megatron_lpr.recipe.checks import architecture_of
 from megatron_lpr.recipe.dtype import with_dtype
-from megatron_lpr.recipe.layout import check_layout
+from megatron_lpr.recipe.layout import check_layout, check_layout_here
 from megatron_lpr.recipe.settings import ParallelConfig, Recipe
 
 Report = Callable[[str], object]
@@ -60,6 +60,7 @@ class Evaluation:
             check_trained_alike(self.recipe, self.folder, tokenizer)
             recipe = dataclasses.replace(with_experts_of(self.recipe, self.folder), train=None)
             check_layout(recipe, architecture_of(recipe.model), Ranks.from_environment().world_size)
+            check_layout_here(recipe)
         return tokenizer
 
     def run(self, name: str | None = None, report: Report = lambda line: None) -> EvaluationResult:

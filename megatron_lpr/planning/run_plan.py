@@ -70,9 +70,9 @@ def plan_run(
 
 
 def _without_this_machine(recipe: Recipe) -> Recipe:
-    """What the machine that trains must have, this one need not: W&B, DeepEP.
+    """A plan logs nothing, and rehearses without DeepEP, whose rows it counts as those of `alltoall`.
 
-    And its GPUs, of all kinds that are known, are fast in bfloat16 (`model.dtype: auto`).
+    And the GPUs, of all kinds that are known, are fast in bfloat16 (`model.dtype: auto`).
     """
     dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
     parallel, model = dataclasses.replace(recipe.parallel, dispatcher=dispatcher), recipe.model

@@ -13,7 +13,7 @@ from megatron_lpr.families.expansion import Expansion, check_upcycling, with_lay
 from megatron_lpr.files.unexpanded import refuse_unexpanded
 from megatron_lpr.platform.transformer_engine import lacking_for_transformer_engine
 from megatron_lpr.recipe.fp8 import check_fp8, check_fp8_here
-from megatron_lpr.recipe.layout import check_batch, check_layout, check_seq_length
+from megatron_lpr.recipe.layout import check_batch, check_layout, check_layout_here, check_seq_length
 from megatron_lpr.recipe.sections import check_section
 from megatron_lpr.recipe.settings import (
     BalanceConfig,
@@ -49,9 +49,11 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """What this machine must have to train a checked recipe: Transformer Engine, and a GPU for its FP8. UserError."""
+    """What the machine that trains must have for a checked recipe, and another need not. UserError."""
     use_transformer_engine(recipe.model.spec)
     check_fp8_here(recipe)
+    check_layout_here(recipe)
+    check_wandb_here(recipe.logging)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
@@ -186,6 +188,10 @@ def check_logging(logging: LoggingConfig, *, steps: int, world_size: int) -> Non
         raise UserError("logging.profile_ranks: empty, so that nothing is traced; name a rank, or set profile_from: 0")
     if beyond := [rank for rank in logging.profile_ranks if rank >= world_size and first]:
         raise UserError(f"logging.profile_ranks: {beyond[0]}, but the last rank of the run is {world_size - 1}")
+
+
+def check_wandb_here(logging: LoggingConfig) -> None:
+    """Whether Weights & Biases can be written to from here. UserError."""
     if logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise UserError(
             f"logging.wandb: {logging.wandb} needs the package wandb: pip install 'megatron-lpr[wandb]', or set off"

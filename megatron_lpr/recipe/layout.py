@@ -42,6 +42,19 @@ def check_layout(recipe: Recipe, arch: Architecture, world_size: int) -> None:
         _check_overlap_frozen(recipe)
 
 
+def check_layout_here(recipe: Recipe) -> None:
+    """Whether this machine has what the settings of a checked layout compute with: CUDA, DeepEP. UserError."""
+    on_gpu = torch.cuda.is_available()
+    if recipe.parallel.overlap_frozen == "on" and not on_gpu:
+        raise UserError("parallel.overlap_frozen: on needs CUDA, whose streams run beside each other; leave it out")
+    if not _uses_flex(recipe):
+        return
+    if not on_gpu:
+        raise UserError("parallel.dispatcher: flex needs CUDA (it runs on DeepEP); use alltoall or allgather")
+    if importlib.util.find_spec("deep_ep") is None:
+        raise UserError("parallel.dispatcher: flex needs the package deep_ep (DeepEP); install it, or use alltoall")
+
+
 def check_seq_length(seq_length: int, sizes: ParallelConfig, arch: Architecture) -> None:
     """Whether the tensor- and context-parallel ranks can share a sequence, and the model has so many positions."""
     # a context-parallel rank has two chunks of the sequence
@@ -142,8 +155,6 @@ def _check_overlap(sizes: ParallelConfig) -> None:
 
 
 def _check_overlap_frozen(recipe: Recipe) -> None:
-    if not torch.cuda.is_available():
-        raise UserError("parallel.overlap_frozen: on needs CUDA, whose streams run beside each other; leave it out")
     if recipe.train is not None and recipe.train.trainable == "all":
         raise UserError("parallel.overlap_frozen: on is not written for train.trainable: all; leave it out")
     if recipe.parallel.frozen != "replicated":
@@ -169,14 +180,12 @@ def _check_frozen(recipe: Recipe, world_size: int) -> None:
 
 def _check_dispatcher(recipe: Recipe) -> None:
     sizes = recipe.parallel
-    if not recipe.model.num_experts or sizes.dispatcher != "flex":
-        return
-    if not torch.cuda.is_available():
-        raise UserError("parallel.dispatcher: flex needs CUDA (it runs on DeepEP); use alltoall or allgather")
-    if importlib.util.find_spec("deep_ep") is None:
-        raise UserError("parallel.dispatcher: flex needs the package deep_ep (DeepEP); install it, or use alltoall")
-    if sizes.expert * sizes.expert_tensor == 1:
+    if _uses_flex(recipe) and sizes.expert * sizes.expert_tensor == 1:
         raise UserError("parallel.dispatcher: flex needs parallel.expert or expert_tensor above 1; use alltoall")
+
+
+def _uses_flex(recipe: Recipe) -> bool:
+    return bool(recipe.model.num_experts) and recipe.parallel.dispatcher == "flex"
 
 
 def nearest_multiples(number: int, multiple: int) -> str:

@@ -61,6 +61,16 @@ def test_of_micro_batches_with_one_bound_the_largest_that_fits_is_proposed(capsy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("setting", ["overlap_frozen=on", "dispatcher=flex"])
+def test_what_a_gpu_is_needed_for_is_planned_without_one(setting, capsys):
+    """Every layout was refused, as if nothing divided the GPUs."""
+    layout = ["parallel.expert=8", "parallel.frozen=replicated", f"parallel.{setting}"]
+    words = [word for override in layout for word in ("--set", override)]
+    assert plan("--gpus", "8", "--json", "--set", "model.base=examples/plan/llama-3.2-1b", *words) == 0
+    assert (tree := json.loads(capsys.readouterr().out))["own"] and tree["layouts"]
+
+
+@pytest.mark.slow
 def test_where_nothing_fits_the_first_kind_is_named(capsys):
     assert plan("--gpus", "8", "--memory", "79.5", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out

@@ -5,13 +5,15 @@ import importlib.util
 import pytest
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.recipe.checks import check_logging
+from megatron_lpr.recipe.checks import check_logging, check_wandb_here
 from megatron_lpr.recipe.reading import from_tree
 from megatron_lpr.recipe.settings import LoggingConfig
 
 
 def check(settings, world_size=1):
-    check_logging(from_tree(LoggingConfig, settings, where="test"), steps=4, world_size=world_size)
+    logging = from_tree(LoggingConfig, settings, where="test")
+    check_logging(logging, steps=4, world_size=world_size)
+    check_wandb_here(logging)
 
 
 @pytest.mark.parametrize(
