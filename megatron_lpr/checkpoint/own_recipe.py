@@ -28,10 +28,12 @@ def own_recipe(checkpoint: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def with_dtype_of_run(recipe: Recipe, damaged: Mapping[str, str]) -> tuple[Recipe, str | None]:
+def with_dtype_of_run(
+    recipe: Recipe, damaged: Mapping[str, str], *, elsewhere: bool = False
+) -> tuple[Recipe, str | None]:
     """As `with_dtype`: a run that goes on from one of its checkpoints keeps its dtype, on whatever machine."""
     begun = find_checkpoint(recipe.output, damaged) if recipe.model.dtype == "auto" else None
-    return with_dtype(recipe, read_run_state(begun.folder).recipe if begun else None)
+    return with_dtype(recipe, read_run_state(begun.folder).recipe if begun else None, elsewhere=elsewhere)
 
 
 def with_experts_of(recipe: Recipe, checkpoint: Path) -> Recipe:

@@ -9,6 +9,7 @@ from megatron_lpr.planning.hardware import GPU, gpu_named
 from megatron_lpr.planning.layout import Layout, Layouts
 from megatron_lpr.planning.search import Found, search
 from megatron_lpr.recipe.checks import architecture_of, check_recipe
+from megatron_lpr.recipe.dtype import with_dtype
 from megatron_lpr.recipe.settings import LoggingConfig, ParallelConfig, Recipe
 from megatron_lpr.training.cost import ModelSize, model_size
 
@@ -70,12 +71,8 @@ def plan_run(
 
 
 def _without_this_machine(recipe: Recipe) -> Recipe:
-    """A plan logs nothing, and rehearses without DeepEP, whose rows it counts as those of `alltoall`.
-
-    And the GPUs, of all kinds that are known, are fast in bfloat16 (`model.dtype: auto`).
-    """
+    """A plan logs nothing, and rehearses without DeepEP, whose rows it counts as those of `alltoall`."""
     dispatcher = "alltoall" if recipe.parallel.dispatcher == "flex" else recipe.parallel.dispatcher
-    parallel, model = dataclasses.replace(recipe.parallel, dispatcher=dispatcher), recipe.model
-    if model.dtype == "auto":
-        model = dataclasses.replace(model, dtype="bfloat16")
-    return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel, model=model)
+    parallel = dataclasses.replace(recipe.parallel, dispatcher=dispatcher)
+    recipe, _ = with_dtype(recipe, elsewhere=True)
+    return dataclasses.replace(recipe, logging=LoggingConfig(), parallel=parallel)

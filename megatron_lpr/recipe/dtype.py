@@ -10,15 +10,21 @@ from megatron_lpr.platform.fast_bfloat16 import fast_in_bfloat16
 from megatron_lpr.recipe.settings import Recipe
 
 
-def with_dtype(recipe: Recipe, run: Mapping[str, Any] | None = None) -> tuple[Recipe, str | None]:
+def with_dtype(
+    recipe: Recipe, run: Mapping[str, Any] | None = None, *, elsewhere: bool = False
+) -> tuple[Recipe, str | None]:
     """The recipe with a dtype in the place of `auto`; and a line that says which and why, where one was chosen.
 
-    run: the recipe of the run that it goes on with, whose dtype it keeps.
+    Args:
+        run: the recipe of the run that it goes on with, whose dtype it keeps.
+        elsewhere: other machines will train.
     """
     if recipe.model.dtype != "auto":
         return recipe, None
     if run is not None:
         dtype, why = run["model"]["dtype"], "as the run began"
+    elif elsewhere:
+        dtype, why = "bfloat16", "as on GPUs; a processor is measured where it trains"
     else:
         is_fast, why = fast_in_bfloat16()
         dtype = "bfloat16" if is_fast else "float32"

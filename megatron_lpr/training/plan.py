@@ -134,13 +134,10 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     """
     if recipe.train is None:
         raise UserError("train: missing; the recipe describes no training run")
-    (recipe, dtype), ranks = with_dtype_of_run(recipe, damaged), Ranks.from_environment()
-    train, data = recipe.train, recipe.data
+    ranks = Ranks.from_environment()
     world_size = ranks.world_size if world_size is None else world_size
-    arch = architecture_of(recipe.model)
-    check_recipe(recipe, arch, world_size)
-    if world_size == ranks.world_size:  # with another number it is checked for other machines (--dry-run --ranks)
-        check_machine(recipe)
+    recipe, arch, dtype = _checked(recipe, world_size, elsewhere=world_size != ranks.world_size, damaged=damaged)
+    train, data = recipe.train, recipe.data
     assert train is not None and data is not None
     manifest = Manifest.load(data.manifest, check_files=ranks.local_rank == 0)
     tokenizer = checked_tokenizer(recipe, arch, manifest)
@@ -192,6 +189,18 @@ def plan_training(recipe: Recipe, world_size: int | None = None, damaged: Mappin
     )
     _check_frozen_fp8(plan)
     return plan
+
+
+def _checked(
+    recipe: Recipe, world_size: int, *, elsewhere: bool, damaged: Mapping[str, str]
+) -> tuple[Recipe, Architecture, str | None]:
+    """A recipe with its dtype and what that is told with; `elsewhere`: for other machines (--dry-run --ranks)."""
+    recipe, dtype = with_dtype_of_run(recipe, damaged, elsewhere=elsewhere)
+    arch = architecture_of(recipe.model)
+    check_recipe(recipe, arch, world_size)
+    if not elsewhere:
+        check_machine(recipe)
+    return recipe, arch, dtype
 
 
 def _check_frozen_fp8(plan: Plan) -> None:

@@ -26,6 +26,20 @@ def test_ranks_of_a_dry_run(recipe, capsys):
     assert "on 2 rank(s)" in capsys.readouterr().out
 
 
+def test_a_dry_run_for_gpus_on_a_machine_without(recipe, capsys):
+    layout = [
+        "parallel.expert=2",
+        "parallel.overlap_frozen=on",
+        "parallel.frozen=replicated",
+        "parallel.dispatcher=flex",
+    ]
+    words = [f"--set={override}" for override in (*layout, "fp8.recipe=tensorwise", "model.dtype=auto")]
+    assert train(recipe, "--dry-run", "--ranks", 2, *words) == 0
+    assert (
+        "bfloat16 (model.dtype: auto), as on GPUs; a processor is measured where it trains" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

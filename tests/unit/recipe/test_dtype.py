@@ -68,6 +68,12 @@ def test_of_a_gpu(monkeypatch, capability, chosen):
     assert recipe.model.dtype == chosen and line.endswith(f"the GPU has compute capability {said}")
 
 
+def test_for_other_machines_this_one_is_not_asked(monkeypatch):
+    monkeypatch.setattr(dtype, "fast_in_bfloat16", None)
+    recipe, line = with_dtype(RECIPE, elsewhere=True)
+    assert recipe.model.dtype == "bfloat16" and line.startswith("bfloat16 (model.dtype: auto), as on GPUs; ")
+
+
 def test_a_run_keeps_its_own(monkeypatch):
     monkeypatch.setattr(dtype, "fast_in_bfloat16", None)  # is not asked
     recipe, line = with_dtype(RECIPE, {"model": {"dtype": "bfloat16"}})

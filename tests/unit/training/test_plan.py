@@ -167,7 +167,7 @@ def test_what_would_stop_a_fresh_run_stops_its_plan(tmp_path):
     assert cli.main(["preprocess", path]) == 0
     fresh = ["model.load=null"]
     assert plan_training(load_recipe(path, fresh), 2).source is None
-    chosen = plan_training(load_recipe(path, [*fresh, "model.dtype=auto"]), 2)
+    chosen = plan_training(load_recipe(path, [*fresh, "model.dtype=auto"]))
     assert chosen.recipe.model.dtype in ("float32", "bfloat16")
     assert f"dtype        {chosen.recipe.model.dtype} (model.dtype: auto), the " in str(chosen)
     (tmp_path / "file").touch()
