@@ -84,7 +84,10 @@ def _table(plan: RunPlan) -> Iterator[str]:
     found = plan.found
     if not found.best:
         if found.nearest is None:
-            yield "no layout is possible: nothing divides the GPUs, the model and train.global_batch_size"
+            yield (
+                "no other layout is possible: the same stands against each, or nothing divides the GPUs, the model and "
+                "train.global_batch_size"
+            )
             return
         yield f"no layout fits; the nearest, {_sizes(found.nearest)}: {_verdict(plan, found.nearest)}"
         yield from _memory(plan, found.nearest)

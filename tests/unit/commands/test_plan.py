@@ -71,6 +71,14 @@ def test_what_a_gpu_is_needed_for_is_planned_without_one(setting, capsys):
 
 
 @pytest.mark.slow
+def test_where_no_layout_is_possible_the_recipes_own_tells_why(capsys):
+    assert plan("--gpus", "7", "--set", "model.base=examples/plan/llama-3.2-1b") == 0
+    printed = capsys.readouterr().out
+    own, others = printed.split("the recipe's own layout cannot be: ")[1].split("no other layout is possible: ")
+    assert "8 does not divide the number of ranks, 7" in own and "the same stands against each" in others
+
+
+@pytest.mark.slow
 def test_where_nothing_fits_the_first_kind_is_named(capsys):
     assert plan("--gpus", "8", "--memory", "79.5", "--set", "model.base=examples/plan/qwen2.5-32b") == 0
     printed = capsys.readouterr().out
