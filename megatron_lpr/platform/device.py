@@ -91,6 +91,8 @@ def _prepare_process() -> None:
     if on_cpu:
         _keep_to_usable_cores()
         shims.stand_in_for_cuda()
+    else:
+        _give_triton_a_folder()
     try:
         importlib.import_module("megatron.core.models.gpt")
     except RuntimeError as error:
@@ -106,6 +108,12 @@ def _keep_to_usable_cores() -> None:
     """torch counts cores, not what a container's quota gives of them."""
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())
+
+
+def _give_triton_a_folder() -> None:
+    """For compiled kernels. It takes the home, which a container's user may not have, and a node may not write to."""
+    if {"TRITON_CACHE_DIR", "TRITON_HOME"}.isdisjoint(os.environ) and not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
 
 
 def _leave_out_noise() -> None:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorProperties, Te
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lpr.errors import UserError
-from megatron_lpr.platform.device import _prepare_process
+from megatron_lpr.platform.device import _give_triton_a_folder, _prepare_process
 
 # Apex is looked at only where there is a GPU for its kernels
 PREPARE = (
@@ -117,3 +117,20 @@ def test_torch_takes_no_more_threads_than_a_containers_quota_has_cores(asked, th
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | asked
     command = [sys.executable, "-c", prepare]
     assert int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout) == threads
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [({"HOME": "/nowhere"}, True), ({"HOME": "."}, False), ({"HOME": "/nowhere", "TRITON_HOME": "."}, False)],
+)
+def test_triton_keeps_kernels_where_it_may_write(environment, folder, monkeypatch, tmp_path):
+    """A container's user may have no home: the first step ended in a PermissionError."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    _give_triton_a_folder()
+    chosen = os.environ.pop("TRITON_CACHE_DIR", None)
+    assert chosen == (str(tmp_path / f"triton-{os.getuid()}") if folder else None)
