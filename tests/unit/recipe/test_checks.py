@@ -43,6 +43,7 @@ def recipe(**sections):
         (4, {"parallel": {"context": 4, "expert": 4}, "train": {"micro_batch_size": 8}}),
         (1, {"model": {"num_experts": 0}, "train": {"trainable": "all"}}),
         (1, {"model": {"num_frozen_experts": 4, "topk": 5}}),
+        (2, {"parallel": {"dispatcher": "flex", "expert_tensor": 2}}),
     ],
 )
 def test_valid(arch, world_size, sections):

@@ -30,6 +30,7 @@ def machine(monkeypatch):
     "sections, gpu, packages, lacking",
     [
         ({"model": {"spec": "te"}}, True, [], "model.spec: te needs Transformer Engine: pip install .*, or use local"),
+        ({"model": {"spec": "te"}}, False, [], "model.spec: te needs a GPU, .*, or use local"),
         ({"model": {"spec": "te"}}, False, ["transformer_engine"], "model.spec: te needs a GPU, .*, or use local"),
         (
             FLEX,
@@ -70,5 +71,6 @@ def test_lacking_here_and_right_elsewhere(toy_base, machine, sections, gpu, pack
 def test_auto_takes_transformer_engine_where_it_computes(machine):
     machine(True, "transformer_engine")
     assert [use_transformer_engine(spec) for spec in ("auto", "te", "local")] == [True, True, False]
-    machine(True)
-    assert not use_transformer_engine("auto")
+    for gpu in (True, False):
+        machine(gpu)
+        assert not use_transformer_engine("auto")
