@@ -144,11 +144,13 @@ def held_out(folder: str) -> int:
 
 
 def main() -> None:
+    from megatron_lpr.files.cores import usable_cores
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", help="folder with a tokenizer.json")
     parser.add_argument("files", nargs="*", type=Path, default=TEXT, help="JSON lines, .gz too (default: quickstart's)")
     parser.add_argument("--megabytes", type=int, default=32, help="of text, which is repeated as needed")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 

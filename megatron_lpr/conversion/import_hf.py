@@ -72,14 +72,12 @@ def _check(recipe: Recipe) -> tuple[Architecture, dict[str, Any]]:
     from megatron_lpr.checkpoint.same_run import base_identity
     from megatron_lpr.families.remarks import base_remarks, model_bytes, new_bytes
     from megatron_lpr.files.output_place import check_place
-    from megatron_lpr.recipe.checks import architecture_of, check_recipe, use_transformer_engine
-    from megatron_lpr.recipe.layout import check_layout_here
+    from megatron_lpr.recipe.checks import architecture_of, check_machine, check_recipe
 
     model, ranks = recipe.model, Ranks.from_environment()
     arch = architecture_of(model)
     check_recipe(recipe, arch, ranks.world_size)
-    use_transformer_engine(model.spec)
-    check_layout_here(recipe)
+    check_machine(recipe)
     check_checkpoint(open_weights(model.base, arch), arch)
     needed = model_bytes(arch, model.num_experts, model.dtype)
     if _content(recipe) == "over base":

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PROCESS_GROUPS, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_V1, _V2 = ("cpu.cfs_quota_us", "cpu.cfs_period_us"), ("cpu.max",)  # files with a quota and its period
 
 
 def usable_cores() -> int:
@@ -26,13 +27,11 @@ def _quotas() -> Iterator[float]:
     for controllers, path in groups:
         if controllers and "cpu" not in controllers.split(","):
             continue
+        top, files = (_MOUNTED / "cpu", _V1) if controllers else (_MOUNTED, _V2)
         # a container sees its own group at the top, under a path that may be there on the host alone
         inner = Path(path.lstrip("/"))
         for group in (inner, *inner.parents):
-            folder = _MOUNTED / ("cpu" if controllers else "") / group
-            quota = (
-                _words(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else _words(folder, "cpu.max")
-            )
+            quota = _words(top / group, *files)
             if len(quota) == 2 and quota[0] not in ("max", "-1"):
                 yield int(quota[0]) / int(quota[1])
 

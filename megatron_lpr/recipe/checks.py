@@ -49,11 +49,12 @@ def check_recipe(recipe: Recipe, arch: Architecture, world_size: int) -> None:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """What the machine that trains must have for a checked recipe, and another need not. UserError."""
+    """What the machine that does what a checked recipe says must have, and another need not. UserError."""
     use_transformer_engine(recipe.model.spec)
     check_fp8_here(recipe)
     check_layout_here(recipe)
-    check_wandb_here(recipe.logging)
+    if recipe.train is not None:
+        check_wandb_here(recipe.logging)
 
 
 def check_preprocessing(recipe: Recipe) -> None:
